@@ -1,0 +1,43 @@
+"""The methods, one file each. ``METHODS`` maps the name a user types to the calibrators it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from quantkit.calibrators.base import Calibrator, Codes, PerSite, Plan, SiteView, Stage, View, check_order
+from quantkit.calibrators.rtn import RTN
+from quantkit.calibrators.smoothquant import SmoothQuant
+from quantkit.errors import MethodError
+
+METHODS: dict[str, Callable[[], Calibrator]] = {"rtn": RTN, "smoothquant": SmoothQuant}
+
+
+def resolve(method: Any) -> list[Calibrator]:
+    """The calibrators of a name, an instance, or a sequence of both, checked for their order.
+
+    Raises:
+        MethodError: an unknown name, something that is no calibrator, or an order that makes no sense.
+    """
+    parts: Sequence[Any] = method if isinstance(method, (list, tuple)) else [method]
+    if not parts:
+        raise MethodError(f"method is empty: pass a name ({', '.join(METHODS)}) or a calibrator such as quantkit.SmoothQuant()")
+    calibrators = []
+    for part in parts:
+        if isinstance(part, str):
+            if part not in METHODS:
+                raise MethodError(f"method {part!r} is not known: pass one of {', '.join(METHODS)}, or a calibrator of your own")
+            part = METHODS[part]()
+        if isinstance(part, type) or not isinstance(part, Calibrator):
+            hint = f"; did you mean {part.__name__}()?" if isinstance(part, type) else ""
+            raise MethodError(
+                f"method holds {part!r}, which is no calibrator: it needs name, stage, statistics and plan(view){hint}"
+            )
+        calibrators.append(part)
+    check_order(calibrators)
+    return calibrators
+
+
+__all__ = [
+    "METHODS", "RTN", "Calibrator", "Codes", "PerSite", "Plan", "SiteView", "SmoothQuant", "Stage", "View", "resolve",
+]  # fmt: skip

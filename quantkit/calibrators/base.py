@@ -1,0 +1,167 @@
+"""What a calibrator is: it looks at sites and returns data. It never touches the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.errors import MethodError
+from quantkit.modules import weight_of
+from quantkit.scheme import Scheme
+from quantkit.sites import Site
+from quantkit.statistics import Statistic
+from quantkit.transform import Transform
+
+S = TypeVar("S", bound=Statistic)
+
+
+class Stage(IntEnum):
+    """What a calibrator decides. A list of calibrators runs in this order, never backwards."""
+
+    SCALE = 1  # scales and shifts of channels
+    PARTITION = 2  # which channels go together, which stay in 16 bit
+    ROTATE = 3  # orthogonal mixing of channels
+    ROUND = 4  # the integers themselves
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The integers of one linear: ``codes [N, K]`` int8 and ``scale [N, 1]`` float32, for the transformed weight."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A calibrator's whole answer, as data.
+
+    Attributes:
+        transforms: site name -> what to do to its channels, on top of earlier calibrators.
+        codes: linear name -> its integers; linears without an entry are rounded to nearest.
+        notes: site name -> a few values for the report, such as ``{"alpha": 0.6}``.
+    """
+
+    transforms: dict[str, Transform] = field(default_factory=dict)
+    codes: dict[str, Codes] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class SiteView:
+    """What a calibrator sees of one site, as earlier calibrators left it.
+
+    Attributes:
+        site: names, channels, producer.
+        scheme: the number format that is aimed at.
+        transform: what earlier calibrators decided; statistics and weights below include it.
+        fold_only: the model stays in floating point, so that only what folds into the producer can be applied.
+    """
+
+    site: Site
+    scheme: Scheme
+    fold_only: bool
+    transform: Transform
+    _linears: Mapping[str, nn.Module]
+    _statistics: Mapping[type[Statistic], Statistic]
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    def statistic(self, kind: type[S]) -> S:
+        """The site's statistic of one ``kind`` that the calibrator asked for."""
+        return self._statistics[kind].after(self.transform)  # type: ignore[return-value]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """``(name, W' [N, K] float32)`` of each linear to be quantized, one at a time."""
+        for name, linear in self._linears.items():
+            yield name, self.transform.weight(weight_of(linear).float())[0]
+
+
+@dataclass
+class View:
+    """What a calibrator sees of the model. Nothing in it may be changed.
+
+    Attributes:
+        model: for calibrators that learn block by block; read only.
+        sites: one view per site.
+        batches: starts another pass over the calibration data; raises CalibrationError where that is impossible.
+        seed: for calibrators that draw random numbers.
+        progress: wraps an iterable in a progress bar: ``progress(items, "what")``.
+    """
+
+    model: nn.Module
+    sites: Sequence[SiteView]
+    batches: Callable[[], Iterable[Any]]
+    seed: int
+    progress: Callable[[Sequence[Any], str], Iterable[Any]]
+
+
+@runtime_checkable
+class Calibrator(Protocol):
+    """The protocol. Any object with these four attributes can be passed as ``method=``.
+
+    Attributes:
+        name: for the report.
+        stage: what it decides; fixes its place in a composition.
+        statistics: the kinds of :class:`~quantkit.statistics.Statistic` to collect; none means that it needs no data.
+    """
+
+    name: str
+    stage: Stage
+    statistics: tuple[type[Statistic], ...]
+
+    def plan(self, view: View) -> Plan:
+        """Decide. Called once, after the pass over the data, with what earlier calibrators decided applied."""
+
+
+class PerSite:
+    """Base class of calibrators that look at one site at a time: override :meth:`plan_site`."""
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
+
+    def plan_site(self, site: SiteView) -> tuple[Transform, dict[str, Any]]:
+        """The transform of this site and notes for the report."""
+        raise NotImplementedError
+
+    def plan(self, view: View) -> Plan:
+        plan = Plan()
+        for site in view.progress(view.sites, self.name):
+            with torch.no_grad():
+                plan.transforms[site.name], plan.notes[site.name] = self.plan_site(site)
+        return plan
+
+
+REASONS = {
+    (Stage.ROUND, Stage.SCALE): "rounding comes last: a scale after it would undo the integers",
+    (Stage.ROUND, Stage.PARTITION): "rounding comes last: choosing other channels after it would undo the integers",
+    (Stage.ROUND, Stage.ROTATE): "rounding comes last: a rotation after it would undo the integers",
+    (Stage.ROTATE, Stage.SCALE): "a rotation mixes channels, so a scale computed for channels means nothing after it",
+    (Stage.ROTATE, Stage.PARTITION): "a rotation mixes channels, so there are no channels left to choose from",
+    (Stage.PARTITION, Stage.SCALE): "a scale changes the ranges by which channels were chosen",
+}
+
+
+def check_order(calibrators: Sequence[Calibrator]) -> None:
+    """Raises MethodError, with the reason, for an order that makes no sense."""
+    for before, after in zip(calibrators, calibrators[1:], strict=False):
+        if before.stage > after.stage:
+            raise MethodError(
+                f"method=[..., {before.name}, {after.name}, ...]: {REASONS[before.stage, after.stage]}; "
+                f"put {after.name} before {before.name}"
+            )
+    names = [c.name for c in calibrators]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise MethodError(f"method holds {twice} twice: the second finds nothing left to do; pass it once")
+    rounders = [c.name for c in calibrators if c.stage == Stage.ROUND]
+    if len(rounders) > 1:
+        raise MethodError(f"method holds {' and '.join(rounders)}: both choose the integers; keep one")

@@ -1,0 +1,21 @@
+"""Round to nearest: the baseline that every other method must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from quantkit.calibrators.base import Plan, Stage, View
+from quantkit.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class RTN:
+    """Round every weight to the nearest code of its row. Needs no data; every composition ends with it by default."""
+
+    name: ClassVar[str] = "rtn"
+    stage: ClassVar[Stage] = Stage.ROUND
+    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
+
+    def plan(self, view: View) -> Plan:
+        return Plan()  # linears without codes are rounded to nearest

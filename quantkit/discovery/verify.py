@@ -1,0 +1,158 @@
+"""Equivalence, measured against the run-to-run noise of the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.errors import EquivalenceError
+from quantkit.modules import call, evaluating, first_input, tensors_in
+from quantkit.sites import Site
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """How far two models are apart on one batch.
+
+    Attributes:
+        error: RMS of the difference over RMS of the reference, the worst over all output tensors.
+        noise: the same between two runs of the reference.
+        tolerance: what is allowed.
+    """
+
+    error: float
+    noise: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "equivalent" if self.holds else "NOT equivalent"
+        return f"{verdict}: relative error {self.error:.2e}, allowed {self.tolerance:.1e}, noise floor {self.noise:.1e}"
+
+
+def outputs_of(model: nn.Module, batch: Any) -> list[Tensor]:
+    """The floating outputs of the model on ``batch``, in eval mode, detached."""
+    with evaluating(model):
+        return [t.detach().clone() for t in tensors_in(call(model, batch))]
+
+
+def relative_error(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Worst RMS error over RMS signal among matching tensors; ``inf`` where shapes differ or values are not finite."""
+    if len(reference) != len(other) or any(a.shape != b.shape for a, b in zip(reference, other, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(reference, other, strict=True):
+        if a.numel() == 0 or torch.equal(a, b):
+            continue
+        a, b = a.double(), b.double()
+        error = float((a - b).pow(2).mean().sqrt() / a.pow(2).mean().sqrt().clamp_min(1e-30))
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def tolerance_for(outputs: Sequence[Tensor], noise: float) -> float:
+    """1e-5, or eight times the epsilon of a shorter format, or ten times the noise floor."""
+    eps = max((torch.finfo(t.dtype).eps for t in outputs), default=0.0)
+    return max(1e-5, 8 * eps, 10 * noise)
+
+
+def verify_equivalence(
+    model: nn.Module, reference: nn.Module | Sequence[Tensor], batch: Any, *, tolerance: float | None = None
+) -> Equivalence:
+    """Compare ``model`` with ``reference`` on ``batch``.
+
+    Args:
+        model: the model to check.
+        reference: the original model, or its outputs on the same batch (from :func:`outputs_of`).
+        batch: a tensor, dict of keyword arguments or tuple of arguments.
+        tolerance: allowed relative RMS error; by default 1e-5 for float32 (scaled by the epsilon of shorter
+            formats), and never below ten times the difference between two runs of the reference.
+
+    Returns:
+        An :class:`Equivalence`; its ``holds`` says whether the models agree. Nothing is raised.
+    """
+    if isinstance(reference, nn.Module):
+        wanted = outputs_of(reference, batch)
+        noise = relative_error(wanted, outputs_of(reference, batch))
+    else:
+        wanted = list(reference)
+        noise = 0.0
+    if not wanted:
+        raise EquivalenceError("the model returns no floating-point tensor, so there is nothing to compare")
+    error = relative_error(wanted, outputs_of(model, batch))
+    return Equivalence(error, noise, tolerance_for(wanted, noise) if tolerance is None else tolerance)
+
+
+def rehearse(model: nn.Module, batch: Any, sites: Sequence[Site]) -> set[str]:
+    """Names of sites whose fold would change the model, by playing all folds through hooks with powers of two.
+
+    Powers of two commute with every rounding, so the outputs must agree to the noise floor in any dtype, before one
+    weight is touched. If they do not, the sites are halved until the culprits stand alone.
+    """
+    wanted = outputs_of(model, batch)
+    tolerance = tolerance_for(wanted, relative_error(wanted, outputs_of(model, batch)))
+
+    random = torch.Generator().manual_seed(2)
+
+    def culprits(some: Sequence[Site]) -> set[str]:
+        if not some:
+            return set()
+        with scaled_by_hooks(model, [_rehearsal(site, random) for site in some]):
+            if relative_error(wanted, outputs_of(model, batch)) <= tolerance:
+                return set()
+        if len(some) == 1:
+            return {some[0].name}
+        middle = len(some) // 2
+        bad = culprits(some[:middle]) | culprits(some[middle:])
+        return bad or {site.name for site in some}  # they only fail together: none is safe
+
+    return culprits(sites)
+
+
+def _rehearsal(site: Site, random: torch.Generator) -> tuple[Site, Tensor, Tensor]:
+    assert site.producer is not None
+    rows = site.producer.rows
+    c = torch.ones(int(rows.max()) + 1)
+    c[rows] = torch.exp2(torch.randint(-2, 3, (len(c),), generator=random).float())[rows]
+    return site, c, c[rows] ** -site.producer.power
+
+
+@contextmanager
+def scaled_by_hooks(model: nn.Module, scales: Sequence[tuple[Site, Tensor | None, Tensor]]) -> Iterator[None]:
+    """Inside, for each ``(site, factor, scale)``, the first rows of the producer's output are multiplied by ``factor``
+    and the input of every consumer by ``scale``, all through hooks."""
+    with ExitStack() as stack:
+        for site, factor, scale in scales:
+            if factor is not None:
+                assert site.producer is not None
+                producer = model.get_submodule(site.producer.module)
+                stack.callback(producer.register_forward_hook(_scale_output(factor)).remove)
+            for name in site.linears:
+                hook = model.get_submodule(name).register_forward_pre_hook(_scale_input(scale), with_kwargs=True)
+                stack.callback(hook.remove)
+        yield
+
+
+def _scale_output(factor: Tensor) -> Any:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        whole = torch.ones(output.shape[-1], device=output.device)
+        whole[: len(factor)] = factor.to(output.device)
+        return output * whole.to(output)
+
+    return hook
+
+
+def _scale_input(factor: Tensor) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = first_input(args, kwargs)
+        return (x * factor.to(x), *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
+
+    return hook

@@ -1,0 +1,48 @@
+"""Every error quantkit raises on purpose. Each message names the layer, the value and the way out.
+
+QuantkitError (ValueError)
+├── ModelError          the model cannot be quantized as it is (no linears, meta weights, quantized already)
+├── MethodError         unknown or wrongly composed calibrators
+├── SchemeError         a number format that does not exist
+├── CalibrationError    missing, empty, mistyped or non-finite calibration data
+├── TargetError         an ``ignore`` or ``targets`` pattern that matches nothing
+├── EquivalenceError    a transformation changed the function of the model
+├── BackendError        a backend that cannot run what it was asked to run
+└── CheckpointError     a checkpoint that is damaged, foreign, newer, or not safe to open
+"""
+
+
+class QuantkitError(ValueError):
+    """Base class: ``except quantkit.QuantkitError`` catches everything quantkit raises on purpose."""
+
+
+class ModelError(QuantkitError):
+    """The model cannot be quantized as it is."""
+
+
+class MethodError(QuantkitError):
+    """An unknown calibrator, or calibrators in an order that makes no sense."""
+
+
+class SchemeError(QuantkitError):
+    """A number format that does not exist."""
+
+
+class CalibrationError(QuantkitError):
+    """Calibration data is missing, empty, of the wrong type, on the wrong device or not finite."""
+
+
+class TargetError(QuantkitError):
+    """An ``ignore`` or ``targets`` entry matches no layer."""
+
+
+class EquivalenceError(QuantkitError):
+    """A transformation that should preserve the function of the model did not."""
+
+
+class BackendError(QuantkitError):
+    """A backend was asked for something it cannot run."""
+
+
+class CheckpointError(QuantkitError):
+    """A checkpoint is damaged, foreign, of another version, or not safe to open."""

@@ -1,0 +1,125 @@
+"""The one place that changes float parameters: put a site's scale into its producer, and return what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.discovery.discover import absorb
+from quantkit.sites import Site
+from quantkit.transform import Transform
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What a producer takes over.
+
+    Attributes:
+        site: whose channels.
+        parameters: new values of a norm's parameters, in their own dtype.
+        row_factor: ``[N]`` float32, for a linear producer: its rows are multiplied by it.
+        scale: ``[K]`` float32, the part of the scale that consumers must undo: ``x_new = x / scale`` exactly.
+    """
+
+    site: Site
+    parameters: dict[str, Tensor]
+    row_factor: Tensor | None
+    scale: Tensor
+
+
+def split(model: nn.Module, site: Site, transform: Transform) -> tuple[Fold | None, Transform]:
+    """The part of ``transform`` that the site's producer absorbs, and the part that must run at inference.
+
+    ``fold.scale`` is computed back from the parameters as they are stored, so a bfloat16 norm weight adds no error. Channels
+    whose new parameter would under- or overflow its dtype keep their scale at run time.
+    """
+    producer, scale = site.producer, transform.scale
+    if producer is None or scale is None:
+        return None, transform
+    rows = producer.rows.to(scale.device)
+    wanted = torch.ones(_width(model, site), dtype=torch.float32, device=scale.device)
+    wanted.scatter_reduce_(0, rows, site.tie(scale), "amax", include_self=False)
+    factor = wanted ** (-1.0 / producer.power)
+    parameters: dict[str, Tensor] = {}
+    if producer.kind == "norm":
+        module = model.get_submodule(producer.module)
+        for name, rule in producer.parameters.items():
+            old = module.get_parameter(name).detach()
+            new = absorb(old.float(), factor, rule).to(old.dtype)
+            if not parameters:  # the gain comes first; what it stores is the factor from here on
+                factor = _stored_factor(old.float(), new.float(), factor, rule, torch.finfo(old.dtype).tiny)
+                new = absorb(old.float(), factor, rule).to(old.dtype)
+            parameters[name] = new
+    folded = factor[rows] ** -producer.power
+    left = torch.where((folded / scale - 1).abs() < 0.01, torch.ones_like(scale), scale / folded)
+    leftover = replace(transform, scale=None if bool((left == 1).all()) else left)
+    return Fold(site, parameters, factor if producer.kind == "linear" else None, folded), leftover
+
+
+def _stored_factor(old: Tensor, new: Tensor, factor: Tensor, rule: str, tiny: float) -> Tensor:
+    offset = 1.0 if rule == "offset" else 0.0
+    before, after = old + offset, new + offset
+    stored = torch.where(before == 0, factor, after / before)
+    ok = torch.isfinite(new) & ((new.abs() >= tiny) | (before == 0) | (rule == "offset")) & (stored > 0)
+    # An offset norm may round 1 + w to a neighbour far away in relative terms; then the channel is better left alone.
+    return torch.where(ok & ((stored / factor - 1).abs() < 0.05), stored, torch.ones_like(factor))
+
+
+def _width(model: nn.Module, site: Site) -> int:
+    assert site.producer is not None
+    return int(site.producer.rows.max()) + 1 if site.producer.kind == "linear" else _norm_width(model, site)
+
+
+def _norm_width(model: nn.Module, site: Site) -> int:
+    assert site.producer is not None
+    module = model.get_submodule(site.producer.module)
+    return max(module.get_parameter(name).numel() for name in site.producer.parameters)
+
+
+def snap(model: nn.Module, site: Site, transform: Transform) -> Transform:
+    """``transform`` with the scale that will really be in effect once the foldable part is stored in the model's dtype."""
+    fold, leftover = split(model, site, transform)
+    if fold is None:
+        return transform
+    scale = fold.scale if leftover.scale is None else fold.scale * leftover.scale
+    return replace(transform, scale=scale)
+
+
+def store_norms(model: nn.Module, folds: Sequence[Fold]) -> dict[tuple[str, str], Tensor]:
+    """Write the folded norm parameters in place; returns the old values, for :func:`restore_norms`."""
+    old = {}
+    for fold in folds:
+        assert fold.site.producer is not None
+        for name, value in fold.parameters.items():
+            parameter = model.get_submodule(fold.site.producer.module).get_parameter(name)
+            old[fold.site.producer.module, name] = parameter.detach().clone()
+            parameter.data.copy_(value)
+    return old
+
+
+def restore_norms(model: nn.Module, old: dict[tuple[str, str], Tensor]) -> None:
+    """Undo :func:`store_norms`."""
+    for (module, name), value in old.items():
+        model.get_submodule(module).get_parameter(name).data.copy_(value)
+
+
+def row_factors(folds: Sequence[Fold]) -> dict[str, Tensor]:
+    """Linear name -> ``[n]`` float32 by which its first n output rows are multiplied; several sites may share a producer."""
+    factors: dict[str, Tensor] = {}
+    for fold in folds:
+        assert fold.site.producer is not None
+        if fold.row_factor is not None:
+            name = fold.site.producer.module
+            known = factors.get(name)
+            factors[name] = fold.row_factor if known is None else _multiply(known, fold.row_factor)
+    return factors
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    out = torch.ones(max(len(a), len(b)), device=a.device)
+    out[: len(a)] *= a
+    out[: len(b)] *= b
+    return out

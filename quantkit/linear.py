@@ -1,0 +1,221 @@
+"""The only module quantkit inserts: a linear that multiplies INT8 by INT8."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit import ops
+from quantkit.errors import ModelError
+from quantkit.modules import is_conv1d, weight_of
+from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, range_scale, absmax_scale
+from quantkit.scheme import Scheme
+from quantkit.transform import Rotation, Transform
+
+log = logging.getLogger("quantkit")
+
+
+class W8A8Linear(nn.Module):
+    """``y = x W^T + b`` with INT8 weights and INT8 activations.
+
+    The activation is rewritten by what could not be folded into its producer (usually nothing), quantized per
+    token (or with the static scale), multiplied exactly in int32, and rescaled in float32 to the dtype of ``x``.
+
+    Args:
+        in_features, out_features: K and N.
+        scheme: number formats.
+        bias: whether there is one.
+        device, dtype: of the bias and of the 16-bit side product.
+
+    Buffers:
+        weight: ``[N, K]`` int8. weight_scale: ``[N, 1]`` float32.
+        bias: ``[N]`` float or None.
+        input_scale, input_zero_point: ``[1]`` float32 and int32, static schemes only.
+        pre_scale: ``[K]`` float32 or None, ``1 / s`` of a scale that no producer could take, 0 at outlier columns.
+        shift, permutation, rotation_signs: ``[K]`` or None, see :class:`quantkit.Transform`.
+        outlier_index ``[n]`` int64, outlier_weight ``[N, n]``, float: columns multiplied in 16 bit.
+
+    Raises:
+        ModelError: K is beyond the exact range of an int32 accumulator.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    pre_scale: Tensor | None
+    shift: Tensor | None
+    permutation: Tensor | None
+    rotation_signs: Tensor | None
+    outlier_index: Tensor | None
+    outlier_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        scheme: Scheme | None = None,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        scheme = scheme or Scheme()
+        check_exact(in_features, scheme, "W8A8Linear")
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.rotation_block = 0
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
+        static = torch.ones(1, device=device) if scheme.is_static else None
+        self.register_buffer("input_scale", static)
+        zero = torch.zeros(1, dtype=torch.int32, device=device) if scheme.is_static and not scheme.symmetric else None
+        self.register_buffer("input_zero_point", zero)
+        for name in ("pre_scale", "shift", "permutation", "rotation_signs", "outlier_index", "outlier_weight"):
+            self.register_buffer(name, None)
+        self._packed: ops.Packed | None = None
+        self._register_load_state_dict_pre_hook(self._make_room)
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Module,
+        *,
+        scheme: Scheme | None = None,
+        codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        leftover: Transform | None = None,
+        outlier_weight: Tensor | None = None,
+        input_range: tuple[Tensor, Tensor] | None = None,
+    ) -> W8A8Linear:
+        """A W8A8Linear in place of ``linear``.
+
+        Args:
+            linear: the ``nn.Linear`` or ``Conv1D`` to stand in for; gives dtype, device and sizes.
+            scheme: number formats.
+            codes, weight_scale: ``[N, K]`` int8 and ``[N, 1]`` float32 of the transformed weight.
+            bias: ``[N]`` float32 or None, after the transformation.
+            leftover: what is done to the activation at run time.
+            outlier_weight: ``[N, n]``, with ``leftover.outliers``.
+            input_range: scalar minimum and maximum of the transformed activation, for static schemes.
+        """
+        rows, channels = weight_of(linear).shape
+        like = weight_of(linear)
+        new = cls(channels, rows, scheme=scheme, bias=bias is not None, device=like.device, dtype=like.dtype)
+        new.train(linear.training)
+        new.weight.copy_(codes)
+        new.weight_scale.copy_(weight_scale)
+        if bias is not None and new.bias is not None:
+            new.bias.copy_(bias)
+        if new.scheme.is_static:
+            assert input_range is not None and new.input_scale is not None
+            new._set_static_range(*input_range)
+        new._set_leftover(leftover or Transform(), outlier_weight, like)
+        return new
+
+    def _set_static_range(self, low: Tensor, high: Tensor) -> None:
+        assert self.input_scale is not None
+        if self.input_zero_point is None:
+            self.input_scale.fill_(absmax_scale(torch.maximum(-low, high), self.scheme.activation_bits))
+        else:
+            scale, zero = range_scale(low, high, self.scheme.activation_bits)
+            self.input_scale.fill_(scale)
+            self.input_zero_point.fill_(zero)
+
+    def _set_leftover(self, leftover: Transform, outlier_weight: Tensor | None, like: Tensor) -> None:
+        device = like.device
+        self.shift = None if leftover.shift is None else leftover.shift.to(device)
+        pre_scale = None if leftover.scale is None else (1.0 / leftover.scale.float()).to(device)
+        if leftover.outliers is not None:
+            assert outlier_weight is not None
+            self.outlier_index = leftover.outliers.to(device)
+            # The side product sees the channel before the scale, so its weight takes the scale back.
+            self.outlier_weight = outlier_weight.to(like.dtype)
+            pre_scale = torch.ones(self.in_features, device=device) if pre_scale is None else pre_scale
+            pre_scale = pre_scale.index_fill(0, self.outlier_index, 0.0)
+        self.pre_scale = pre_scale
+        self.permutation = None if leftover.permutation is None else leftover.permutation.to(device)
+        if leftover.rotation is not None:
+            self.rotation_block = leftover.rotation.block
+            signs = leftover.rotation.signs
+            self.rotation_signs = None if signs is None else signs.float().to(device)
+
+    @property
+    def rewrites_input(self) -> bool:
+        """Whether anything is done to the activation before it is quantized."""
+        return self.rotation_block > 0 or any(v is not None for v in (self.pre_scale, self.shift, self.permutation))
+
+    def prepare_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The INT8 side ``[M, K]`` (float) and the side product's input ``[M, n]`` of ``x [M, K]``."""
+        if self.shift is not None:
+            x = x - self.shift.to(x.dtype)
+        side = None if self.outlier_index is None else x.index_select(1, self.outlier_index)
+        if self.pre_scale is not None:
+            x = x * self.pre_scale  # float32: bf16 would round the scale
+            if self.outlier_index is not None:
+                x = x.index_fill(1, self.outlier_index, 0.0)  # also where 0 * inf would be NaN
+        if self.permutation is not None:
+            x = x.index_select(1, self.permutation)
+        if self.rotation_block:
+            x = Rotation(self.rotation_block, self.rotation_signs).apply(x.float())
+        return x, side
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., K]`` floating point to ``[..., N]`` in the same dtype. Rows with NaN or Inf come out as NaN."""
+        return ops.linear(self, input.reshape(-1, self.in_features)).view(*input.shape[:-1], self.out_features)
+
+    def dequantized_weight(self) -> Tensor:
+        """``[N, K]`` float32: what the integers stand for, in the channels of the rewritten activation."""
+        return self.weight.float() * self.weight_scale
+
+    @property
+    def packed(self) -> ops.Packed:
+        """The weight as the backend of its device wants it, made at first use."""
+        if self._packed is None or self._packed.device != self.weight.device:
+            self._packed = ops.pack(self)
+        return self._packed
+
+    def _apply(self, fn: Any, recurse: bool = True) -> W8A8Linear:
+        # .to(dtype), .half() and the like move everything, but float32 scales stay float32.
+        keep = {n: b for n, b in self.named_buffers() if b.dtype == torch.float32 and n not in ("bias", "outlier_weight")}
+        super()._apply(fn, recurse)
+        for name, before in keep.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        self._packed = None
+        return self
+
+    def _make_room(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Optional buffers that the checkpoint has and a fresh module lacks."""
+        self._packed = None
+        for name, buffer in list(self._buffers.items()):
+            saved = state.get(prefix + name)
+            if saved is not None and (buffer is None or buffer.shape != saved.shape) and name != "weight":
+                setattr(self, name, torch.empty_like(saved, device=self.weight.device))
+
+    def extra_repr(self) -> str:
+        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"bias={self.bias is not None}"]
+        parts.append(f"scheme={self.scheme.name}")
+        if self.rewrites_input:
+            names = ("shift", "pre_scale", "permutation")
+            extra = [n for n in names if getattr(self, n) is not None]
+            extra += [f"rotation({self.rotation_block})"] if self.rotation_block else []
+            parts.append(f"at run time: {'+'.join(extra)}")
+        return ", ".join(parts)
+
+
+def check_exact(channels: int, scheme: Scheme, name: str) -> None:
+    """Raises ModelError where an int32 accumulator of ``channels`` products could overflow."""
+    limit = MAX_EXACT_K if scheme.symmetric else MAX_EXACT_K_ASYMMETRIC
+    if channels > limit:
+        raise ModelError(
+            f"{name}: K = {channels} input features are beyond {limit}, up to which int32 sums of {scheme.name} products are "
+            f"exact; leave the layer in floating point with ignore=[{name!r}]"
+        )

@@ -1,0 +1,73 @@
+"""One streaming pass of calibration data through the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from quantkit.data import _off
+from quantkit.errors import CalibrationError
+from quantkit.modules import call, evaluating, first_input
+from quantkit.sites import Site
+from quantkit.statistics import Statistic
+
+SiteStatistics = dict[type[Statistic], Statistic]
+
+
+def observe(
+    model: nn.Module,
+    batches: Iterable[Any],
+    sites: Sequence[Site],
+    kinds: Sequence[type[Statistic]],
+    *,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> dict[str, SiteStatistics]:
+    """Statistics of every site, keyed by site name and then by kind.
+
+    The model is only watched: hooks are removed even when the pass is interrupted. Memory holds the statistics and one
+    batch, whatever the amount of data.
+
+    Raises:
+        CalibrationError: an activation is NaN or Inf (naming the layer), or no batch came.
+    """
+    statistics: dict[str, SiteStatistics] = {}
+    finite: dict[str, Tensor] = {}
+
+    def watch(site: Site, index: int, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_input(args, kwargs).detach()
+            x = x.reshape(-1, x.shape[-1])
+            entry = statistics.setdefault(site.name, {})
+            for kind in kinds:
+                if kind not in entry:
+                    entry[kind] = kind(site.channels, x.device, seed + index)  # type: ignore[call-arg]
+                entry[kind].update(x)
+            finite[name] = finite.get(name, torch.ones((), dtype=torch.bool, device=x.device)) & x.isfinite().all()
+
+        return hook
+
+    count = 0
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for index, site in enumerate(sites):
+            for name in site.taps:
+                hook = model.get_submodule(name).register_forward_pre_hook(watch(site, index, name), with_kwargs=True)
+                stack.callback(hook.remove)
+        for batch in tqdm(batches, desc="calibrating", unit="batch", disable=_off(progress)):
+            call(model, batch)
+            count += 1
+            bad = next((name for name, ok in finite.items() if not ok), None)
+            if bad is not None:
+                raise CalibrationError(
+                    f"calibration batch {count} puts NaN or Inf into the input of {bad!r}: look at the data and at the "
+                    "model's dtype (float16 overflows above 65504; try bfloat16)"
+                )
+    if not count:
+        raise CalibrationError("calibration is empty: pass at least one batch")
+    return statistics

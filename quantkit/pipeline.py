@@ -1,0 +1,299 @@
+"""quantize(): the straight line. Everything up to ``_convert`` only looks; ``_convert`` changes the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from quantkit.calibrators import Calibrator, Codes, SiteView, Stage, View, resolve
+from quantkit.data import _off, _peek, calibration_batches, probe_batch
+from quantkit.discovery import discover, verify_equivalence
+from quantkit.discovery.verify import outputs_of, relative_error, scaled_by_hooks, tolerance_for
+from quantkit.errors import CalibrationError, EquivalenceError, MethodError, ModelError, QuantkitError
+from quantkit.fold import Fold, restore_norms, row_factors, snap, split, store_norms
+from quantkit.linear import W8A8Linear, check_exact
+from quantkit.modules import is_conv1d, linears_of, replace_module, weight_of
+from quantkit.numerics import quantize_weight, sqnr_db
+from quantkit.observe import SiteStatistics, observe
+from quantkit.report import RECORD, LayerRecord, Report
+from quantkit.scheme import Scheme
+from quantkit.sites import Discovery, Site
+from quantkit.statistics import Range, TokenSample
+from quantkit.targets import check_patterns, chosen
+from quantkit.transform import Transform
+
+log = logging.getLogger("quantkit")
+M = TypeVar("M", bound=nn.Module)
+BROKEN = "_quantkit_interrupted"
+
+
+def quantize(
+    model: M,
+    method: str | Calibrator | Sequence[str | Calibrator] = "smoothquant",
+    *,
+    calibration: Iterable[Any] | None = None,
+    tokenizer: Any = None,
+    scheme: str | Scheme | None = "w8a8",
+    ignore: Sequence[str | type] = (),
+    targets: Sequence[str | type] | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> M:
+    """Quantize the linears of ``model`` to INT8 weights and INT8 activations, in place.
+
+    Args:
+        model: any module with its weights in memory; ``nn.Linear`` and transformers' ``Conv1D`` are replaced by
+            :class:`quantkit.W8A8Linear`. Output heads, routers and tied weights stay in floating point.
+        method: a name (``"smoothquant"``, ``"rtn"``), a calibrator, or a list of them, applied in order.
+        calibration: an iterable of batches (tensors, dicts of keyword arguments, tuples of arguments), or strings with
+            ``tokenizer``. Left out, a causal LM of transformers samples its own tokens.
+        tokenizer: turns strings into tokens.
+        scheme: a name or a :class:`quantkit.Scheme`; None applies only what preserves the function and leaves the
+            model in floating point.
+        ignore: layer names, globs or classes that stay in floating point.
+        targets: if given, only these are quantized; they may include output heads and routers.
+        seed: for sampled calibration data and for calibrators.
+        progress: show progress bars; None decides by the terminal.
+
+    Returns:
+        The same object. :func:`quantkit.report` tells what happened to every layer.
+
+    Raises:
+        QuantkitError: a subclass that says what is wrong, before the model is changed.
+    """
+    calibrators, number_format = resolve(method), None if scheme is None else Scheme.parse(scheme)
+    linears = _check(model, calibrators, number_format, ignore, targets)
+    data = calibration_batches(model, calibration, tokenizer=tokenizer, seed=seed, progress=progress)
+    first, data = _peek(data)
+    piece = probe_batch(model, first)
+
+    discovery = discover(model, piece)
+    kept = chosen(linears, discovery.kept, ignore, targets)
+    sites = [site for site in discovery.sites if not all(name in kept for name in site.linears)]
+    _check_chosen(linears, kept, sites, number_format)
+
+    kinds = dict.fromkeys(kind for c in calibrators for kind in c.statistics)
+    if number_format is not None:
+        kinds |= dict.fromkeys((TokenSample, Range) if number_format.is_static else (TokenSample,))
+    statistics = observe(model, data, sites, list(kinds), seed=seed, progress=progress)
+    views = _views(sites, linears, kept, statistics, number_format)
+    codes, notes = _plan(model, calibrators, views, data, seed, progress)
+    record = Report(
+        [c.name for c in calibrators],
+        number_format.name if number_format else None,
+        seed,
+        "sampled from the model" if calibration is None else "given",
+    )
+    _convert(model, views, codes, notes, kept, number_format, piece, record, progress)
+    setattr(model, RECORD, record)
+    log.info(record.summary)
+    return model
+
+
+def _check(
+    model: nn.Module,
+    calibrators: Sequence[Calibrator],
+    scheme: Scheme | None,
+    ignore: Sequence[Any],
+    targets: Sequence[Any] | None,
+) -> dict[str, nn.Module]:
+    """Everything that can be refused without running the model."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}: pass a torch.nn.Module, or use quantkit.load(path) for a checkpoint")
+    if getattr(model, BROKEN, False):
+        raise ModelError("an earlier conversion of this model was interrupted half way: load the model again")
+    if any(isinstance(module, W8A8Linear) for module in model.modules()):
+        raise ModelError("the model is quantized already: load the floating-point model again to quantize it in another way")
+    linears = linears_of(model)
+    if not linears:
+        raise ModelError(f"{type(model).__name__} has no linear to quantize: quantkit replaces nn.Linear and transformers' Conv1D")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ModelError(
+                f"parameter {name!r} is on the meta device (offloaded, or never loaded): load the whole model into memory first"
+            )
+    if scheme is None and any(c.stage == Stage.ROUND for c in calibrators):
+        raise MethodError("scheme=None leaves the model in floating point, so there is nothing to round: drop RTN, or pass a scheme")
+    check_patterns(ignore, linears, "ignore")
+    if targets is not None:
+        check_patterns(targets, linears, "targets")
+    if scheme is not None and scheme.is_simulation:
+        log.warning("scheme %s is a simulation: codes of fewer bits, stored and multiplied as INT8, no smaller or faster", scheme.name)
+    return linears
+
+
+def _check_chosen(linears: dict[str, nn.Module], kept: dict[str, str], sites: Sequence[Site], scheme: Scheme | None) -> None:
+    names = [name for site in sites for name in site.linears if name not in kept]
+    if not names:
+        raise ModelError(f"no linear is left to quantize: all {len(linears)} stay in floating point ({'; '.join(sorted(set(kept.values())))})")
+    for name in names if scheme else ():
+        assert scheme is not None
+        check_exact(weight_of(linears[name]).shape[1], scheme, name)
+
+
+def _views(
+    sites: Sequence[Site],
+    linears: dict[str, nn.Module],
+    kept: dict[str, str],
+    statistics: dict[str, SiteStatistics],
+    scheme: Scheme | None,
+) -> list[SiteView]:
+    views = []
+    for site in sites:
+        targets = {name: linears[name] for name in site.linears if name not in kept}
+        views.append(SiteView(site, scheme or Scheme(), scheme is None, Transform(), targets, statistics[site.name]))
+    return views
+
+
+def _plan(
+    model: nn.Module,
+    calibrators: Sequence[Calibrator],
+    views: list[SiteView],
+    data: Iterable[Any],
+    seed: int,
+    progress: bool | None,
+) -> tuple[dict[str, Codes], dict[str, dict[str, Any]]]:
+    """Let each calibrator decide on top of the ones before it; nothing changes but the views."""
+
+    def again() -> Iterable[Any]:
+        if iter(data) is data:
+            raise CalibrationError("this method reads the calibration data more than once: pass a list or a DataLoader")
+        return data
+
+    def bar(items: Sequence[Any], what: str) -> Iterable[Any]:
+        return tqdm(items, desc=what, disable=_off(progress))
+
+    codes: dict[str, Codes] = {}
+    notes: dict[str, dict[str, Any]] = {}
+    for calibrator in calibrators:
+        plan = calibrator.plan(View(model, views, again, seed, bar))
+        unknown = plan.transforms.keys() - {view.name for view in views}
+        if unknown:
+            raise MethodError(f"{calibrator.name} planned for sites that do not exist: {', '.join(sorted(unknown))}")
+        for view in views:
+            if view.name in plan.transforms:
+                view.transform = snap(model, view.site, view.transform.then(plan.transforms[view.name]))
+            notes.setdefault(view.name, {}).update(plan.notes.get(view.name, {}))
+        codes |= plan.codes
+    return codes, notes
+
+
+def _convert(
+    model: nn.Module,
+    views: Sequence[SiteView],
+    codes: dict[str, Codes],
+    notes: dict[str, dict[str, Any]],
+    kept: dict[str, str],
+    scheme: Scheme | None,
+    piece: Any,
+    record: Report,
+    progress: bool | None,
+) -> None:
+    folds: list[Fold] = []
+    leftovers: dict[str, Transform] = {}
+    for view in views:
+        fold, leftovers[view.name] = split(model, view.site, view.transform)
+        folds += [fold] if fold else []
+    old = _store_and_prove(model, folds, piece, record)
+    setattr(model, BROKEN, True)
+    try:
+        factors = row_factors(folds)
+        folded = {fold.site.name: fold.scale for fold in folds}
+        for view in tqdm(views, desc="converting", unit="site", disable=_off(progress)):
+            for name in view.site.linears:
+                linear = model.get_submodule(name)
+                into = view.site.producer.module if view.site.producer and view.name in folded else None
+                layer = LayerRecord(name, "float", view.name, into, reason=kept.get(name) or view.site.reason, notes=notes[view.name])
+                if scheme is None or name in kept:
+                    _scale_float(linear, folded.get(view.name), factors.pop(name, None))
+                else:
+                    new = _to_int8(linear, view, leftovers[view.name], factors.pop(name, None), codes.get(name), scheme)
+                    layer.sqnr_db = _sqnr(view, linear, new)
+                    layer.kind = "int8"
+                    layer.at_run_time = [k for k in ("shift", "scale", "outliers", "permutation", "rotation") if getattr(leftovers[view.name], k) is not None]
+                    replace_module(model, name, new)
+                record.layers.append(layer)
+        for name, factor in factors.items():
+            _scale_float(model.get_submodule(name), None, factor)
+    except BaseException:
+        log.error("the conversion stopped half way: this model object is unusable, load it again")
+        raise
+    delattr(model, BROKEN)
+    done = {layer.name for layer in record.layers}
+    record.layers += [LayerRecord(name, "float", reason=reason) for name, reason in kept.items() if name not in done]
+
+
+def _store_and_prove(model: nn.Module, folds: Sequence[Fold], piece: Any, record: Report) -> dict[tuple[str, str], Tensor]:
+    """Write the norms, and prove with the real scales that the float model is still the same; otherwise put them back."""
+    if not folds:
+        return {}
+    wanted = outputs_of(model, piece)
+    noise = relative_error(wanted, outputs_of(model, piece))
+    old = store_norms(model, folds)
+    try:
+        with scaled_by_hooks(model, [(f.site, f.row_factor, f.scale) for f in folds]):
+            record.equivalence = relative_error(wanted, outputs_of(model, piece))
+        tolerance = tolerance_for(wanted, noise)
+        if record.equivalence > tolerance:
+            raise EquivalenceError(
+                f"folding changed the model by {record.equivalence:.1e} (allowed {tolerance:.1e}); it was undone. Please report the "
+                "architecture; quantkit.quantize(model, method='rtn') needs no folding"
+            )
+        if all(bool((fold.scale == 1).all()) for fold in folds):
+            log.warning("every smoothing scale is 1: the transformation did nothing")
+    except BaseException:
+        restore_norms(model, old)
+        raise
+    return old
+
+
+def _scale_float(linear: nn.Module, scale: Tensor | None, factor: Tensor | None) -> None:
+    """Multiply the columns of a float linear by ``scale [K]`` and its first rows (and bias) by ``factor``, in float32."""
+    weight = weight_of(linear)
+    new = weight.float() if scale is None else weight.float() * scale
+    if factor is not None:
+        new[: len(factor)] *= factor[:, None]
+        if linear.bias is not None:
+            bias = linear.bias.data.float()
+            bias[: len(factor)] *= factor
+            linear.bias.data.copy_(bias)
+    weight.copy_(new)
+
+
+def _to_int8(
+    linear: nn.Module, view: SiteView, leftover: Transform, factor: Tensor | None, codes: Codes | None, scheme: Scheme
+) -> W8A8Linear:
+    weight = weight_of(linear).float()
+    bias = None if linear.bias is None else linear.bias.detach().float()
+    extra = view.transform.bias(weight)
+    bias = extra if bias is None else bias if extra is None else bias + extra
+    inner, side = view.transform.weight(weight)
+    if side is not None and leftover.scale is not None:
+        assert leftover.outliers is not None
+        side = side / leftover.scale[leftover.outliers]
+    if codes is None:
+        codes = Codes(*quantize_weight(inner, scheme.weight_bits, per_tensor=scheme.weights == "tensor"))
+    scale = codes.scale
+    if factor is not None:  # a row factor only moves the scale of the row: the codes stay
+        rows = torch.ones(len(weight), device=weight.device)
+        rows[: len(factor)] = factor
+        scale = scale * rows[:, None]
+        bias = None if bias is None else bias * rows
+        side = None if side is None else side * rows[:, None]
+    input_range = None
+    if scheme.is_static:
+        ranges = view.statistic(Range)
+        input_range = (ranges.low.min(), ranges.high.max())
+    return W8A8Linear.from_float(
+        linear, scheme=scheme, codes=codes.codes, weight_scale=scale, bias=bias, leftover=leftover,
+        outlier_weight=side, input_range=input_range,
+    )  # fmt: skip
+
+
+def _sqnr(view: SiteView, linear: nn.Module, new: W8A8Linear) -> float:
+    return 0.0

@@ -1,0 +1,73 @@
+"""Sites as data: which linears read one activation, and who wrote it.
+
+A *site* is one activation tensor, ``x [..., K]``, that feeds one or more linears. All of them must agree on any
+rewrite of its channels. Discovery finds sites by probing; a user may also write them by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Producer:
+    """The module whose output rows carry the channels of a site.
+
+    Attributes:
+        module: its name in the model.
+        kind: ``"norm"`` (per-channel parameters) or ``"linear"`` (rows of a weight).
+        rows: ``[K]`` int64, the output row that feeds each channel of the site. Grouped-query attention repeats rows.
+        power: the site scales with the row to this power: 1, or 2 behind a squared ReLU.
+        parameters: for a norm, how each per-channel parameter p absorbs a factor c: ``"scale"`` p*c, ``"offset"``
+            (1+p)*c - 1, the convention of Gemma.
+    """
+
+    module: str
+    kind: Literal["norm", "linear"]
+    rows: Tensor
+    power: int = 1
+    parameters: dict[str, Literal["scale", "offset"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation tensor and everything that reads it.
+
+    Attributes:
+        name: the name of its first linear.
+        linears: every linear that reads it, quantized or not.
+        taps: one linear for each distinct tensor of the site; their inputs make up its statistics.
+        channels: K.
+        producer: who wrote it, when a scale may be folded there.
+        reason: why it has no producer, for the report.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    taps: tuple[str, ...]
+    channels: int
+    producer: Producer | None = None
+    reason: str = ""
+
+    def tie(self, values: Tensor) -> Tensor:
+        """The largest of ``values [K]`` over the channels that share a producer row, for each channel.
+
+        A scale can be folded only if such channels agree (methods: reduce the statistics, not the scale).
+        """
+        if self.producer is None:
+            return values
+        rows = self.producer.rows.to(values.device)
+        top = torch.full((int(rows.max()) + 1,), float("-inf"), device=values.device, dtype=values.dtype)
+        return top.scatter_reduce(0, rows, values, "amax")[rows]
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What the probe found: the sites, and the linears that stay in floating point, each with the reason."""
+
+    sites: tuple[Site, ...]
+    kept: dict[str, str]

@@ -1,0 +1,143 @@
+"""What a calibrator may decide about the channels of a site, as data that preserves the function.
+
+A linear computes ``y = x W^T + b``. A :class:`Transform` rewrites both sides so that ``y`` stays the same::
+
+    x' = R P ((x - shift) / scale)         W' = R P (W * scale)         b' = b + W shift
+
+with a permutation ``P`` and a block-diagonal orthogonal rotation ``R``, and takes the ``outliers`` channels
+out of ``x'`` and ``W'`` into a small 16-bit side product. Calibrators return transforms, :mod:`quantkit.fold`
+puts what it can into the producer of the site, and :class:`quantkit.W8A8Linear` runs what is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import MethodError
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Block-diagonal orthogonal matrix ``diag(signs) (I kron H)`` with a normalised Hadamard ``H``.
+
+    Attributes:
+        block: channels per block, a power of two that divides K.
+        signs: ``[K]`` of +-1, applied before the Hadamard product; None for all ones.
+    """
+
+    block: int
+    signs: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.block & (self.block - 1):
+            raise MethodError(f"Rotation(block={self.block}): a Hadamard block is a power of two")
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x R`` for ``x [..., K]``, in the dtype of ``x``."""
+        if x.shape[-1] % self.block:
+            raise MethodError(f"Rotation(block={self.block}) does not divide {x.shape[-1]} channels")
+        if self.signs is not None:
+            x = x * self.signs.to(x)
+        return (x.unflatten(-1, (-1, self.block)) @ hadamard(self.block).to(x)).flatten(-2)
+
+
+def hadamard(n: int) -> Tensor:
+    """Normalised Sylvester-Hadamard matrix ``[n, n]`` float64: symmetric and its own inverse."""
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while len(h) < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h / n**0.5
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A function-preserving rewrite of the K input channels of a site. Every field is optional.
+
+    Attributes:
+        shift: ``[K]`` float32, subtracted from the activation first.
+        scale: ``[K]`` float32, positive; SmoothQuant's ``s``.
+        outliers: ``[n]`` int64, channels (as the model numbers them) kept in 16 bit.
+        permutation: ``[K]`` int64, ``x'[i] = x[permutation[i]]``.
+        rotation: applied last, on what is not an outlier.
+    """
+
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    outliers: Tensor | None = None
+    permutation: Tensor | None = None
+    rotation: Rotation | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        return all(getattr(self, f.name) is None for f in fields(self))
+
+    def then(self, later: Transform) -> Transform:
+        """The transform that applies ``self`` and afterwards ``later``, which sees the channels of ``self``'s output.
+
+        Raises:
+            MethodError: ``later`` changes ranges that an earlier rotation has already mixed.
+        """
+        if later.is_identity:
+            return self
+        if self.rotation is not None:
+            raise MethodError(
+                "nothing may follow a rotation: it mixes channels, so a later scale, shift, permutation or outlier "
+                "choice would act on other channels than it was computed for; put the rotation last"
+            )
+        order = self.permutation
+        shift, scale, outliers = later.shift, later.scale, later.outliers
+        if order is not None:  # bring later's vectors back to the model's own numbering
+            inverse = torch.argsort(order)
+            shift = None if shift is None else shift[inverse]
+            scale = None if scale is None else scale[inverse]
+            outliers = None if outliers is None else order[outliers]
+        if shift is not None and self.scale is not None:
+            shift = shift * self.scale
+        permutation = later.permutation
+        if order is not None:
+            permutation = order if permutation is None else order[permutation]
+        return Transform(
+            shift=_merge(self.shift, shift, torch.add),
+            scale=_merge(self.scale, scale, torch.mul),
+            outliers=_merge(self.outliers, outliers, lambda a, b: torch.unique(torch.cat([a, b]))),
+            permutation=permutation,
+            rotation=later.rotation,
+        )
+
+    def activation(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The INT8 side ``x' [..., K]`` (0 at outliers) and the 16-bit side ``[..., n]`` or None, of ``x [..., K]``."""
+        if self.shift is not None:
+            x = x - self.shift.to(x)
+        if self.scale is not None:
+            x = x / self.scale.to(x)
+        return self._arrange(x)
+
+    def weight(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The INT8 side ``W' [N, K]`` and the 16-bit side ``[N, n]`` or None, of ``w [N, K]``."""
+        return self._arrange(w if self.scale is None else w * self.scale.to(w))
+
+    def bias(self, w: Tensor) -> Tensor | None:
+        """What the shift adds to the bias: ``W shift``, ``[N]``, of the original ``w [N, K]``."""
+        return None if self.shift is None else w @ self.shift.to(w)
+
+    def _arrange(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        side = None
+        if self.outliers is not None:
+            side = x[..., self.outliers]
+            x = x.index_fill(-1, self.outliers.to(x.device), 0)
+        if self.permutation is not None:
+            x = x[..., self.permutation]
+        return (x if self.rotation is None else self.rotation.apply(x)), side
+
+    def without(self, *names: str) -> Transform:
+        """A copy with the named fields dropped."""
+        return replace(self, **dict.fromkeys(names))
+
+
+def _merge(first, second, combine):  # type: ignore[no-untyped-def]  # None is the identity
+    if first is None or second is None:
+        return second if first is None else first
+    return combine(first, second)
