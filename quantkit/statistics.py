@@ -71,44 +71,62 @@ class Range:
 
 
 class TokenSample:
-    """A uniform sample of at most ``size`` tokens, ``[n, K]``, and the number of tokens seen.
+    """A weighted sample of tokens that does not miss the rare ones that decide ranges.
 
-    Each token draws a random key and the smallest keys stay, so a merge of samples is a sample of the union. The
-    tokens keep the dtype in which they came. Rare tokens matter for ranges: use :class:`Range` for extremes.
+    Kept are the ``extremes`` tokens with the largest absmax, and of all others a uniform sample of ``size``. Every other
+    token draws a random key and the smallest keys stay, so a merge of samples is a sample of the union. Tokens keep the
+    dtype in which they came.
     """
 
-    size = 256
+    size, extremes = 256, 64
 
     def __init__(self, channels: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
-        self.tokens = torch.empty(0, channels, device=device)
+        self.common = torch.empty(0, channels, device=device)
         self.keys = torch.empty(0, dtype=torch.float64)
+        self.rare = torch.empty(0, channels, device=device)
         self.seen = 0
         self._random = torch.Generator().manual_seed(seed)
 
     def update(self, x: Tensor) -> None:
         self.seen += len(x)
-        keys = torch.rand(len(x), generator=self._random, dtype=torch.float64)
+        order = x.abs().amax(1).argsort(descending=True, stable=True)
+        rare, rest = x[order[: self.extremes]], order[self.extremes :]
+        keys = torch.rand(len(rest), generator=self._random, dtype=torch.float64)
         keep = keys.argsort()[: self.size]  # never copy more of a batch than could survive
-        self._take(x[keep.to(x.device)].to(self.tokens.device), keys[keep])
+        self._take_rare(rare)
+        self._take_common(x[rest[keep.to(x.device)]], keys[keep])
 
     def merge(self, other: TokenSample) -> TokenSample:
-        out = type(self)(self.tokens.shape[1], self.tokens.device)
-        out.tokens, out.keys, out.seen = self.tokens, self.keys, self.seen + other.seen
-        out._take(other.tokens, other.keys)
+        out = type(self)(self.common.shape[1], self.common.device, int(self.keys.sum() * 2**20))
+        out.common, out.keys, out.rare, out.seen = self.common, self.keys, self.rare, self.seen + other.seen
+        out._take_rare(other.rare)
+        out._take_common(other.common, other.keys)
         return out
 
-    def _take(self, tokens: Tensor, keys: Tensor) -> None:
+    def _take_rare(self, tokens: Tensor) -> None:
+        """The most extreme stay; those that no longer are join the lottery of the common ones."""
+        both = torch.cat([self.rare.to(tokens.dtype), tokens.to(self.rare.device)])
+        order = both.abs().amax(1).argsort(descending=True, stable=True)
+        self.rare, dropped = both[order[: self.extremes]], both[order[self.extremes :]]
+        self._take_common(dropped, torch.rand(len(dropped), generator=self._random, dtype=torch.float64))
+
+    def _take_common(self, tokens: Tensor, keys: Tensor) -> None:
         keys = torch.cat([self.keys, keys])
         keep = keys.argsort()[: self.size]
-        if not len(self.tokens):
-            self.tokens = self.tokens.to(tokens.dtype)
-        self.keys, self.tokens = keys[keep], torch.cat([self.tokens, tokens])[keep.to(tokens.device)]
+        both = torch.cat([self.common.to(tokens.dtype), tokens.to(self.common.device)])
+        self.keys, self.common = keys[keep], both[keep.to(both.device)]
+
+    def weighted(self) -> tuple[Tensor, Tensor]:
+        """Tokens ``[n, K]`` float32 and how many tokens each stands for, ``[n]`` float32; the weights sum to ``seen``."""
+        each = (self.seen - len(self.rare)) / max(len(self.common), 1)
+        weights = torch.cat([torch.ones(len(self.rare)), torch.full((len(self.common),), each)])
+        return torch.cat([self.rare, self.common]).float(), weights.to(self.rare.device)
 
     def after(self, transform: Transform) -> TokenSample:
-        out = type(self)(self.tokens.shape[1], self.tokens.device)
+        out = type(self)(self.common.shape[1], self.common.device)
         out.keys, out.seen = self.keys, self.seen
-        out.tokens, _ = transform.activation(self.tokens.float())
+        out.common, out.rare = (transform.activation(t.float())[0] for t in (self.common, self.rare))
         return out
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"tokens": self.tokens, "keys": self.keys, "seen": torch.tensor(self.seen)}
+        return {"common": self.common, "rare": self.rare, "keys": self.keys, "seen": torch.tensor(self.seen)}

@@ -1,0 +1,348 @@
+"""save() and load(): safetensors and one JSON record, atomic, hashed, no pickle.
+
+A checkpoint is a folder::
+
+    model-00001-of-00001.safetensors    every tensor; INT8 weights, float32 scales, the rest in the model's dtype
+    quantkit.json                       the record: layers, schemes, report, SHA-256 of each file, and of itself
+    config.json, generation_config.json, tokenizer files     for transformers models
+
+It is written to a temporary folder beside the target and renamed at the end, so a crash leaves no half checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quantkit.errors import CheckpointError, ModelError
+from quantkit.linear import W8A8Linear
+from quantkit.modules import linears_of, replace_module
+from quantkit.report import RECORD, Report, report
+from quantkit.scheme import Scheme
+
+RECORD_FILE = "quantkit.json"
+FORMAT_VERSION = 1
+MAX_RECORD_BYTES = 64 * 2**20
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = None, shard_bytes: int = 4 * 2**30) -> Path:
+    """Write a quantized model to the folder ``path``.
+
+    Args:
+        model: a model that :func:`quantkit.quantize` returned.
+        path: a folder that does not exist, is empty, or holds a quantkit checkpoint (which is replaced as a whole).
+        tokenizer: a transformers tokenizer to put beside the model.
+        shard_bytes: largest size of one safetensors file, in bytes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: quantkit has not quantized the model.
+        CheckpointError: the folder holds something else.
+    """
+    record, target = report(model), Path(path)
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / RECORD_FILE).is_file())):
+        raise CheckpointError(f"{target} exists and is no quantkit checkpoint: choose an empty or a new folder")
+    tensors, tied = _unshared(model.state_dict())
+    with _written_whole(target) as folder:
+        files = _write_shards(tensors, folder, shard_bytes)
+        transformers_class = _write_transformers_files(model, folder, tokenizer)
+        files += [p.name for p in sorted(folder.iterdir()) if p.name not in files and p.is_file()]
+        layers = {name: _layer_record(m) for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
+        body = {
+            "format": "quantkit",
+            "format_version": FORMAT_VERSION,
+            "transformers_class": transformers_class,
+            "layers": layers,
+            "tied": tied,
+            "files": {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in files},
+            "report": record.to_dict(),
+        }
+        body["digest"] = _digest(body)
+        (folder / RECORD_FILE).write_text(json.dumps(body, indent=1), encoding="utf-8")
+    return target
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
+) -> nn.Module:
+    """Open a checkpoint that :func:`save` wrote.
+
+    Args:
+        path: the folder.
+        model: for a module that is not from transformers: a fresh float instance of the same architecture, filled in
+            place and returned. Nothing is changed if the checkpoint does not fit.
+        device: where to put it.
+        verify: compare the SHA-256 of every file first.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        CheckpointError: the folder is missing, truncated, tampered with, of a newer format, not safe, or of another model.
+    """
+    folder = Path(path)
+    body = _read_record(folder)
+    files = _check_files(folder, body, verify)
+    stored = _tensor_index(folder, files)
+    if model is None:
+        model = _empty_transformers_model(folder, body)
+    elif any(isinstance(m, W8A8Linear) for m in model.modules()):
+        raise ModelError("model= is quantized already: pass a fresh floating-point instance")
+    layers = _empty_layers(model, body["layers"], stored)
+    _check_fit(model, layers, stored, body["tied"])
+    tensors = {name: _read(folder / file, name, device) for name, (file, _, _) in stored.items()}
+    tensors |= {alias: tensors[name] for alias, name in body["tied"].items()}
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    model.to(device)
+    setattr(model, RECORD, Report.from_dict(body["report"]))
+    return model.eval()
+
+
+# ---- writing
+
+
+@contextmanager
+def _written_whole(target: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``target`` at the end, or vanishes if anything fails."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        folder.chmod(0o755)
+        yield folder
+        for file in folder.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        previous = None
+        if target.exists():
+            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.replace(target, previous)
+        os.replace(folder, target)
+        if previous is not None:
+            shutil.rmtree(previous, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _unshared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors without the second names of tied ones, and alias -> name."""
+    seen: dict[Any, str] = {}
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device) if tensor.numel() else name
+        if key in seen:
+            tied[name] = seen[key]
+        else:
+            seen[key] = name
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors, tied
+
+
+def _write_shards(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) -> list[str]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    return names
+
+
+def _write_transformers_files(model: nn.Module, folder: Path, tokenizer: Any) -> str | None:
+    name = None
+    if type(model).__module__.startswith("transformers.") and hasattr(model, "config"):
+        name = type(model).__name__
+        config = model.config.to_dict()
+        config.pop("_name_or_path", None)
+        config["architectures"] = [name]
+        # Plain transformers must not take the integers for weights: the key makes it refuse or warn.
+        config["quantization_config"] = {"quant_method": "quantkit", "format_version": FORMAT_VERSION}
+        (folder / "config.json").write_text(json.dumps(config, indent=1, default=str), encoding="utf-8")
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return name
+
+
+def _layer_record(layer: W8A8Linear) -> dict[str, Any]:
+    return {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "scheme": layer.scheme.name,
+        "bias": layer.bias is not None,
+        "rotation_block": layer.rotation_block,
+    }
+
+
+# ---- reading
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    file = folder / RECORD_FILE
+    if not folder.is_dir() or not file.is_file():
+        raise CheckpointError(f"{folder} is no quantkit checkpoint: it has no {RECORD_FILE}")
+    if file.stat().st_size > MAX_RECORD_BYTES:
+        raise CheckpointError(f"{file} is larger than {MAX_RECORD_BYTES >> 20} MiB: that is no record of quantkit's")
+    try:
+        body = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    if not isinstance(body, dict) or body.get("format") != "quantkit":
+        raise CheckpointError(f"{file} was not written by quantkit")
+    version = body.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {version!r} and this quantkit reads {FORMAT_VERSION}: "
+            "upgrade quantkit-w8a8, or quantize the model again"
+        )
+    if body.pop("digest", None) != _digest(body):
+        raise CheckpointError(f"{file} was changed after it was written (its digest does not match)")
+    return body
+
+
+def _check_files(folder: Path, body: dict[str, Any], verify: bool) -> list[str]:
+    """The safetensors files, once every listed file is found inside the folder, whole and unchanged."""
+    for name, facts in body["files"].items():
+        file = folder / name
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"{folder / RECORD_FILE} lists {name!r}, a path outside the checkpoint: refused")
+        if file.is_symlink() and file.resolve().parent != folder.resolve() and not _is_hub_cache(file):
+            raise CheckpointError(f"{file} is a link that leaves the checkpoint: refused")
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != facts["bytes"]:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes and should have {facts['bytes']}: truncated or changed")
+        if verify and _sha256(file) != facts["sha256"]:
+            raise CheckpointError(f"{file} was changed after it was written (its SHA-256 does not match)")
+    return [name for name in body["files"] if name.endswith(".safetensors")]
+
+
+def _is_hub_cache(file: Path) -> bool:
+    """huggingface_hub keeps snapshots as links into ``../../blobs`` of the same repository."""
+    return file.parent.parent.name == "snapshots" and file.resolve().parent == (file.parent.parent.parent / "blobs").resolve()
+
+
+def _tensor_index(folder: Path, files: list[str]) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Tensor name -> (file, shape, dtype), from the headers alone."""
+    index: dict[str, tuple[str, tuple[int, ...], str]] = {}
+    for file in files:
+        try:
+            with safe_open(folder / file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118  safe_open is no mapping
+                    if name in index:
+                        raise CheckpointError(f"{folder}: tensor {name!r} is stored twice")
+                    part = handle.get_slice(name)
+                    index[name] = (file, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{folder / file} is damaged: {error}") from None
+    return index
+
+
+def _read(file: Path, name: str, device: torch.device | str) -> Tensor:
+    with safe_open(file, framework="pt", device=str(device)) as handle:
+        tensor: Tensor = handle.get_tensor(name)
+    return tensor
+
+
+def _empty_transformers_model(folder: Path, body: dict[str, Any]) -> nn.Module:
+    name = body["transformers_class"]
+    if name is None:
+        raise CheckpointError(f"{folder} is no transformers model: pass a fresh instance, quantkit.load(path, model=MyModel(...))")
+    try:
+        import transformers
+        from accelerate import init_empty_weights
+    except ImportError as error:
+        raise CheckpointError(f"{folder} is a transformers model: pip install 'quantkit-w8a8[transformers]' ({error})") from None
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise CheckpointError(f"{folder}: this transformers has no model class {name!r}")
+    config_dict = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config_dict.pop("quantization_config", None)
+    config = cls.config_class.from_dict(config_dict)
+    with init_empty_weights(include_buffers=False):
+        model = cls._from_config(config)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _empty_layers(
+    model: nn.Module, records: dict[str, dict[str, Any]], stored: dict[str, tuple[str, tuple[int, ...], str]]
+) -> dict[str, W8A8Linear]:
+    linears = linears_of(model)
+    layers = {}
+    for name, facts in records.items():
+        if name not in linears:
+            raise CheckpointError(f"the checkpoint quantizes {name!r}, and the model has no such linear: it is of another model")
+        layer = W8A8Linear(
+            int(facts["in_features"]), int(facts["out_features"]), scheme=Scheme.parse(facts["scheme"]),
+            bias=bool(facts["bias"]), device="meta",
+        )  # fmt: skip
+        layer.rotation_block = int(facts["rotation_block"])
+        for buffer in list(layer._buffers):
+            if f"{name}.{buffer}" in stored and getattr(layer, buffer) is None:
+                setattr(layer, buffer, torch.empty(stored[f"{name}.{buffer}"][1], device="meta"))
+        layers[name] = layer
+    return layers
+
+
+def _check_fit(
+    model: nn.Module,
+    layers: dict[str, W8A8Linear],
+    stored: dict[str, tuple[str, tuple[int, ...], str]],
+    tied: dict[str, str],
+) -> None:
+    """Every tensor the model needs is there with its shape, and nothing else, before anything is assigned."""
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if name.rpartition(".")[0] not in layers}
+    for name, layer in layers.items():
+        wanted |= {f"{name}.{key}": tuple(t.shape) for key, t in layer.state_dict().items()}
+        dtype = stored.get(f"{name}.weight", ("", (), "I8"))[2]
+        if dtype != "I8":
+            raise CheckpointError(f"tensor '{name}.weight' is {dtype} and should be INT8")
+    for name, shape in wanted.items():
+        source = tied.get(name, name)
+        if source not in stored:
+            raise CheckpointError(f"tensor {name!r} is missing from the checkpoint")
+        if stored[source][1] != shape:
+            raise CheckpointError(f"tensor {name!r} has shape {list(stored[source][1])} and the model needs {list(shape)}")
+    surplus = next((name for name in [*stored, *tied] if name not in wanted), None)
+    if surplus is not None:
+        raise CheckpointError(f"the checkpoint holds {surplus!r}, which the model has no place for: it is of another model")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
