@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from quantkit import ops
 from quantkit.errors import ModelError
-from quantkit.modules import is_conv1d, weight_of
-from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, range_scale, absmax_scale
+from quantkit.modules import weight_of
+from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, absmax_scale, range_scale
 from quantkit.scheme import Scheme
 from quantkit.transform import Rotation, Transform
 
@@ -78,7 +78,7 @@ class W8A8Linear(nn.Module):
         self.register_buffer("input_zero_point", zero)
         for name in ("pre_scale", "shift", "permutation", "rotation_signs", "outlier_index", "outlier_weight"):
             self.register_buffer(name, None)
-        self._packed: ops.Packed | None = None
+        self._packed: Any = None
         self._register_load_state_dict_pre_hook(self._make_room)
 
     @classmethod
@@ -175,11 +175,14 @@ class W8A8Linear(nn.Module):
         return self.weight.float() * self.weight_scale
 
     @property
-    def packed(self) -> ops.Packed:
+    def packed(self) -> Any:
         """The weight as the backend of its device wants it, made at first use."""
-        if self._packed is None or self._packed.device != self.weight.device:
+        if self._packed is None or self._packed.weight is not self.weight:
             self._packed = ops.pack(self)
         return self._packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}  # a copy packs its own weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> W8A8Linear:
         # .to(dtype), .half() and the like move everything, but float32 scales stay float32.

@@ -62,6 +62,8 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         for child, module in parent.named_children():
             if module is old:
                 setattr(parent, child, new)
+                if getattr(parent, "activation_relu_or_gelu", 0):
+                    parent.activation_relu_or_gelu = 0  # torch's encoder layer: else its fused kernel reads weights as floats
 
 
 def call(model: nn.Module, batch: Any) -> Any:

@@ -59,7 +59,8 @@ def encode(x: Tensor, absmax: Tensor, bits: int = 8) -> Tensor:
     Rows whose ``absmax`` is not finite get code 0 (their scale is NaN and poisons the output).
     """
     top = float(qmax(bits))
-    inverse = top / absmax.float().clamp_min(ABSMAX_FLOOR)
+    # A true division: torch turns ``127.0 / tensor`` into a rounded reciprocal times 127.
+    inverse = torch.full_like(absmax, top, dtype=torch.float32) / absmax.float().clamp_min(ABSMAX_FLOOR)
     return torch.round(x.float() * inverse).clamp(-top, top).nan_to_num(0.0).to(torch.int8)
 
 

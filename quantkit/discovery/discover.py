@@ -89,7 +89,7 @@ class _Prober:
         found: dict[str, tuple[str, Tensor, int]] = {}
         heads: set[str] = set()
         fused: list[tuple[list[str], set[str]]] = []
-        for group in _classes(self.rows):
+        for group in _classes(self.probe.model, self.rows):
             clean, mixed, leaked = self._ask(group)
             if not clean and leaked and not mixed:
                 heads.update(name for name in group if self._is_head(name))
@@ -213,11 +213,27 @@ class _Prober:
         return False
 
 
-def _classes(rows: dict[str, int]) -> Iterator[list[str]]:
-    """Names that differ only in their numbers, and in no size: the same place in every block."""
-    key = lambda name: (re.sub(r"\d+", "#", name), rows[name])  # noqa: E731  a sort key, used twice
-    for _, group in itertools.groupby(sorted(rows, key=key), key=key):
-        yield list(group)
+def _classes(model: nn.Module, rows: dict[str, int]) -> list[list[str]]:
+    """Names of modules at the same place in every block, and of the same size."""
+    classes: dict[Any, list[str]] = {}
+    for name in rows:
+        classes.setdefault((_place(model, name), rows[name]), []).append(name)
+    return list(classes.values())
+
+
+def _place(model: nn.Module, name: str) -> str:
+    """``name`` with the types of blocks for their numbers.
+
+    A number within a word ("norm1") or in a sequence of unlike modules is no repetition: two such places must not hide
+    each other's answers.
+    """
+    place, parent = [], model
+    for part in name.split("."):
+        child = parent.get_submodule(part)
+        repeated = not isinstance(parent, nn.Sequential) or len({type(m) for m in parent.children()}) == 1
+        place.append(f"#{type(child).__name__}" if part.isdigit() and repeated else part)
+        parent = child
+    return ".".join(place)
 
 
 def _member(rows: Tensor, n: int) -> Tensor:

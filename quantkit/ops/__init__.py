@@ -21,13 +21,6 @@ if TYPE_CHECKING:
     from quantkit.linear import W8A8Linear
 
 
-class Packed(Protocol):
-    """A layer's weight as its backend wants it."""
-
-    backend: Backend
-    device: torch.device
-
-
 class Backend(Protocol):
     """Runs W8A8 linears on some device."""
 
@@ -36,8 +29,8 @@ class Backend(Protocol):
     def why_not(self, device: torch.device) -> str | None:
         """None if this backend can run on ``device``, else the reason in a few words."""
 
-    def pack(self, layer: W8A8Linear) -> Packed:
-        """Prepare the weight of ``layer``; called once per device."""
+    def pack(self, layer: W8A8Linear) -> Any:
+        """Prepare the weight of ``layer``, once: an object with ``backend`` and ``weight``, and what else the backend wants."""
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         """``x [M, K]`` float, any M >= 0, to ``[M, N]`` in its dtype."""
@@ -83,7 +76,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def pack(layer: W8A8Linear) -> Packed:
+def pack(layer: W8A8Linear) -> Any:
     """The packed weight of ``layer`` for the backend of its device."""
     return choose(layer.weight.device).pack(layer)
 

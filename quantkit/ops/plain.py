@@ -1,4 +1,4 @@
-"""The reference operations as a backend: runs on any device, exact and slow."""
+"""The reference operations as a backend: runs on any device, exact and slow. Others override what they do faster."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from quantkit.linear import W8A8Linear
 
 
-@dataclass(frozen=True)
+@dataclass
 class PlainPacked:
+    """Only the sums of the weight's rows, for zero points."""
+
     backend: Any
     device: torch.device
-    weight_sum: Tensor
+    weight: Tensor
+    sums: Tensor
 
 
 class Plain:
@@ -29,8 +32,12 @@ class Plain:
     def why_not(self, device: torch.device) -> str | None:
         return None
 
-    def pack(self, layer: W8A8Linear) -> PlainPacked:
-        return PlainPacked(self, layer.weight.device, layer.weight.sum(dim=1, dtype=torch.int32))
+    def pack(self, layer: W8A8Linear) -> Any:
+        return PlainPacked(self, layer.weight.device, layer.weight, layer.weight.sum(dim=1, dtype=torch.int32))
+
+    def matmul(self, layer: W8A8Linear, q: Tensor) -> Tensor:
+        """``q [M, K] @ weight [N, K]^T`` to int32, exact."""
+        return reference.int_matmul(q, layer.weight)
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         scheme, dtype = layer.scheme, x.dtype
@@ -41,11 +48,11 @@ class Plain:
             q, scale = reference.quantize_static(x, layer.input_scale, zero, bits=scheme.activation_bits)
         else:
             q, scale, zero = reference.quantize_rows(x, bits=scheme.activation_bits, symmetric=scheme.symmetric)
-        acc = reference.int_matmul(q, layer.weight)
+        acc = self.matmul(layer, q)
         extra = layer.bias
         if side is not None:
             assert layer.outlier_weight is not None
             product = side.float() @ layer.outlier_weight.float().t()
             extra = product if extra is None else product + extra.float()
-        weight_sum = None if zero is None else layer.weight.sum(dim=1, dtype=torch.int32)
-        return reference.epilogue(acc, scale, layer.weight_scale.view(-1), zero, weight_sum, extra, dtype)
+        sums = None if zero is None else layer.packed.sums
+        return reference.epilogue(acc, scale, layer.weight_scale.view(-1), zero, sums, extra, dtype)

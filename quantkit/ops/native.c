@@ -1,0 +1,158 @@
+/* The two passes around an integer matrix product, and the whole of it for one token. Plain C, built at first use.
+ *
+ * Semantics are those of quantkit/numerics.py, bit for bit: build with -ffp-contract=off, so that a product is rounded
+ * before it is rounded to an integer. Rows are independent, so threads share nothing.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+
+enum { F32 = 0, BF16 = 1 };
+
+#define ABSMAX_FLOOR 0x1p-96f
+#define ROUND 12582912.0f /* 1.5 * 2**23: adding it rounds half to even and leaves the integer in the low bits */
+
+static inline float from_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+/* Half to even; NaN stays NaN. */
+static inline uint16_t to_bf16(float x) {
+    uint32_t bits = to_bits(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline void load_row(float *restrict out, const void *x, int64_t row, int64_t k, const float *pre, int type) {
+    if (type == F32) {
+        memcpy(out, (const float *)x + row * k, (size_t)k * 4);
+    } else {
+        const uint16_t *in = (const uint16_t *)x + row * k;
+        for (int64_t i = 0; i < k; i++) out[i] = from_bits((uint32_t)in[i] << 16);
+    }
+    if (pre) for (int64_t i = 0; i < k; i++) out[i] *= pre[i];
+}
+
+/* Codes of one row of k values. Returns its scale: NaN, with codes 0, if any value is NaN or Inf. */
+static inline float quantize_row(int8_t *restrict q, const float *restrict x, int64_t k, float qmax) {
+    uint32_t top = 0; /* bit patterns of absolute values are ordered, and those of Inf and NaN come last */
+    for (int64_t i = 0; i < k; i++) {
+        uint32_t bits = to_bits(x[i]) & 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    if (top >= 0x7f800000) {
+        memset(q, 0, (size_t)k);
+        return from_bits(0x7fc00000);
+    }
+    float absmax = from_bits(top);
+    absmax = absmax > ABSMAX_FLOOR ? absmax : ABSMAX_FLOOR;
+    float inverse = qmax / absmax;
+    for (int64_t i = 0; i < k; i++) q[i] = (int8_t)(to_bits(x[i] * inverse + ROUND) & 0xff);
+    return absmax / qmax;
+}
+
+/* x [m, k] of `type` -> q [m, k], scale [m]. Returns 0, or 1 without memory. */
+int quantkit_quantize(int8_t *q, float *scale, const void *x, const float *pre, int64_t m, int64_t k, float qmax,
+                      int type, int threads) {
+    int convert = type != F32 || pre;
+    float *scratch = convert ? malloc((size_t)(threads * k) * 4) : 0;
+    if (convert && !scratch) return 1;
+    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < threads; t++) {
+        for (int64_t i = t * m / threads; i < (t + 1) * m / threads; i++) {
+            const float *row = (const float *)x + i * k;
+            if (convert) {
+                load_row(scratch + t * k, x, i, k, pre, type);
+                row = scratch + t * k;
+            }
+            scale[i] = quantize_row(q + i * k, row, k, qmax);
+        }
+    }
+    free(scratch);
+    return 0;
+}
+
+static inline void finish_row(void *y, const int32_t *acc, float sx, const float *sw, const float *bias, int64_t n, int type) {
+    if (type == F32) {
+        float *out = (float *)y; /* may be acc itself */
+        if (bias) for (int64_t j = 0; j < n; j++) out[j] = (float)acc[j] * sx * sw[j] + bias[j];
+        else for (int64_t j = 0; j < n; j++) out[j] = (float)acc[j] * sx * sw[j];
+    } else {
+        uint16_t *out = (uint16_t *)y;
+        for (int64_t j = 0; j < n; j++) out[j] = to_bf16((float)acc[j] * sx * sw[j] + (bias ? bias[j] : 0.0f));
+    }
+}
+
+/* y [m, n] of `type` = acc * scale[m] * sw[n] + bias[n]. */
+void quantkit_finish(void *y, const int32_t *acc, const float *scale, const float *sw, const float *bias,
+                     int64_t m, int64_t n, int type, int threads) {
+    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < m; i++)
+        finish_row((char *)y + i * n * (type == F32 ? 4 : 2), acc + i * n, scale[i], sw, bias, n, type);
+}
+
+#ifdef __AVX512VNNI__
+#define ROWS 4
+/* acc[r] = sum of q[i] * w[r * k + i] for 4 rows, exact: dpbusd multiplies u8 by s8, so q + 128 goes in and 128 * sum(w) out. */
+static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t *restrict w, int64_t k, const int32_t *sums) {
+    const __m512i flip = _mm512_set1_epi8((char)0x80);
+    __m512i a0 = _mm512_setzero_si512(), a1 = a0, a2 = a0, a3 = a0;
+    for (int64_t i = 0; i < k; i += 64) {
+        __mmask64 in = k - i >= 64 ? ~0ull : (1ull << (k - i)) - 1;
+        __m512i u = _mm512_xor_si512(_mm512_maskz_loadu_epi8(in, q + i), flip);
+        a0 = _mm512_dpbusd_epi32(a0, u, _mm512_maskz_loadu_epi8(in, w + i));
+        a1 = _mm512_dpbusd_epi32(a1, u, _mm512_maskz_loadu_epi8(in, w + k + i));
+        a2 = _mm512_dpbusd_epi32(a2, u, _mm512_maskz_loadu_epi8(in, w + 2 * k + i));
+        a3 = _mm512_dpbusd_epi32(a3, u, _mm512_maskz_loadu_epi8(in, w + 3 * k + i));
+    }
+    acc[0] = _mm512_reduce_add_epi32(a0) - 128 * sums[0];
+    acc[1] = _mm512_reduce_add_epi32(a1) - 128 * sums[1];
+    acc[2] = _mm512_reduce_add_epi32(a2) - 128 * sums[2];
+    acc[3] = _mm512_reduce_add_epi32(a3) - 128 * sums[3];
+}
+#else
+#define ROWS 1
+static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t *restrict w, int64_t k, const int32_t *sums) {
+    (void)sums;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < k; i++) sum += (int32_t)q[i] * (int32_t)w[i];
+    acc[0] = sum;
+}
+#endif
+
+static inline int32_t dot(const int8_t *restrict q, const int8_t *restrict w, int64_t k) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < k; i++) sum += (int32_t)q[i] * (int32_t)w[i];
+    return sum;
+}
+
+/* The whole of one token: x [k] -> y [n], with w [n, k], sums [n] of its rows, sw [n], bias [n] or 0. 1 without memory. */
+int quantkit_token(void *y, const void *x, const float *pre, const int8_t *w, const int32_t *sums, const float *sw,
+                   const float *bias, int64_t n, int64_t k, float qmax, int type, int threads) {
+    int convert = type != F32 || pre;
+    float *scratch = malloc((size_t)k * (convert ? 5 : 1)); /* k floats, if needed, then k codes */
+    if (!scratch) return 1;
+    int8_t *q = convert ? (int8_t *)(scratch + k) : (int8_t *)scratch;
+    const float *row = (const float *)x;
+    if (convert) {
+        load_row(scratch, x, 0, k, pre, type);
+        row = scratch;
+    }
+    float sx = quantize_row(q, row, k, qmax);
+    int64_t blocks = n / ROWS, size = type == F32 ? 4 : 2;
+    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t b = 0; b < blocks; b++) {
+        int32_t acc[ROWS];
+        int64_t j = b * ROWS;
+        dot_rows(acc, q, w + j * k, k, sums + j);
+        finish_row((char *)y + j * size, acc, sx, sw + j, bias ? bias + j : 0, ROWS, type);
+    }
+    for (int64_t j = blocks * ROWS; j < n; j++) {
+        int32_t acc = dot(q, w + j * k, k);
+        finish_row((char *)y + j * size, &acc, sx, sw + j, bias ? bias + j : 0, 1, type);
+    }
+    free(scratch);
+    return 0;
+}
