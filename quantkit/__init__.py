@@ -6,10 +6,34 @@
 >>> model = quantkit.load("out/")
 """
 
-from quantkit.calibrators import RTN, SmoothQuant
+from quantkit._version import __version__
+from quantkit.calibrators import RTN, Calibrator, Codes, PerSite, Plan, SiteView, SmoothQuant, Stage, View
+from quantkit.checkpoint import load, save
+from quantkit.discovery import Equivalence, discover, verify_equivalence
+from quantkit.errors import (
+    BackendError,
+    CalibrationError,
+    CheckpointError,
+    EquivalenceError,
+    MethodError,
+    ModelError,
+    QuantkitError,
+    SchemeError,
+    TargetError,
+)
 from quantkit.linear import W8A8Linear
+from quantkit.ops import backends, use_backend
 from quantkit.pipeline import quantize
-from quantkit.report import Report, report
+from quantkit.report import LayerRecord, Report, report
 from quantkit.scheme import Scheme
+from quantkit.sites import Discovery, Producer, Site
+from quantkit.statistics import Range, Statistic, TokenSample
 from quantkit.transform import Rotation, Transform
-from quantkit.discovery import Equivalence, verify_equivalence
+
+__all__ = [
+    "RTN", "BackendError", "CalibrationError", "Calibrator", "CheckpointError", "Codes", "Discovery", "Equivalence",
+    "EquivalenceError", "LayerRecord", "MethodError", "ModelError", "PerSite", "Plan", "Producer", "QuantkitError",
+    "Range", "Report", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage", "Statistic",
+    "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "discover", "load",
+    "quantize", "report", "save", "use_backend", "verify_equivalence",
+]  # fmt: skip

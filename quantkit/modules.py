@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
@@ -81,7 +82,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every floating tensor in nested tuples, lists and mappings; caches and other objects are passed over."""
+    """Every floating tensor in nested tuples, lists, mappings and dataclasses; caches and other objects are passed over."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -92,6 +93,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value):
+        yield from tensors_in(vars(value))
 
 
 def map_tensors(value: Any, function: Any) -> Any:
@@ -101,7 +104,8 @@ def map_tensors(value: Any, function: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: map_tensors(item, function) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(item, function) for item in value)
+        items = [map_tensors(item, function) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a named tuple takes them one by one
     return value
 
 

@@ -12,17 +12,17 @@ from tqdm.auto import tqdm
 
 from quantkit.calibrators import Calibrator, Codes, SiteView, Stage, View, resolve
 from quantkit.data import _off, _peek, calibration_batches, probe_batch
-from quantkit.discovery import discover, verify_equivalence
+from quantkit.discovery import discover
 from quantkit.discovery.verify import outputs_of, relative_error, scaled_by_hooks, tolerance_for
-from quantkit.errors import CalibrationError, EquivalenceError, MethodError, ModelError, QuantkitError
+from quantkit.errors import CalibrationError, EquivalenceError, MethodError, ModelError
 from quantkit.fold import Fold, restore_norms, row_factors, snap, split, store_norms
 from quantkit.linear import W8A8Linear, check_exact
-from quantkit.modules import is_conv1d, linears_of, replace_module, weight_of
+from quantkit.modules import linears_of, replace_module, weight_of
 from quantkit.numerics import quantize_weight, sqnr_db
 from quantkit.observe import SiteStatistics, observe
 from quantkit.report import RECORD, LayerRecord, Report
 from quantkit.scheme import Scheme
-from quantkit.sites import Discovery, Site
+from quantkit.sites import Site
 from quantkit.statistics import Range, TokenSample
 from quantkit.targets import check_patterns, chosen
 from quantkit.transform import Transform
@@ -199,7 +199,7 @@ def _convert(
     for view in views:
         fold, leftovers[view.name] = split(model, view.site, view.transform)
         folds += [fold] if fold else []
-    old = _store_and_prove(model, folds, piece, record)
+    _store_and_prove(model, folds, piece, record)
     setattr(model, BROKEN, True)
     try:
         factors = row_factors(folds)
@@ -212,10 +212,11 @@ def _convert(
                 if scheme is None or name in kept:
                     _scale_float(linear, folded.get(view.name), factors.pop(name, None))
                 else:
-                    new = _to_int8(linear, view, leftovers[view.name], factors.pop(name, None), codes.get(name), scheme)
-                    layer.sqnr_db = _sqnr(view, linear, new)
+                    factor = factors.pop(name, None)
+                    new = _to_int8(linear, view, leftovers[view.name], factor, codes.get(name), scheme)
+                    layer.sqnr_db = _output_sqnr(view, linear, new, folded.get(view.name), factor)
                     layer.kind = "int8"
-                    layer.at_run_time = [k for k in ("shift", "scale", "outliers", "permutation", "rotation") if getattr(leftovers[view.name], k) is not None]
+                    layer.at_run_time = leftovers[view.name].steps
                     replace_module(model, name, new)
                 record.layers.append(layer)
         for name, factor in factors.items():
@@ -228,10 +229,10 @@ def _convert(
     record.layers += [LayerRecord(name, "float", reason=reason) for name, reason in kept.items() if name not in done]
 
 
-def _store_and_prove(model: nn.Module, folds: Sequence[Fold], piece: Any, record: Report) -> dict[tuple[str, str], Tensor]:
+def _store_and_prove(model: nn.Module, folds: Sequence[Fold], piece: Any, record: Report) -> None:
     """Write the norms, and prove with the real scales that the float model is still the same; otherwise put them back."""
     if not folds:
-        return {}
+        return
     wanted = outputs_of(model, piece)
     noise = relative_error(wanted, outputs_of(model, piece))
     old = store_norms(model, folds)
@@ -249,7 +250,6 @@ def _store_and_prove(model: nn.Module, folds: Sequence[Fold], piece: Any, record
     except BaseException:
         restore_norms(model, old)
         raise
-    return old
 
 
 def _scale_float(linear: nn.Module, scale: Tensor | None, factor: Tensor | None) -> None:
@@ -295,5 +295,16 @@ def _to_int8(
     )  # fmt: skip
 
 
-def _sqnr(view: SiteView, linear: nn.Module, new: W8A8Linear) -> float:
-    return 0.0
+def _output_sqnr(view: SiteView, linear: nn.Module, new: W8A8Linear, folded: Tensor | None, factor: Tensor | None) -> float:
+    """Of the layer's output on the sampled tokens, in the model's dtype: the float layer against the INT8 one."""
+    tokens, _ = view.sampled()
+    weight = weight_of(linear).float()
+    wanted = tokens @ weight.t()
+    got = new(tokens if folded is None else tokens / folded)
+    if new.bias is not None:
+        got = got - new.bias.float()
+    if view.transform.shift is not None:
+        got = got + weight @ view.transform.shift
+    if factor is not None:
+        wanted[:, : len(factor)] *= factor
+    return sqnr_db(wanted, got)

@@ -71,8 +71,14 @@ class Transform:
     rotation: Rotation | None = None
 
     @property
+    def steps(self) -> list[str]:
+        """Names of the fields that do something."""
+        return [f.name for f in fields(self) if getattr(self, f.name) is not None]
+
+    @property
     def is_identity(self) -> bool:
-        return all(getattr(self, f.name) is None for f in fields(self))
+        """Whether it does nothing."""
+        return not self.steps
 
     def then(self, later: Transform) -> Transform:
         """The transform that applies ``self`` and afterwards ``later``, which sees the channels of ``self``'s output.

@@ -14,7 +14,7 @@ from quantkit.errors import MethodError
 from quantkit.modules import weight_of
 from quantkit.scheme import Scheme
 from quantkit.sites import Site
-from quantkit.statistics import Statistic
+from quantkit.statistics import Statistic, TokenSample
 from quantkit.transform import Transform
 
 S = TypeVar("S", bound=Statistic)
@@ -77,6 +77,10 @@ class SiteView:
     def statistic(self, kind: type[S]) -> S:
         """The site's statistic of one ``kind`` that the calibrator asked for."""
         return self._statistics[kind].after(self.transform)  # type: ignore[return-value]
+
+    def sampled(self) -> tuple[Tensor, Tensor]:
+        """Sampled tokens ``[n, K]`` float32 of the original activation and how many each stands for, ``[n]``."""
+        return self._statistics[TokenSample].weighted()  # type: ignore[attr-defined]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """``(name, W' [N, K] float32)`` of each linear to be quantized, one at a time."""

@@ -99,10 +99,11 @@ class _Prober:
                 found.update(self._decode(group, clean))
             elif clean and not mixed and not leaked:
                 found.update(self._decode(group, clean))
-            elif mixed and not clean and group[0] in self.probe.linears:
+                fused.append((group, clean.keys() - found.keys()))  # a product of its rows: parts of it may still scale
+            elif mixed and not clean:
                 fused.append((group, mixed))
         for group, consumers in fused:
-            if consumers - found.keys():
+            if consumers - found.keys() and group[0] in self.probe.linears:
                 found.update(self._unfuse(group, consumers - found.keys()))
         return found, heads
 
@@ -119,11 +120,7 @@ class _Prober:
 
     def _ask(self, group: Sequence[str], rows: Tensor | None = None) -> tuple[dict[str, Tensor], set[str], bool]:
         """Multiply these producers; returns the cleanly scaled linears, the mixed ones, and whether outputs changed."""
-        multipliers = {}
-        for name in group:
-            c = 2.0 ** (1 + 2 * torch.randint(0, 2, (self.rows[name],), generator=self.random).float())
-            multipliers[name] = c if rows is None else torch.where(_member(rows, len(c)), c, 1.0)
-        trace = self.probe.run(multipliers)
+        trace = self.probe.run(self._multipliers(group, rows))
         clean, mixed = {}, set()
         for name in self.reference.inputs:
             answer = self._response(trace, name)
@@ -133,9 +130,16 @@ class _Prober:
                 clean[name] = answer
         return clean, mixed, self._output_changed(trace)
 
+    def _multipliers(self, group: Sequence[str], rows: Tensor | None) -> dict[str, Tensor]:
+        multipliers = {}
+        for name in group:
+            c = 2.0 ** (1 + 2 * torch.randint(0, 2, (self.rows[name],), generator=self.random).float())
+            multipliers[name] = c if rows is None else torch.where(_member(rows, len(c)), c, 1.0)
+        return multipliers
+
     def _output_changed(self, trace: Trace) -> bool:
         pairs = list(itertools.zip_longest(self.reference.outputs, trace.outputs))
-        return any(a is None or b is None or _distance(a, b) > 10 * self.noise for a, b in pairs)
+        return not pairs or any(a is None or b is None or _distance(a, b) > 10 * self.noise for a, b in pairs)
 
     def _response(self, trace: Trace, name: str) -> Response:
         """Per-channel factor [K] between two passes, None where nothing changed, MIXED where it is no such factor."""
@@ -164,7 +168,7 @@ class _Prober:
         """Spell the index of each producer row in base 4, one digit a pass, and read it at the ``clean`` consumers."""
         starts = list(itertools.accumulate((self.rows[name] for name in group), initial=1))
         digits = next(d for d in itertools.count(1) if 4**d >= starts[-1])
-        # _ask multiplies by 2 and 8, whose squares have even exponents only
+        # _multipliers are 2 and 8, whose squares have even exponents only
         powers = {name: 1 if bool((factor.log2().long() % 2).any()) else 2 for name, factor in clean.items()}
         codes = {name: torch.zeros(len(factor), dtype=torch.long) for name, factor in clean.items()}
         for digit in range(digits):
@@ -187,7 +191,23 @@ class _Prober:
                 local = code - start
                 if bool(((local >= 0) & (local < self.rows[member])).all()):
                     found[name] = (member, local, powers[name])
-        return found
+        return self._confirmed(group, found, rows)
+
+    def _confirmed(
+        self, group: Sequence[str], found: dict[str, tuple[str, Tensor, int]], rows: Tensor | None
+    ) -> dict[str, tuple[str, Tensor, int]]:
+        """Those of ``found`` that foretell one more pass: sums of several rows' digits may look like an index as well."""
+        if not found:
+            return {}
+        multipliers = self._multipliers(group, rows)
+        trace = self.probe.run(multipliers)
+        confirmed = {}
+        for name, (member, local, power) in found.items():
+            answer, foretold = self._response(trace, name), multipliers[member][local].double() ** power
+            unchanged = answer is None and bool((foretold == 1).all())
+            if unchanged or isinstance(answer, Tensor) and torch.equal(answer, foretold):
+                confirmed[name] = (member, local, power)
+        return confirmed
 
     def _unfuse(self, group: list[str], consumers: set[str]) -> dict[str, tuple[str, Tensor, int]]:
         """Try the row layouts of fused projections until one scales a consumer cleanly, in every channel.
@@ -272,12 +292,16 @@ def _fused_layouts(n: int, k: int) -> Iterator[Tensor]:
         if n % parts or k % (n // parts):
             continue
         picked = n // parts
-        for heads in (h for h in range(1, min(picked, 256) + 1) if picked % h == 0):
+        for heads in (h for h in (*range(1, min(picked, 257)), picked) if picked % h == 0):  # the last one interleaves rows
             grid = torch.arange(n).view(heads, parts, picked // heads)
             for part in dict.fromkeys((parts - 1, 0, 1)):
                 yield grid[:, part].reshape(-1)
         if n <= k:  # not fused at all; the whole was asked already
             return
+    for heads in (h for h in range(1, min(k, 256) + 1) if n % h == 0 and k % h == 0):  # parts of unequal width
+        grid = torch.arange(n).view(heads, n // heads)
+        for part in (grid[:, -k // heads :], grid[:, : k // heads]):
+            yield part.reshape(-1)
 
 
 def _kept(
@@ -298,11 +322,18 @@ def _kept(
             kept[name] = "its weight is tied to another module"
         elif linear is output or name in heads:
             kept[name] = "output head"
-        elif name in routers or ROUTER_NAMES.search(name):
+        elif name in routers or (ROUTER_NAMES.search(name) and not _gates_channels(name, linears)):
             kept[name] = "router"
         elif name not in reference.inputs:
             kept[name] = "it never ran in the probe"
     return kept
+
+
+def _gates_channels(name: str, linears: dict[str, nn.Module]) -> bool:
+    """Whether a linear called "gate" is one of a gated activation: as wide as what a neighbour reads."""
+    block = name.rpartition(".")[0]
+    width = weight_of(linears[name]).shape[0]
+    return any(other.rpartition(".")[0] == block and weight_of(linear).shape[1] == width for other, linear in linears.items())
 
 
 def _sites(
@@ -349,7 +380,9 @@ def _common_producer(
 ) -> tuple[Producer | None, str]:
     answers = [found.get(name) for name in names]
     first = answers[0]
-    if first is None or any(a is None or a[0] != first[0] or not torch.equal(a[1], first[1]) for a in answers):
+    if first is None or any(
+        a is None or (a[0], a[2]) != (first[0], first[2]) or not torch.equal(a[1], first[1]) for a in answers
+    ):
         return None, MIXES
     module, rows, power = first
     tied = [name for name in names if kept.get(name, "").startswith("its weight is tied")]
@@ -360,7 +393,7 @@ def _common_producer(
     unseen = [
         name
         for name, linear in linears.items()
-        if name not in reference.inputs and name.startswith(f"{block}.") and weight_of(linear).shape[1] == channels
+        if name not in reference.inputs and (not block or name.startswith(f"{block}.")) and weight_of(linear).shape[1] == channels
     ]
     if unseen:
         return None, f"{unseen[0]} never ran in the probe and may read it too"
