@@ -25,6 +25,7 @@ def calibration_batches(
     calibration: Any = None,
     *,
     tokenizer: Any = None,
+    needed: bool = True,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Iterable[Any]:
@@ -34,6 +35,7 @@ def calibration_batches(
         model: the model; a causal LM samples its own tokens when ``calibration`` is None.
         calibration: batches (tensors, dicts of keyword arguments, tuples of arguments), or strings with ``tokenizer``.
         tokenizer: a transformers tokenizer, for strings.
+        needed: whether statistics are wanted; if not, a causal LM gets a few random tokens, enough to be probed.
         seed: for the model's own samples.
         progress: show a progress bar; None decides by the terminal.
 
@@ -42,7 +44,8 @@ def calibration_batches(
             no data for a model that cannot sample its own.
     """
     if calibration is None:
-        return self_sampled(model, seed=seed, progress=progress)
+        size = {} if needed else {"sequences": 1, "length": 16}
+        return self_sampled(model, seed=seed, progress=progress if needed else False, **size)
     if isinstance(calibration, (str, bytes, Mapping, Tensor)) or not isinstance(calibration, Iterable):
         raise CalibrationError(
             f"calibration is a {type(calibration).__name__}: pass an iterable of batches, such as a list of token tensors "
@@ -129,7 +132,8 @@ def self_sampled(
             f"calibration is missing: {type(model).__name__} is no causal language model that could sample its own; pass "
             "calibration=[...], an iterable of batches: tensors, dicts of keyword arguments or tuples of arguments"
         )
-    log.info("no calibration data: sampling %d x %d tokens from the model itself (seed %d)", sequences, length, seed)
+    if sequences > 1:
+        log.info("no calibration data: sampling %d x %d tokens from the model itself (seed %d)", sequences, length, seed)
     random = torch.Generator().manual_seed(seed)
     device = device_of(model)
     length = min(length, getattr(model.config, "max_position_embeddings", None) or length)

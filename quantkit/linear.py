@@ -174,6 +174,21 @@ class W8A8Linear(nn.Module):
         """``[N, K]`` float32: what the integers stand for, in the channels of the rewritten activation."""
         return self.weight.float() * self.weight_scale
 
+    def input_gradient(self, gradient: Tensor) -> Tensor:
+        """``[M, N]`` to ``[M, K]``: the gradient as if nothing were rounded (straight through), step by step backwards."""
+        inner = gradient.float() @ self.dequantized_weight()
+        if self.rotation_block:
+            inner = Rotation(self.rotation_block).apply(inner)  # symmetric but for the signs
+            inner = inner if self.rotation_signs is None else inner * self.rotation_signs
+        if self.permutation is not None:
+            inner = inner.index_select(1, self.permutation.argsort())
+        if self.pre_scale is not None:
+            inner = inner * self.pre_scale
+        if self.outlier_index is not None:
+            assert self.outlier_weight is not None
+            inner = inner.index_add(1, self.outlier_index, gradient.float() @ self.outlier_weight.float())
+        return inner.to(gradient.dtype)
+
     @property
     def packed(self) -> Any:
         """The weight as the backend of its device wants it, made at first use."""

@@ -19,8 +19,8 @@ from torch import Tensor
 MAX_EXACT_K = (2**31 - 1) // 127**2
 """133,144: the longest dot product of codes in [-127, 127] that an int32 accumulator holds exactly."""
 
-MAX_EXACT_K_ASYMMETRIC = (2**31 - 1) // (128 * 127)
-"""132,104: the same with asymmetric activations, whose codes reach -128."""
+MAX_EXACT_K_ASYMMETRIC = (2**31 - 1) // (255 * 127)
+"""66,311: the same with asymmetric activations, where ``q - zero`` reaches 255: a row of ones makes it do so."""
 
 ABSMAX_FLOOR = 2.0**-96
 """Smallest absmax used for a scale: a row of zeros gets finite scales, and ``qmax / absmax`` never overflows."""

@@ -68,7 +68,11 @@ def quantize(
     """
     calibrators, number_format = resolve(method), None if scheme is None else Scheme.parse(scheme)
     linears = _check(model, calibrators, number_format, ignore, targets)
-    data = calibration_batches(model, calibration, tokenizer=tokenizer, seed=seed, progress=progress)
+    static = number_format is not None and number_format.is_static
+    kinds = dict.fromkeys([kind for c in calibrators for kind in c.statistics] + ([Range] if static else []))
+    data = calibration_batches(
+        model, calibration, tokenizer=tokenizer, needed=bool(kinds), seed=seed, progress=progress
+    )
     first, data = _peek(data)
     piece = probe_batch(model, first)
 
@@ -77,17 +81,16 @@ def quantize(
     sites = [site for site in discovery.sites if not all(name in kept for name in site.linears)]
     _check_chosen(linears, kept, sites, number_format)
 
-    kinds = dict.fromkeys(kind for c in calibrators for kind in c.statistics)
-    if number_format is not None:
-        kinds |= dict.fromkeys((TokenSample, Range) if number_format.is_static else (TokenSample,))
-    statistics = observe(model, data, sites, list(kinds), seed=seed, progress=progress)
+    if number_format is not None and (kinds or calibration is not None):
+        kinds[TokenSample] = None  # for the report
+    statistics = observe(model, data, sites, list(kinds), seed=seed, progress=progress) if kinds else {}
     views = _views(sites, linears, kept, statistics, number_format)
     codes, notes = _plan(model, calibrators, views, data, seed, progress)
     record = Report(
         [c.name for c in calibrators],
         number_format.name if number_format else None,
         seed,
-        "sampled from the model" if calibration is None else "given",
+        "given" if calibration is not None else "sampled from the model" if kinds else "not needed",
     )
     _convert(model, views, codes, notes, kept, number_format, piece, record, progress)
     setattr(model, RECORD, record)
@@ -146,7 +149,7 @@ def _views(
     views = []
     for site in sites:
         targets = {name: linears[name] for name in site.linears if name not in kept}
-        views.append(SiteView(site, scheme or Scheme(), scheme is None, Transform(), targets, statistics[site.name]))
+        views.append(SiteView(site, scheme or Scheme(), scheme is None, Transform(), targets, statistics.get(site.name, {})))
     return views
 
 
@@ -295,8 +298,12 @@ def _to_int8(
     )  # fmt: skip
 
 
-def _output_sqnr(view: SiteView, linear: nn.Module, new: W8A8Linear, folded: Tensor | None, factor: Tensor | None) -> float:
+def _output_sqnr(
+    view: SiteView, linear: nn.Module, new: W8A8Linear, folded: Tensor | None, factor: Tensor | None
+) -> float | None:
     """Of the layer's output on the sampled tokens, in the model's dtype: the float layer against the INT8 one."""
+    if not view.has(TokenSample):
+        return None
     tokens, _ = view.sampled()
     weight = weight_of(linear).float()
     wanted = tokens @ weight.t()

@@ -74,6 +74,10 @@ class SiteView:
     def name(self) -> str:
         return self.site.name
 
+    def has(self, kind: type[Statistic]) -> bool:
+        """Whether this statistic was collected."""
+        return kind in self._statistics
+
     def statistic(self, kind: type[S]) -> S:
         """The site's statistic of one ``kind`` that the calibrator asked for."""
         return self._statistics[kind].after(self.transform)  # type: ignore[return-value]

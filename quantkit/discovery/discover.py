@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -139,7 +140,9 @@ class _Prober:
 
     def _output_changed(self, trace: Trace) -> bool:
         pairs = list(itertools.zip_longest(self.reference.outputs, trace.outputs))
-        return not pairs or any(a is None or b is None or _distance(a, b) > 10 * self.noise for a, b in pairs)
+        if not pairs or not math.isfinite(self.noise):
+            return True  # nothing to see a leak in
+        return any(a is None or b is None or _distance(a, b) > 10 * self.noise for a, b in pairs)
 
     def _response(self, trace: Trace, name: str) -> Response:
         """Per-channel factor [K] between two passes, None where nothing changed, MIXED where it is no such factor."""
@@ -205,7 +208,7 @@ class _Prober:
         for name, (member, local, power) in found.items():
             answer, foretold = self._response(trace, name), multipliers[member][local].double() ** power
             unchanged = answer is None and bool((foretold == 1).all())
-            if unchanged or isinstance(answer, Tensor) and torch.equal(answer, foretold):
+            if unchanged or (isinstance(answer, Tensor) and torch.equal(answer, foretold)):
                 confirmed[name] = (member, local, power)
         return confirmed
 
@@ -263,13 +266,14 @@ def _member(rows: Tensor, n: int) -> Tensor:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value; inf for different shapes or not-a-numbers."""
+    """Largest difference relative to the largest finite value; inf for different shapes or not-a-numbers."""
     if a.shape != b.shape:
         return float("inf")
     if a.numel() == 0 or torch.equal(a, b):
         return 0.0
     a, b = a.double(), b.double()
-    value = float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+    difference, signal = torch.where(a == b, 0.0, a - b), torch.where(a.isinf(), 0.0, a)  # masked logits are -inf
+    value = float(difference.abs().max() / signal.abs().max().clamp_min(1e-30))
     return value if value == value else float("inf")
 
 
@@ -287,21 +291,26 @@ def _factor(before: Tensor, after: Tensor, noise: float) -> Tensor | None:
 
 
 def _fused_layouts(n: int, k: int) -> Iterator[Tensor]:
-    """Index sets of one part out of ``[heads][parts][width]`` rows that can cover ``k`` channels, likeliest first."""
-    for parts in range(2, 65):
+    """Index sets of one part out of ``[heads][parts][width]`` rows that can cover ``k`` channels, likeliest first.
+
+    Many parts mean many query heads to a key and a value, and the value comes last.
+    """
+    for parts in range(2, 258):
         if n % parts or k % (n // parts):
             continue
         picked = n // parts
-        for heads in (h for h in (*range(1, min(picked, 257)), picked) if picked % h == 0):  # the last one interleaves rows
+        # As many heads as rows: the parts are interleaved.
+        counts = (1,) if parts > 32 else dict.fromkeys(h for h in (*range(1, 257), picked) if picked % h == 0)
+        for heads in counts:
             grid = torch.arange(n).view(heads, parts, picked // heads)
-            for part in dict.fromkeys((parts - 1, 0, 1)):
+            for part in dict.fromkeys((parts - 1, 0, 1)) if parts <= 4 else (parts - 1,):
                 yield grid[:, part].reshape(-1)
-        if n <= k:  # not fused at all; the whole was asked already
+        if n <= k:  # not fused at all, or keys with values; the whole was asked already
             return
-    for heads in (h for h in range(1, min(k, 256) + 1) if n % h == 0 and k % h == 0):  # parts of unequal width
+    for heads in (h for h in range(1, 257) if n % h == 0 and k % h == 0):  # two parts of unequal width
         grid = torch.arange(n).view(heads, n // heads)
-        for part in (grid[:, -k // heads :], grid[:, : k // heads]):
-            yield part.reshape(-1)
+        for unequal in (grid[:, -k // heads :], grid[:, : k // heads]):
+            yield unequal.reshape(-1)
 
 
 def _kept(
@@ -393,7 +402,9 @@ def _common_producer(
     unseen = [
         name
         for name, linear in linears.items()
-        if name not in reference.inputs and (not block or name.startswith(f"{block}.")) and weight_of(linear).shape[1] == channels
+        if name not in reference.inputs
+        and (not block or name.startswith(f"{block}."))
+        and weight_of(linear).shape[1] == channels
     ]
     if unseen:
         return None, f"{unseen[0]} never ran in the probe and may read it too"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,10 @@ def outputs_of(model: nn.Module, batch: Any) -> list[Tensor]:
 
 
 def relative_error(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Worst RMS error over RMS signal among matching tensors; ``inf`` where shapes differ or values are not finite."""
+    """Worst RMS error over RMS signal among matching tensors; ``inf`` where shapes differ or something became infinite.
+
+    Infinities that agree, such as masked logits, count as equal; not-a-numbers prove nothing and never agree.
+    """
     if len(reference) != len(other) or any(a.shape != b.shape for a, b in zip(reference, other, strict=True)):
         return float("inf")
     worst = 0.0
@@ -53,14 +57,20 @@ def relative_error(reference: Sequence[Tensor], other: Sequence[Tensor]) -> floa
         if a.numel() == 0 or torch.equal(a, b):
             continue
         a, b = a.double(), b.double()
-        error = float((a - b).pow(2).mean().sqrt() / a.pow(2).mean().sqrt().clamp_min(1e-30))
+        difference, signal = torch.where(a == b, 0.0, a - b), torch.where(a.isinf(), 0.0, a)
+        error = float(difference.pow(2).mean().sqrt() / signal.pow(2).mean().sqrt().clamp_min(1e-30))
         worst = max(worst, error if error == error else float("inf"))
     return worst
 
 
-def tolerance_for(outputs: Sequence[Tensor], noise: float) -> float:
-    """1e-5, or eight times the epsilon of a shorter format, or ten times the noise floor."""
-    eps = max((torch.finfo(t.dtype).eps for t in outputs), default=0.0)
+def tolerance_for(outputs: Sequence[Tensor], noise: float, model: nn.Module | None = None) -> float:
+    """1e-5, or eight times the epsilon of a shorter format, or ten times the noise floor.
+
+    The shortest format counts, be it of an output or of a parameter of ``model``: float32 logits of a bfloat16 model are
+    no better than its weights.
+    """
+    weights = () if model is None else (p for p in model.parameters() if p.is_floating_point() and p.element_size() > 1)
+    eps = max((torch.finfo(t.dtype).eps for t in (*outputs, *weights)), default=0.0)
     return max(1e-5, 8 * eps, 10 * noise)
 
 
@@ -88,7 +98,7 @@ def verify_equivalence(
     if not wanted:
         raise EquivalenceError("the model returns no floating-point tensor, so there is nothing to compare")
     error = relative_error(wanted, outputs_of(model, batch))
-    return Equivalence(error, noise, tolerance_for(wanted, noise) if tolerance is None else tolerance)
+    return Equivalence(error, noise, tolerance_for(wanted, noise, model) if tolerance is None else tolerance)
 
 
 def rehearse(model: nn.Module, batch: Any, sites: Sequence[Site]) -> set[str]:
@@ -98,7 +108,10 @@ def rehearse(model: nn.Module, batch: Any, sites: Sequence[Site]) -> set[str]:
     weight is touched. If they do not, the sites are halved until the culprits stand alone.
     """
     wanted = outputs_of(model, batch)
-    tolerance = tolerance_for(wanted, relative_error(wanted, outputs_of(model, batch)))
+    noise = relative_error(wanted, outputs_of(model, batch))
+    if not math.isfinite(noise):
+        return {site.name for site in sites}  # two runs have nothing in common, so nothing can be shown
+    tolerance = tolerance_for(wanted, noise)
 
     random = torch.Generator().manual_seed(2)
 

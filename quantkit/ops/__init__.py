@@ -82,6 +82,23 @@ def pack(layer: W8A8Linear) -> Any:
 
 
 def linear(layer: W8A8Linear, x: Tensor) -> Tensor:
-    """Run ``layer`` on ``x [M, K]``."""
-    backend: Any = choose(x.device) if _forced else layer.packed.backend
+    """Run ``layer`` on ``x [M, K]``. Gradients flow to ``x`` as if nothing were rounded (straight through)."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _StraightThrough.apply(x, layer)  # type: ignore[no-untyped-call, no-any-return]
+    return _run(layer, x)
+
+
+def _run(layer: W8A8Linear, x: Tensor) -> Tensor:
+    backend: Backend = choose(x.device) if _forced else layer.packed.backend
     return backend.linear(layer, x)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: W8A8Linear) -> Tensor:
+        ctx.layer = layer
+        return _run(layer, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.input_gradient(gradient), None
