@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -26,15 +27,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quantkit.errors import CheckpointError, ModelError
+from quantkit.errors import CheckpointError, ModelError, QuantkitError
 from quantkit.linear import W8A8Linear
-from quantkit.modules import linears_of, replace_module
+from quantkit.modules import linears_of, replace_module, weight_of
 from quantkit.report import RECORD, Report, report
 from quantkit.scheme import Scheme
 
 RECORD_FILE = "quantkit.json"
 FORMAT_VERSION = 1
 MAX_RECORD_BYTES = 64 * 2**20
+FILE_NAME = re.compile(r"[\w\- ][\w.\- ]{0,200}")
+LAYER_FACTS = {"in_features": int, "out_features": int, "scheme": str, "bias": bool, "rotation_block": int}
+DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
+"""How safetensors calls what is no floating-point number."""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = None, shard_bytes: int = 4 * 2**30) -> Path:
@@ -76,6 +83,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = Non
     return target
 
 
+@torch.inference_mode(False)
 def load(
     path: str | os.PathLike[str],
     *,
@@ -108,15 +116,17 @@ def load(
         raise ModelError("model= is quantized already: pass a fresh floating-point instance")
     layers = _empty_layers(model, body["layers"], stored)
     _check_fit(model, layers, stored, body["tied"])
+    record = _report_of(folder, body)
     tensors = {name: _read(folder / file, name, device) for name, (file, _, _) in stored.items()}
     tensors |= {alias: tensors[name] for alias, name in body["tied"].items()}
     for name, layer in layers.items():
         replace_module(model, name, layer)
     model.load_state_dict(tensors, strict=True, assign=True)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    retie: Any = getattr(model, "tie_weights", None)
+    if retie is not None:
+        retie()
     model.to(device)
-    setattr(model, RECORD, Report.from_dict(body["report"]))
+    setattr(model, RECORD, record)
     return model.eval()
 
 
@@ -128,13 +138,13 @@ def _written_whole(target: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``target`` at the end, or vanishes if anything fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    previous = None
     try:
         folder.chmod(0o755)
         yield folder
         for file in folder.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        previous = None
         if target.exists():
             previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.replace(target, previous)
@@ -142,6 +152,10 @@ def _written_whole(target: Path) -> Iterator[Path]:
         if previous is not None:
             shutil.rmtree(previous, ignore_errors=True)
     except BaseException:
+        if previous is not None and not target.exists():
+            os.replace(previous, target)  # the old checkpoint was on its way out
+        elif previous is not None:
+            shutil.rmtree(previous, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -176,7 +190,7 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) ->
     return names
 
 
-def _write_transformers_files(model: nn.Module, folder: Path, tokenizer: Any) -> str | None:
+def _write_transformers_files(model: Any, folder: Path, tokenizer: Any) -> str | None:
     name = None
     if type(model).__module__.startswith("transformers.") and hasattr(model, "config"):
         name = type(model).__name__
@@ -214,6 +228,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is larger than {MAX_RECORD_BYTES >> 20} MiB: that is no record of quantkit's")
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
+        digest = body.pop("digest", None) if isinstance(body, dict) else None
+        wanted = _digest(body)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
     if not isinstance(body, dict) or body.get("format") != "quantkit":
@@ -224,23 +240,56 @@ def _read_record(folder: Path) -> dict[str, Any]:
             f"{folder} has format version {version!r} and this quantkit reads {FORMAT_VERSION}: "
             "upgrade quantkit-w8a8, or quantize the model again"
         )
-    if body.pop("digest", None) != _digest(body):
+    if digest != wanted:
         raise CheckpointError(f"{file} was changed after it was written (its digest does not match)")
+    _check_record(file, body)
     return body
+
+
+def _check_record(file: Path, body: dict[str, Any]) -> None:
+    """Every key is there with its type, since anybody can compute a digest."""
+    facts: dict[str, Any] = {
+        "files": dict,
+        "layers": dict,
+        "tied": dict,
+        "report": dict,
+        "transformers_class": (str, type(None)),
+    }
+    bad = [key for key, kind in facts.items() if key not in body or not isinstance(body[key], kind)]
+    if not bad:
+        files, layers, tied = body["files"].values(), body["layers"].values(), body["tied"].values()
+        bad += [] if all(_is_record(f, {"sha256": str, "bytes": int}) for f in files) else ["files"]
+        bad += [] if all(_is_record(f, LAYER_FACTS) for f in layers) else ["layers"]
+        bad += [] if all(isinstance(name, str) for name in tied) else ["tied"]
+    if bad:
+        raise CheckpointError(f"{file} is damaged: {bad[0]!r} is missing or malformed")
+
+
+def _is_record(value: Any, facts: dict[str, type]) -> bool:
+    return isinstance(value, dict) and all(type(value.get(key)) is kind for key, kind in facts.items())
+
+
+def _report_of(folder: Path, body: dict[str, Any]) -> Report:
+    try:
+        return Report.from_dict(body["report"])
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder / RECORD_FILE} is damaged: its report cannot be read ({error})") from None
 
 
 def _check_files(folder: Path, body: dict[str, Any], verify: bool) -> list[str]:
     """The safetensors files, once every listed file is found inside the folder, whole and unchanged."""
     for name, facts in body["files"].items():
         file = folder / name
-        if Path(name).name != name or name in ("", ".", ".."):
+        if not FILE_NAME.fullmatch(name):
             raise CheckpointError(f"{folder / RECORD_FILE} lists {name!r}, a path outside the checkpoint: refused")
         if file.is_symlink() and file.resolve().parent != folder.resolve() and not _is_hub_cache(file):
             raise CheckpointError(f"{file} is a link that leaves the checkpoint: refused")
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
         if file.stat().st_size != facts["bytes"]:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes and should have {facts['bytes']}: truncated or changed")
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size} bytes and should have {facts['bytes']}: truncated or changed"
+            )
         if verify and _sha256(file) != facts["sha256"]:
             raise CheckpointError(f"{file} was changed after it was written (its SHA-256 does not match)")
     return [name for name in body["files"] if name.endswith(".safetensors")]
@@ -268,30 +317,40 @@ def _tensor_index(folder: Path, files: list[str]) -> dict[str, tuple[str, tuple[
 
 
 def _read(file: Path, name: str, device: torch.device | str) -> Tensor:
-    with safe_open(file, framework="pt", device=str(device)) as handle:
-        tensor: Tensor = handle.get_tensor(name)
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as handle:
+            tensor: Tensor = handle.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"tensor {name!r} of {file} cannot be read: {error}") from None
     return tensor
 
 
 def _empty_transformers_model(folder: Path, body: dict[str, Any]) -> nn.Module:
     name = body["transformers_class"]
     if name is None:
-        raise CheckpointError(f"{folder} is no transformers model: pass a fresh instance, quantkit.load(path, model=MyModel(...))")
+        raise CheckpointError(
+            f"{folder} is no transformers model: pass a fresh instance, quantkit.load(path, model=MyModel(...))"
+        )
     try:
         import transformers
         from accelerate import init_empty_weights
     except ImportError as error:
-        raise CheckpointError(f"{folder} is a transformers model: pip install 'quantkit-w8a8[transformers]' ({error})") from None
-    cls = getattr(transformers, name, None)
+        raise CheckpointError(
+            f"{folder} is a transformers model: pip install 'quantkit-w8a8[transformers]' ({error})"
+        ) from None
+    cls: Any = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise CheckpointError(f"{folder}: this transformers has no model class {name!r}")
-    config_dict = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config_dict.pop("quantization_config", None)
-    config = cls.config_class.from_dict(config_dict)
-    with init_empty_weights(include_buffers=False):
-        model = cls._from_config(config)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    try:
+        config_dict = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config_dict.pop("quantization_config", None)
+        config = cls.config_class.from_dict(config_dict)
+        with init_empty_weights(include_buffers=False):
+            model = cls._from_config(config)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever transformers makes of a config that it did not write
+        raise CheckpointError(f"{folder}: {name} cannot be made from config.json: {error}") from error
     return model
 
 
@@ -302,15 +361,34 @@ def _empty_layers(
     layers = {}
     for name, facts in records.items():
         if name not in linears:
-            raise CheckpointError(f"the checkpoint quantizes {name!r}, and the model has no such linear: it is of another model")
-        layer = W8A8Linear(
-            int(facts["in_features"]), int(facts["out_features"]), scheme=Scheme.parse(facts["scheme"]),
-            bias=bool(facts["bias"]), device="meta",
-        )  # fmt: skip
-        layer.rotation_block = int(facts["rotation_block"])
-        for buffer in list(layer._buffers):
-            if f"{name}.{buffer}" in stored and getattr(layer, buffer) is None:
-                setattr(layer, buffer, torch.empty(stored[f"{name}.{buffer}"][1], device="meta"))
+            raise CheckpointError(
+                f"the checkpoint quantizes {name!r}, and the model has no such linear: it is of another model"
+            )
+        n, k = facts["out_features"], facts["in_features"]
+        if tuple(weight_of(linears[name]).shape) != (n, k):
+            raise CheckpointError(f"layer {name!r} has {k} inputs and {n} outputs, and in the model it has other sizes")
+        block = facts["rotation_block"]
+        if block < 0 or (block and (k % block or block & (block - 1))):
+            raise CheckpointError(f"layer {name!r} rotates blocks of {block}, which does not go with {k} channels")
+        try:
+            layer = W8A8Linear(k, n, scheme=Scheme.parse(facts["scheme"]), bias=facts["bias"], device="meta")
+        except QuantkitError as error:
+            raise CheckpointError(f"layer {name!r}: {error}") from None
+        layer.rotation_block = block
+        outliers = stored.get(f"{name}.outlier_index", ("", (0,), ""))[1]
+        room = {
+            "pre_scale": torch.empty(k, device="meta"),
+            "shift": torch.empty(k, device="meta"),
+            "permutation": torch.empty(k, dtype=torch.int64, device="meta"),
+            "rotation_signs": torch.empty(k, device="meta"),
+            "outlier_index": torch.empty(outliers[:1], dtype=torch.int64, device="meta"),
+            "outlier_weight": torch.empty(n, *outliers[:1], device="meta"),
+        }
+        for buffer, empty in room.items():
+            if f"{name}.{buffer}" in stored:
+                setattr(layer, buffer, empty)
+        if (layer.outlier_index is None) != (layer.outlier_weight is None):
+            raise CheckpointError(f"layer {name!r} has outlier_index or outlier_weight without the other")
         layers[name] = layer
     return layers
 
@@ -322,18 +400,23 @@ def _check_fit(
     tied: dict[str, str],
 ) -> None:
     """Every tensor the model needs is there with its shape, and nothing else, before anything is assigned."""
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if name.rpartition(".")[0] not in layers}
+    wanted = {name: t for name, t in model.state_dict().items() if name.rpartition(".")[0] not in layers}
+    scales = set()
     for name, layer in layers.items():
-        wanted |= {f"{name}.{key}": tuple(t.shape) for key, t in layer.state_dict().items()}
-        dtype = stored.get(f"{name}.weight", ("", (), "I8"))[2]
-        if dtype != "I8":
-            raise CheckpointError(f"tensor '{name}.weight' is {dtype} and should be INT8")
-    for name, shape in wanted.items():
+        own = {f"{name}.{key}": t for key, t in layer.state_dict().items()}
+        wanted |= own
+        # The C passes read these as they are, so nothing but float32 will do.
+        scales |= {key for key, t in own.items() if t.is_floating_point() and not key.endswith((".bias", ".outlier_weight"))}
+    for name, tensor in wanted.items():
         source = tied.get(name, name)
         if source not in stored:
             raise CheckpointError(f"tensor {name!r} is missing from the checkpoint")
-        if stored[source][1] != shape:
-            raise CheckpointError(f"tensor {name!r} has shape {list(stored[source][1])} and the model needs {list(shape)}")
+        _, shape, dtype = stored[source]
+        if shape != tuple(tensor.shape):
+            raise CheckpointError(f"tensor {name!r} has shape {list(shape)} and the model needs {list(tensor.shape)}")
+        fits = dtype.startswith(("F", "BF")) if tensor.is_floating_point() else dtype == DTYPES.get(tensor.dtype, dtype)
+        if not fits or (name in scales and dtype != "F32"):
+            raise CheckpointError(f"tensor {name!r} is {dtype} and should be {'float32' if name in scales else tensor.dtype}")
     surplus = next((name for name in [*stored, *tied] if name not in wanted), None)
     if surplus is not None:
         raise CheckpointError(f"the checkpoint holds {surplus!r}, which the model has no place for: it is of another model")

@@ -22,7 +22,9 @@ app = typer.Typer(
 )
 console = Console()
 
-Model = Annotated[str, typer.Argument(help="A folder with a transformers model, a .gguf file, a quantkit checkpoint, or 'smollm2'.")]
+Model = Annotated[
+    str, typer.Argument(help="A folder with a transformers model, a .gguf file, a quantkit checkpoint, or 'smollm2'.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no log messages but warnings.")]
 
 
@@ -42,12 +44,28 @@ def main(
 )
 def quantize(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the INT8 checkpoint; must be new, empty, or a quantkit checkpoint.")],
-    method: Annotated[list[str] | None, typer.Option("--method", "-m", help="rtn or smoothquant; repeat to compose, in order.  [default: smoothquant]")] = None,
-    scheme: Annotated[str, typer.Option(help="w8a8 (dynamic, per token), w8a8-static, w8a8-asym, w8a8-static-asym; w4a8, w6a6, ... are simulations.")] = "w8a8",
-    calibration: Annotated[Path | None, typer.Option("--calibration", "-c", help="Text file to calibrate on. Left out, the model samples its own text.")] = None,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Folder for the INT8 checkpoint; must be new, empty, or a quantkit checkpoint."),
+    ],
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="rtn or smoothquant; repeat to compose, in order.  [default: smoothquant]"),
+    ] = None,
+    scheme: Annotated[
+        str,
+        typer.Option(
+            help="w8a8 (dynamic, per token), w8a8-static, w8a8-asym, w8a8-static-asym; w4a8, w6a6, ... are simulations."
+        ),
+    ] = "w8a8",
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", "-c", help="Text file to calibrate on. Left out, the model samples its own text."),
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens taken from the text.")] = 32,
-    ignore: Annotated[list[str] | None, typer.Option(help="Layer name or glob that stays in floating point; repeatable.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layer name or glob that stays in floating point; repeatable.")
+    ] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Quantize only these names or globs; repeatable.")] = None,
     dtype: Annotated[str, typer.Option(help="What stays in floating point: float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -66,7 +84,14 @@ def quantize(
     if calibration is not None:
         data = quantkit.data.packed_text([calibration.read_text(encoding="utf-8")], tokenizer)[:windows]
     quantkit.quantize(
-        net, method or "smoothquant", calibration=data, scheme=scheme, ignore=ignore or [], targets=targets, seed=seed, progress=not quiet
+        net,
+        method or "smoothquant",
+        calibration=data,
+        scheme=scheme,
+        ignore=ignore or [],
+        targets=targets,
+        seed=seed,
+        progress=not quiet,
     )
     quantkit.save(net, output, tokenizer=tokenizer)
     console.print(quantkit.report(net).summary)
@@ -77,7 +102,9 @@ def quantize(
 def evaluate(
     model: Model,
     text: Annotated[Path, typer.Option("--text", "-t", help="Text file to score.")],
-    reference: Annotated[str | None, typer.Option("--reference", "-r", help="The float model: adds KL divergence and top-1 agreement.")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", "-r", help="The float model: adds KL divergence and top-1 agreement.")
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Number of windows.")] = 20,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
@@ -119,9 +146,17 @@ def inspect(
         print(json.dumps(record.to_dict()) if as_json else record)
         return
     net, _ = load_float(model)
-    found = quantkit.discover(net)
+    found = quantkit.discover(net, quantkit.data.self_sampled(net, sequences=1, length=16, progress=False)[0])
     if as_json:
-        sites = [{"linears": s.linears, "channels": s.channels, "producer": s.producer.module if s.producer else None, "reason": s.reason} for s in found.sites]
+        sites = [
+            {
+                "linears": s.linears,
+                "channels": s.channels,
+                "producer": s.producer.module if s.producer else None,
+                "reason": s.reason,
+            }
+            for s in found.sites
+        ]
         print(json.dumps({"sites": sites, "float": found.kept}))
         return
     table = Table("linears that read one activation", "channels", "a scale folds into", title=f"{len(found.sites)} sites")
@@ -135,7 +170,9 @@ def inspect(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table, the picture and the checkpoint.")] = Path("demo-out"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the table, the picture and the checkpoint.")
+    ] = Path("demo-out"),
     quick: Annotated[bool, typer.Option(help="A few windows only: minutes become seconds, figures become rough.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -167,7 +204,11 @@ def run() -> None:
     from quantkit.errors import QuantkitError
 
     quiet = "--quiet" in sys.argv or "-q" in sys.argv
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)])
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
+    )
     logging.getLogger("quantkit").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         app()

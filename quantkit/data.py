@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from quantkit.errors import CalibrationError
-from quantkit.modules import call, evaluating, map_tensors, tensors_in
+from quantkit.modules import all_tensors, call, evaluating, map_tensors, tensors_in
 
 log = logging.getLogger("quantkit")
 
@@ -75,8 +75,7 @@ def _check_batch(batch: Any, model: nn.Module) -> None:
         raise CalibrationError(
             f"a calibration batch is a {type(batch).__name__}: pass tensors, dicts of keyword arguments or tuples of arguments"
         )
-    tensors: list[Tensor] = []
-    map_tensors(batch, lambda t: tensors.append(t) or t)
+    tensors = all_tensors(batch)
     if not tensors:
         raise CalibrationError("the first calibration batch holds no tensor")
     if not any(t.numel() for t in tensors):
@@ -138,7 +137,10 @@ def self_sampled(
     device = device_of(model)
     length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
     out = []
-    with evaluating(model), tqdm(total=-(-sequences // batch) * length, desc="sampling", unit="tok", disable=_off(progress)) as bar:
+    with (
+        evaluating(model),
+        tqdm(total=-(-sequences // batch) * length, desc="sampling", unit="tok", disable=_off(progress)) as bar,
+    ):
         for start in range(0, sequences, batch):
             ids = torch.randint(0, vocabulary, (min(batch, sequences - start), 1), generator=random).to(device)
             out.append(_continue(model, ids, length, random, bar))
@@ -172,24 +174,24 @@ def probe_batch(model: nn.Module, batch: Any, tokens: int = 16) -> Any:
     Only integer tensors and masks of the same length are cut along the sequence. A model that does not accept the
     piece gets the whole batch.
     """
-    sizes: list[tuple[int, ...]] = []
-    map_tensors(batch, lambda t: sizes.append(tuple(t.shape)) or t)
-    first = next((s for s in sizes if s), None)
-    ids: list[Tensor] = []
-    map_tensors(batch, lambda t: ids.append(t) or t if not t.is_floating_point() and t.dim() == 2 else t)
+    tensors = all_tensors(batch)
+    samples = next((len(t) for t in tensors if t.dim()), None)
+    ids = [t for t in tensors if not t.is_floating_point() and t.dim() == 2]
     length = ids[0].shape[1] if ids else None
+    # plain features [rows, channels]: rows are the tokens
+    rows = 1 if ids or any(t.dim() > 2 for t in tensors) else tokens
 
     def cut(t: Tensor) -> Tensor:
-        if first is None or not t.dim() or t.shape[0] != first[0]:
+        if not t.dim() or len(t) != samples:
             return t
-        t = t[:1]
+        t = t[:rows]
         return t[:, :tokens] if t.dim() == 2 and t.shape[1] == length else t
 
     piece = map_tensors(batch, cut)
     try:
         with evaluating(model):
             list(tensors_in(call(model, piece)))
-    except Exception as error:  # whatever a model may raise on a cut input, the whole batch is the answer
+    except Exception as error:  # noqa: BLE001  whatever a model may raise on a cut input, the whole batch is the answer
         log.debug("probing with the whole first batch, since a piece of it fails: %s", error)
         return batch
     return piece

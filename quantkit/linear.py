@@ -114,7 +114,7 @@ class W8A8Linear(nn.Module):
         if bias is not None and new.bias is not None:
             new.bias.copy_(bias)
         if new.scheme.is_static:
-            assert input_range is not None and new.input_scale is not None
+            assert input_range is not None
             new._set_static_range(*input_range)
         new._set_leftover(leftover or Transform(), outlier_weight, like)
         return new

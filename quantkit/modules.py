@@ -98,6 +98,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(vars(value))
 
 
+def all_tensors(value: Any) -> list[Tensor]:
+    """Every tensor, of any dtype, in nested tuples, lists and mappings."""
+    found: list[Tensor] = []
+
+    def take(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, take)
+    return found
+
+
 def map_tensors(value: Any, function: Any) -> Any:
     """``value`` with ``function`` applied to every tensor in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):

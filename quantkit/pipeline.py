@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from quantkit.calibrators import Calibrator, Codes, SiteView, Stage, View, resolve
+from quantkit.calibrators import Calibrator, Codes, Plan, SiteView, Stage, View, resolve
 from quantkit.data import _off, _peek, calibration_batches, probe_batch
 from quantkit.discovery import discover
+from quantkit.discovery.discover import NEVER_RAN
 from quantkit.discovery.verify import outputs_of, relative_error, scaled_by_hooks, tolerance_for
 from quantkit.errors import CalibrationError, EquivalenceError, MethodError, ModelError
 from quantkit.fold import Fold, restore_norms, row_factors, snap, split, store_norms
 from quantkit.linear import W8A8Linear, check_exact
 from quantkit.modules import linears_of, replace_module, weight_of
-from quantkit.numerics import quantize_weight, sqnr_db
+from quantkit.numerics import qmax, quantize_weight, sqnr_db
 from quantkit.observe import SiteStatistics, observe
 from quantkit.report import RECORD, LayerRecord, Report
 from quantkit.scheme import Scheme
@@ -32,6 +33,7 @@ M = TypeVar("M", bound=nn.Module)
 BROKEN = "_quantkit_interrupted"
 
 
+@torch.inference_mode(False)  # what is created here must live outside of it
 def quantize(
     model: M,
     method: str | Calibrator | Sequence[str | Calibrator] = "smoothquant",
@@ -70,20 +72,27 @@ def quantize(
     linears = _check(model, calibrators, number_format, ignore, targets)
     static = number_format is not None and number_format.is_static
     kinds = dict.fromkeys([kind for c in calibrators for kind in c.statistics] + ([Range] if static else []))
-    data = calibration_batches(
-        model, calibration, tokenizer=tokenizer, needed=bool(kinds), seed=seed, progress=progress
-    )
+    data = calibration_batches(model, calibration, tokenizer=tokenizer, needed=bool(kinds), seed=seed, progress=progress)
     first, data = _peek(data)
     piece = probe_batch(model, first)
 
     discovery = discover(model, piece)
+    if any(reason == NEVER_RAN for reason in discovery.kept.values()):
+        discovery = discover(model, first)  # more tokens reach more experts
     kept = chosen(linears, discovery.kept, ignore, targets)
-    sites = [site for site in discovery.sites if not all(name in kept for name in site.linears)]
+    placed = {name for site in discovery.sites for name in site.linears}
+    # Heads and routers have no site unless something else reads their input; targets= may still ask for them.
+    alone = [Site(n, (n,), (n,), weight_of(linears[n]).shape[1]) for n in linears if n not in placed and n not in kept]
+    sites = [site for site in (*discovery.sites, *alone) if not all(name in kept for name in site.linears)]
     _check_chosen(linears, kept, sites, number_format)
 
     if number_format is not None and (kinds or calibration is not None):
         kinds[TokenSample] = None  # for the report
     statistics = observe(model, data, sites, list(kinds), seed=seed, progress=progress) if kinds else {}
+    if kinds:
+        unreached = {name: "no calibration token reached it" for s in sites if s.name not in statistics for name in s.linears}
+        kept |= unreached
+        sites = [site for site in sites if site.name in statistics]
     views = _views(sites, linears, kept, statistics, number_format)
     codes, notes = _plan(model, calibrators, views, data, seed, progress)
     record = Report(
@@ -107,33 +116,44 @@ def _check(
 ) -> dict[str, nn.Module]:
     """Everything that can be refused without running the model."""
     if not isinstance(model, nn.Module):
-        raise ModelError(f"model is a {type(model).__name__}: pass a torch.nn.Module, or use quantkit.load(path) for a checkpoint")
+        raise ModelError(
+            f"model is a {type(model).__name__}: pass a torch.nn.Module, or use quantkit.load(path) for a checkpoint"
+        )
     if getattr(model, BROKEN, False):
         raise ModelError("an earlier conversion of this model was interrupted half way: load the model again")
     if any(isinstance(module, W8A8Linear) for module in model.modules()):
         raise ModelError("the model is quantized already: load the floating-point model again to quantize it in another way")
     linears = linears_of(model)
     if not linears:
-        raise ModelError(f"{type(model).__name__} has no linear to quantize: quantkit replaces nn.Linear and transformers' Conv1D")
+        raise ModelError(
+            f"{type(model).__name__} has no linear to quantize: quantkit replaces nn.Linear and transformers' Conv1D"
+        )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ModelError(
                 f"parameter {name!r} is on the meta device (offloaded, or never loaded): load the whole model into memory first"
             )
     if scheme is None and any(c.stage == Stage.ROUND for c in calibrators):
-        raise MethodError("scheme=None leaves the model in floating point, so there is nothing to round: drop RTN, or pass a scheme")
+        raise MethodError(
+            "scheme=None leaves the model in floating point, so there is nothing to round: drop RTN, or pass a scheme"
+        )
     check_patterns(ignore, linears, "ignore")
     if targets is not None:
         check_patterns(targets, linears, "targets")
     if scheme is not None and scheme.is_simulation:
-        log.warning("scheme %s is a simulation: codes of fewer bits, stored and multiplied as INT8, no smaller or faster", scheme.name)
+        log.warning(
+            "scheme %s is a simulation: codes of fewer bits, stored and multiplied as INT8, no smaller or faster", scheme.name
+        )
     return linears
 
 
 def _check_chosen(linears: dict[str, nn.Module], kept: dict[str, str], sites: Sequence[Site], scheme: Scheme | None) -> None:
     names = [name for site in sites for name in site.linears if name not in kept]
     if not names:
-        raise ModelError(f"no linear is left to quantize: all {len(linears)} stay in floating point ({'; '.join(sorted(set(kept.values())))})")
+        raise ModelError(
+            f"no linear is left to quantize: all {len(linears)} stay in floating point "
+            f"({'; '.join(sorted(set(kept.values())))})"
+        )
     for name in names if scheme else ():
         assert scheme is not None
         check_exact(weight_of(linears[name]).shape[1], scheme, name)
@@ -175,15 +195,44 @@ def _plan(
     notes: dict[str, dict[str, Any]] = {}
     for calibrator in calibrators:
         plan = calibrator.plan(View(model, views, again, seed, bar))
-        unknown = plan.transforms.keys() - {view.name for view in views}
-        if unknown:
-            raise MethodError(f"{calibrator.name} planned for sites that do not exist: {', '.join(sorted(unknown))}")
+        _check_plan(calibrator.name, plan, views)
         for view in views:
             if view.name in plan.transforms:
                 view.transform = snap(model, view.site, view.transform.then(plan.transforms[view.name]))
             notes.setdefault(view.name, {}).update(plan.notes.get(view.name, {}))
         codes |= plan.codes
     return codes, notes
+
+
+def _check_plan(name: str, plan: Plan, views: Sequence[SiteView]) -> None:
+    """Raises MethodError for an answer that cannot be carried out, while nothing has changed."""
+    channels = {view.name: view.site.channels for view in views}
+    unknown = plan.transforms.keys() - channels.keys()
+    if unknown:
+        raise MethodError(f"{name} planned for sites that do not exist: {', '.join(sorted(unknown))}")
+    for site, transform in plan.transforms.items():
+        k = channels[site]
+        vectors = [v for v in (transform.shift, transform.scale, transform.permutation) if v is not None]
+        signs = transform.rotation.signs if transform.rotation is not None else None
+        if any(v.shape != (k,) for v in (*vectors, *([] if signs is None else [signs]))):
+            raise MethodError(f"{name} planned a transform of another size for {site!r}, which has {k} channels")
+        if transform.scale is not None and not bool((transform.scale.isfinite() & (transform.scale > 0)).all()):
+            raise MethodError(f"{name} planned a scale for {site!r} that is not positive and finite")
+        if transform.shift is not None and not bool(transform.shift.isfinite().all()):
+            raise MethodError(f"{name} planned a shift for {site!r} that is not finite")
+        if transform.permutation is not None and transform.permutation.sort().values.tolist() != list(range(k)):
+            raise MethodError(f"{name} planned a permutation for {site!r} that is none")
+        if transform.rotation is not None and k % transform.rotation.block:
+            raise MethodError(f"{name} planned rotations of {transform.rotation.block} for {site!r}, which has {k} channels")
+    weights = {linear: (w.shape, view.scheme) for view in views for linear, w in view.weights()} if plan.codes else {}
+    for linear, codes in plan.codes.items():
+        if linear not in weights:
+            raise MethodError(f"{name} rounded {linear!r}, which is not among the layers to quantize")
+        shape, scheme = weights[linear]
+        if codes.codes.dtype != torch.int8 or codes.codes.shape != shape or codes.scale.shape != (shape[0], 1):
+            raise MethodError(f"{name} rounded {linear!r} to other than int8 codes {list(shape)} and scales [{shape[0]}, 1]")
+        if codes.codes.numel() and int(codes.codes.short().abs().max()) > qmax(scheme.weight_bits):
+            raise MethodError(f"{name} rounded {linear!r} to codes beyond +-{qmax(scheme.weight_bits)}")
 
 
 def _convert(
@@ -211,7 +260,9 @@ def _convert(
             for name in view.site.linears:
                 linear = model.get_submodule(name)
                 into = view.site.producer.module if view.site.producer and view.name in folded else None
-                layer = LayerRecord(name, "float", view.name, into, reason=kept.get(name) or view.site.reason, notes=notes[view.name])
+                layer = LayerRecord(
+                    name, "float", view.name, into, reason=kept.get(name) or view.site.reason, notes=notes[view.name]
+                )
                 if scheme is None or name in kept:
                     _scale_float(linear, folded.get(view.name), factors.pop(name, None))
                 else:
@@ -242,11 +293,11 @@ def _store_and_prove(model: nn.Module, folds: Sequence[Fold], piece: Any, record
     try:
         with scaled_by_hooks(model, [(f.site, f.row_factor, f.scale) for f in folds]):
             record.equivalence = relative_error(wanted, outputs_of(model, piece))
-        tolerance = tolerance_for(wanted, noise)
+        tolerance = tolerance_for(wanted, noise, model)
         if record.equivalence > tolerance:
             raise EquivalenceError(
-                f"folding changed the model by {record.equivalence:.1e} (allowed {tolerance:.1e}); it was undone. Please report the "
-                "architecture; quantkit.quantize(model, method='rtn') needs no folding"
+                f"folding changed the model by {record.equivalence:.1e} (allowed {tolerance:.1e}); it was undone. Please report "
+                "the architecture; quantkit.quantize(model, method='rtn') needs no folding"
             )
         if all(bool((fold.scale == 1).all()) for fold in folds):
             log.warning("every smoothing scale is 1: the transformation did nothing")
@@ -255,7 +306,7 @@ def _store_and_prove(model: nn.Module, folds: Sequence[Fold], piece: Any, record
         raise
 
 
-def _scale_float(linear: nn.Module, scale: Tensor | None, factor: Tensor | None) -> None:
+def _scale_float(linear: Any, scale: Tensor | None, factor: Tensor | None) -> None:
     """Multiply the columns of a float linear by ``scale [K]`` and its first rows (and bias) by ``factor``, in float32."""
     weight = weight_of(linear)
     new = weight.float() if scale is None else weight.float() * scale
@@ -269,7 +320,7 @@ def _scale_float(linear: nn.Module, scale: Tensor | None, factor: Tensor | None)
 
 
 def _to_int8(
-    linear: nn.Module, view: SiteView, leftover: Transform, factor: Tensor | None, codes: Codes | None, scheme: Scheme
+    linear: Any, view: SiteView, leftover: Transform, factor: Tensor | None, codes: Codes | None, scheme: Scheme
 ) -> W8A8Linear:
     weight = weight_of(linear).float()
     bias = None if linear.bias is None else linear.bias.detach().float()

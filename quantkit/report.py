@@ -70,8 +70,12 @@ class Report:
         int8 = [r for r in self.layers if r.kind == "int8"]
         folded = sum(r.folded_into is not None for r in self.layers)
         online = sum(bool(r.at_run_time) for r in int8)
-        lines = [f"{' + '.join(self.method)} -> {self.scheme or 'floating point'}: {len(int8)} of {len(self.layers)} linears in INT8"]
-        lines.append(f"  {folded} read a folded scale, {online} rewrite their input at run time, calibration: {self.calibration}")
+        lines = [
+            f"{' + '.join(self.method)} -> {self.scheme or 'floating point'}: {len(int8)} of {len(self.layers)} linears in INT8"
+        ]
+        lines.append(
+            f"  {folded} read a folded scale, {online} rewrite their input at run time, calibration: {self.calibration}"
+        )
         if self.equivalence is not None:
             lines.append(f"  folding changed the float model by {self.equivalence:.1e} (relative)")
         return "\n".join(lines)

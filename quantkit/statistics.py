@@ -8,7 +8,7 @@ serves several calibrators.
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ class Statistic(Protocol):
     def update(self, x: Tensor) -> None:
         """Take in ``x [T, K]``, any floating dtype, finite."""
 
-    def merge(self: S, other: S) -> S:
+    def merge(self, other: Self) -> Self:
         """The statistic of both data sets together."""
 
-    def after(self: S, transform: Transform) -> S:
+    def after(self, transform: Transform) -> Self:
         """The statistic of the transformed activation. Raises MethodError where no closed form exists."""
 
     def tensors(self) -> dict[str, Tensor]:

@@ -27,7 +27,9 @@ def check_patterns(patterns: Sequence[Any], linears: dict[str, nn.Module], what:
         if not isinstance(pattern, (str, type)):
             raise TargetError(f"{what} holds {pattern!r}: pass layer names, globs such as '*.mlp.*', or module classes")
         if not any(matches(name, module, pattern) for name, module in linears.items()):
-            close = difflib.get_close_matches(str(pattern), [*linears, *{n.rpartition(".")[2] for n in linears}], n=3, cutoff=0.3)
+            close = difflib.get_close_matches(
+                str(pattern), [*linears, *{n.rpartition(".")[2] for n in linears}], n=3, cutoff=0.3
+            )
             near = f"; close to it: {', '.join(close)}" if close else ""
             raise TargetError(f"{what}=[{pattern!r}] matches none of the {len(linears)} linear layers of the model{near}")
 
@@ -35,9 +37,9 @@ def check_patterns(patterns: Sequence[Any], linears: dict[str, nn.Module], what:
 def chosen(
     linears: dict[str, nn.Module], kept: dict[str, str], ignore: Sequence[Any], targets: Sequence[Any] | None
 ) -> dict[str, str]:
-    """Linears that stay in floating point, with the reason; ``targets`` overrules the defaults in ``kept``, ``ignore`` everything.
+    """Linears that stay in floating point, with the reason.
 
-    A tied weight or a layer that never ran stays in floating point whatever is asked.
+    ``targets`` overrules the defaults in ``kept``, and ``ignore`` everything. A tied weight or a layer that never ran stays in floating point whatever is asked.
     """
     float_ = dict(kept)
     for name, module in linears.items():

@@ -10,7 +10,7 @@ from quantkit.calibrators.rtn import RTN
 from quantkit.calibrators.smoothquant import SmoothQuant
 from quantkit.errors import MethodError
 
-METHODS: dict[str, Callable[[], Calibrator]] = {"rtn": RTN, "smoothquant": SmoothQuant}
+METHODS: dict[str, Callable[[], Any]] = {"rtn": RTN, "smoothquant": SmoothQuant}
 
 
 def resolve(method: Any) -> list[Calibrator]:
@@ -26,7 +26,9 @@ def resolve(method: Any) -> list[Calibrator]:
     for part in parts:
         if isinstance(part, str):
             if part not in METHODS:
-                raise MethodError(f"method {part!r} is not known: pass one of {', '.join(METHODS)}, or a calibrator of your own")
+                raise MethodError(
+                    f"method {part!r} is not known: pass one of {', '.join(METHODS)}, or a calibrator of your own"
+                )
             part = METHODS[part]()
         if isinstance(part, type) or not isinstance(part, Calibrator):
             hint = f"; did you mean {part.__name__}()?" if isinstance(part, type) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -160,7 +161,7 @@ REASONS = {
 
 def check_order(calibrators: Sequence[Calibrator]) -> None:
     """Raises MethodError, with the reason, for an order that makes no sense."""
-    for before, after in zip(calibrators, calibrators[1:], strict=False):
+    for before, after in itertools.pairwise(calibrators):
         if before.stage > after.stage:
             raise MethodError(
                 f"method=[..., {before.name}, {after.name}, ...]: {REASONS[before.stage, after.stage]}; "

@@ -27,13 +27,13 @@ DEAD = 1e-6
 class SmoothQuant(PerSite):
     """x' = x / s and W' = W s, with ``s = a**alpha / w**(1 - alpha)`` for each channel (paper, eq. 4).
 
-    ``a`` is the channel's largest absolute activation over the calibration data and ``w`` its largest absolute weight over all
-    linears of the site. With a fixed ``alpha`` that is the whole of it. With ``"auto"`` each site chooses, in closed form and without
-    another forward pass, the alpha and the measure of ``a`` (maximum, or a power mean that one rare token cannot decide)
-    with the least predicted output error, see :func:`noise`.
+    ``a`` is the channel's largest absolute activation over the calibration data and ``w`` its largest absolute weight over
+    all linears of the site. With a fixed ``alpha`` that is the whole of it. With ``"auto"`` each site chooses, in closed
+    form and without another forward pass, the alpha and the measure of ``a`` (maximum, or a power mean that one rare token
+    cannot decide) with the least predicted output error, see :func:`noise`.
 
-    Channels that never fired keep s = 1 (the paper's formula would multiply the producer's row by up to 1e5). Channels that no weight
-    reads only pollute the token's maximum and are shrunk to the median.
+    Channels that never fired keep s = 1 (the paper's formula would multiply the producer's row by up to 1e5). Channels that
+    no weight reads only pollute the token's maximum and are shrunk to the median.
 
     Args:
         alpha: 0 (all difficulty stays in activations) to 1 (all moves to weights), or ``"auto"``.

@@ -31,6 +31,7 @@ from quantkit.sites import Discovery, Producer, Site
 ROUTER_NAMES = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
 """Routers that choose without a top-k call in their own pass; the probe finds the rest."""
 
+NEVER_RAN = "it never ran in the probe"
 LEAKS = "its output is read by something besides the linears"
 MIXES = "no module writes these channels one by one"
 
@@ -227,11 +228,12 @@ class _Prober:
         return {}
 
     def _is_head(self, name: str) -> bool:
-        """Whether some output of the model is a function of this linear alone: silence it, and the output is constant."""
+        """Whether some output of the model is a function of this linear alone: silence it, and all tokens get the same."""
         trace = self.probe.run({name: torch.zeros(self.rows[name])})
         for before, after in zip(self.reference.outputs, trace.outputs, strict=True):
             rows = after.reshape(-1, after.shape[-1]) if after.dim() else after.reshape(1, 1)
-            if not torch.equal(before, after) and bool((rows == rows[:1, :1]).all()):
+            constant = rows[:1] if len(rows) > 1 else rows[:1, :1]  # over tokens: columns may be masked, or biased later on
+            if not torch.equal(before, after) and bool((rows == constant).all()):
                 return True
         return False
 
@@ -334,7 +336,7 @@ def _kept(
         elif name in routers or (ROUTER_NAMES.search(name) and not _gates_channels(name, linears)):
             kept[name] = "router"
         elif name not in reference.inputs:
-            kept[name] = "it never ran in the probe"
+            kept[name] = NEVER_RAN
     return kept
 
 

@@ -73,7 +73,7 @@ class Probe:
             calls = trace.inputs.setdefault(name, [])
             y = self._values(name, len(calls), (*x.shape[:-1], rows), weight)
             calls.append(x.clone())
-            key = (x.data_ptr(), x.numel(), x.stride(-1), x._version)
+            key = (x.data_ptr(), x.numel(), x.stride(-1), 0 if x.is_inference() else x._version)
             trace.identities.setdefault(name, []).append(key)
             trace.alive.append(x)
             y = y.clone() if multiplier is None else y * multiplier.to(y)
@@ -150,11 +150,11 @@ def norms_of(model: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
     own = module.__dict__.get("forward")  # accelerate and others replace it on the instance too
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if own is None:
             del module.forward
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own

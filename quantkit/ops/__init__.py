@@ -84,7 +84,7 @@ def pack(layer: W8A8Linear) -> Any:
 def linear(layer: W8A8Linear, x: Tensor) -> Tensor:
     """Run ``layer`` on ``x [M, K]``. Gradients flow to ``x`` as if nothing were rounded (straight through)."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return _StraightThrough.apply(x, layer)  # type: ignore[no-untyped-call, no-any-return]
+        return _StraightThrough.apply(x, layer)
     return _run(layer, x)
 
 

@@ -1,8 +1,8 @@
 """CPU: exact INT8 products on VNNI through oneDNN, with the passes around them fused in C.
 
-Chosen by measurement (benchmarks/cpu.py, docs/cpu.md): ``torch._int_mm`` needs no second copy of the weight, costs 2
-microseconds to call, and is the fastest or within 10% of it for most shapes; what surrounds it is ours. One token runs in a single
-fused call. Under ``torch.compile`` the surroundings are plain torch, which Inductor fuses.
+Chosen by measurement (benchmarks/cpu.py, docs/cpu.md): ``torch._int_mm`` needs no second copy of the weight, costs about
+two microseconds to call, and is the fastest or close to it for most shapes; what surrounds it is ours. One token runs in
+a single fused call. Under ``torch.compile`` the surroundings are plain torch, which Inductor fuses.
 """
 
 from __future__ import annotations
@@ -28,9 +28,20 @@ ELEMENTS_PER_THREAD = 2**15
 """Less work than this is not worth waking a thread for."""
 
 
-@functools.cache
+# Asked while tracing too, if the first call of a layer is a compiled one: Dynamo then runs these instead of tracing them.
+@torch.compiler.assume_constant_result
 def int_mm_is_exact() -> bool:
     """Whether ``torch._int_mm`` adds without saturating: true with VNNI, false on AVX2 and plain AVX-512."""
+    return _measured_exact()
+
+
+@torch.compiler.assume_constant_result
+def _has_library() -> bool:
+    return library() is not None
+
+
+@functools.cache
+def _measured_exact() -> bool:
     for rows in (1, 16):
         for value in (127, -127):
             a = torch.full((rows, 64), 127, dtype=torch.int8)
@@ -42,7 +53,10 @@ def int_mm_is_exact() -> bool:
 
 @dataclass
 class CPUPacked:
-    """A weight ready to run; ``low`` is None where int_mm is exact, else ``weight = high + low`` with halves too small to saturate."""
+    """A weight ready to run.
+
+    ``low`` is None where int_mm is exact; elsewhere ``weight = high + low``, with halves too small to saturate.
+    """
 
     backend: Any
     device: torch.device
@@ -70,12 +84,13 @@ class CPU(Plain):
             high = weight.clamp(-64, 64)  # two products of 255 * 64 fit the int16 that AVX2 adds them in
             low = weight - high
         plain = not layer.scheme.is_static and layer.scheme.symmetric
+        plain = plain and (layer.pre_scale is None or layer.pre_scale.dtype == torch.float32)  # C reads it as it is
         only_scale = all(v is None for v in (layer.shift, layer.permutation, layer.outlier_index)) and not layer.rotation_block
         return CPUPacked(
             self, layer.weight.device, layer.weight, high, low,
-            weight.sum(dim=1, dtype=torch.int32), layer.weight_scale.reshape(-1).contiguous(),
+            weight.sum(dim=1, dtype=torch.int32), layer.weight_scale.reshape(-1).float().contiguous(),
             None if layer.bias is None else layer.bias.float().contiguous(),
-            plain and only_scale and library() is not None,
+            plain and only_scale and _has_library(),
         )  # fmt: skip
 
     def matmul(self, layer: W8A8Linear, q: Tensor) -> Tensor:
@@ -95,6 +110,9 @@ def int_matmul(q: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
     """``q [M, K] @ (high + low) [N, K]^T``, int8 to int32, exact."""
     if not q.numel() or not high.numel():
         return q.new_zeros(len(q), len(high), dtype=torch.int32)
+    if q.shape[1] == 1:  # _int_mm of torch 2.13 leaves the result of a single product uninitialised
+        weight = high.to(torch.int32) if low is None else high.to(torch.int32) + low
+        return q.to(torch.int32) * weight.t()
     acc = torch._int_mm(q, high.t())
     return acc if low is None else acc.add_(torch._int_mm(q, low.t()))
 
@@ -122,7 +140,18 @@ def _fused(packed: CPUPacked, pre_scale: Tensor | None, x: Tensor, top: float) -
         y = torch.empty(1, n, dtype=x.dtype)
         threads = min(pool, 1 + n * k // (8 * ELEMENTS_PER_THREAD))
         failed = lib.quantkit_token(
-            y.data_ptr(), x.data_ptr(), pre, packed.weight.data_ptr(), packed.sums.data_ptr(), scale, bias, n, k, top, kind, threads
+            y.data_ptr(),
+            x.data_ptr(),
+            pre,
+            packed.weight.data_ptr(),
+            packed.sums.data_ptr(),
+            scale,
+            bias,
+            n,
+            k,
+            top,
+            kind,
+            threads,
         )
     else:
         q, x_scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m)

@@ -65,8 +65,12 @@ def _built(compiler: str, flags: tuple[str, ...]) -> Path:
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             objects, shared = Path(folder, "native.o"), Path(folder, "native.so")
-            subprocess.run([compiler, *flags, "-c", SOURCE, "-o", objects], check=True, capture_output=True, text=True, timeout=120)
-            subprocess.run([compiler, "-shared", objects, "-o", shared], check=True, capture_output=True, text=True, timeout=120)
+            subprocess.run(
+                [compiler, *flags, "-c", SOURCE, "-o", objects], check=True, capture_output=True, text=True, timeout=120
+            )
+            subprocess.run(
+                [compiler, "-shared", objects, "-o", shared], check=True, capture_output=True, text=True, timeout=120
+            )
             os.replace(shared, target)  # two processes may build at once: the last one wins, with the same bytes
     return target
 

@@ -1,0 +1,78 @@
+"""What every benchmark shares: models, windows of text, and results as JSON with device, versions and commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "torchao", "llmcompressor", "quantkit-w8a8")
+
+
+def record(name: str, rows: Any, **facts: Any) -> Path:
+    """Write ``results/NAME.json``: the rows, and everything needed to read them."""
+    body = {
+        "benchmark": name,
+        "command": " ".join(["python", *(str(Path(a).name) if a == sys.argv[0] else a for a in sys.argv)]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", "quantkit", "benchmarks/*.py")),
+        "device": {"cpu": _cpu(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
+        **facts,
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(body, indent=1) + "\n")
+    return path
+
+
+def interleaved(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per call, round by round, every candidate once in each and the order reversed in every other round."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(rounds):
+        for name in list(calls) if index % 2 == 0 else list(calls)[::-1]:
+            times[name].append(calls[name]())
+    return times
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, minimum and maximum."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    return f"{name}, {os.cpu_count()} cores" + (", AVX-512 VNNI" if "avx512_vnni" in flags else "")

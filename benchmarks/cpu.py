@@ -1,0 +1,150 @@
+"""CPU speed of SmolLM2: quantkit beside fp32, bf16, torch.ao dynamic quantization and torchao, interleaved in one run.
+
+    python benchmarks/cpu.py [--rounds 7] [--no-compile]
+
+Prefill is 1 x 512 tokens through the decoder without the head; decode is one token at a time with a cache, head included.
+Every peer quantizes the same linears (the decoder's). Run it with nothing else on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import interleaved, record, spread
+from torch import nn
+
+import quantkit
+from quantkit.integrations.transformers import SMOLLM2, load_float
+
+PROMPT, NEW, PREFILL = 64, 16, 512
+
+
+def decoder_linears(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
+
+
+def torch_ao(model: nn.Module) -> nn.Module:
+    from torch.ao.quantization import default_dynamic_qconfig, quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return quantize_dynamic(model, dict.fromkeys(decoder_linears(model), default_dynamic_qconfig))
+
+
+def torchao(model: nn.Module) -> nn.Module:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    wanted = set(decoder_linears(model))
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda _, name: name in wanted)
+    return model
+
+
+def ours(model: nn.Module) -> nn.Module:
+    return quantkit.quantize(model, "rtn")  # smoothing is folded away: the arithmetic is the same
+
+
+CANDIDATES: dict[str, tuple[torch.dtype, Callable[[nn.Module], nn.Module]]] = {
+    "fp32": (torch.float32, lambda m: m),
+    "bf16": (torch.bfloat16, lambda m: m),
+    "torch.ao dynamic": (torch.float32, torch_ao),
+    "torchao int8 dynamic": (torch.float32, torchao),
+    "torchao int8 dynamic, bf16": (torch.bfloat16, torchao),
+    "quantkit": (torch.float32, ours),
+    "quantkit, bf16": (torch.bfloat16, ours),
+}
+
+
+def prefill(model: Any, ids: torch.Tensor) -> Callable[[], float]:
+    body = model.model
+
+    def run() -> float:
+        start = time.perf_counter()
+        body(input_ids=ids, use_cache=False)
+        return time.perf_counter() - start
+
+    return run
+
+
+def decode(model: Any, ids: torch.Tensor, forward: Callable[..., Any]) -> Callable[[], float]:
+    """Seconds per token for NEW tokens after a prompt, with the cache that suits the forward."""
+    from transformers import StaticCache
+
+    def run() -> float:
+        cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
+        token = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        start = time.perf_counter()
+        for step in range(NEW):
+            position = torch.tensor([[PROMPT + step]])
+            token = (
+                forward(input_ids=token, past_key_values=cache, position_ids=position, use_cache=True).logits[:, -1:].argmax(-1)
+            )
+        return (time.perf_counter() - start) / NEW
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile rows out")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    base, _ = load_float(SMOLLM2)
+    ids = torch.randint(0, 49000, (1, PREFILL))
+
+    prefills: dict[str, Callable[[], float]] = {}
+    decodes: dict[str, Callable[[], float]] = {}
+    with torch.inference_mode():
+        for name, (dtype, convert) in CANDIDATES.items():
+            try:
+                model = convert(copy.deepcopy(base).to(dtype)).eval()
+            except ImportError as error:
+                print(f"{name}: not installed ({error})")
+                continue
+            prefills[name], decodes[name] = prefill(model, ids), decode(model, ids[:, :PROMPT], model)
+        rows = measure(prefills, decodes, args.rounds)
+        if not args.no_compile:
+            prefills.clear(), decodes.clear(), gc.collect()
+            for name in ("fp32", "bf16", "torchao int8 dynamic", "torchao int8 dynamic, bf16", "quantkit", "quantkit, bf16"):
+                dtype, convert = CANDIDATES[name]
+                model = convert(copy.deepcopy(base).to(dtype)).eval()
+                label = f"{name}, compiled"
+                torch._dynamo.reset()
+                decodes[label] = decode(model, ids[:, :PROMPT], torch.compile(model.forward, dynamic=False))
+                decodes[label]()
+                model.model.forward = torch.compile(model.model.forward, dynamic=False)
+                prefills[label] = prefill(model, ids)
+                prefills[label]()
+                print("compiled", label, flush=True)
+            rows += measure(prefills, decodes, args.rounds)
+    print("written", record("cpu", rows, model="SmolLM2-135M-Instruct", prefill_tokens=PREFILL, prompt_tokens=PROMPT))
+
+
+def measure(
+    prefills: dict[str, Callable[[], float]], decodes: dict[str, Callable[[], float]], rounds: int
+) -> list[dict[str, Any]]:
+    for calls in (prefills, decodes):
+        for call in calls.values():
+            call()  # warm up
+    prefill_s, decode_s = interleaved(prefills, rounds), interleaved(decodes, rounds)
+    rows = []
+    for name in prefills:
+        row = {"name": name, "prefill_s": spread(prefill_s[name]), "decode_s": spread(decode_s[name])}
+        rows.append(row)
+        print(
+            f"{name:40} prefill {1e3 * row['prefill_s']['median']:8.1f} ms   "
+            f"decode {1e3 * row['decode_s']['median']:7.2f} ms/token",
+            flush=True,
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

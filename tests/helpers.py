@@ -1,0 +1,104 @@
+"""Tiny models, and one comparison that shows where two things first differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from quantkit.modules import tensors_in
+
+VOCAB, WIDTH = 64, 32
+
+
+class MLP(nn.Module):
+    """A residual block: the norm feeds ``up`` and the rows of ``up`` feed ``down`` through a ReLU, so both sites fold."""
+
+    def __init__(self, width: int = 16, inner: int = 24) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+def mlp(*, outliers: bool = False, **sizes: int) -> MLP:
+    model = MLP(**sizes).eval()
+    if outliers:
+        with torch.no_grad():
+            model.norm.weight[::7] *= 50
+            model.up.weight[::5] *= 20
+    return model
+
+
+def llama(**options: Any) -> Any:
+    """Two layers, grouped-query attention, a head of its own."""
+    settings = {
+        "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | options)).eval()
+
+
+def gpt2() -> Any:
+    """Linears that store their weight transposed (Conv1D), and a head tied to the embedding."""
+    sizes = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def example(model: nn.Module) -> Tensor:
+    """An input the model accepts."""
+    return normal(2, 5, model.norm.normalized_shape[0]) if isinstance(model, MLP) else tokens()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batch: Any = None) -> list[Tensor]:
+    return list(tensors_in(model(example(model) if batch is None else batch)))
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything a failed call may not have touched: bits, types, hooks, flags, attributes of instances."""
+    facts = {
+        name: (type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__))
+        for name, m in model.named_modules()
+    }
+    return {"bits": {k: v.clone() for k, v in model.state_dict().items()}, "modules": facts}
+
+
+def assert_same(got: Any, wanted: Any, where: str = "") -> None:
+    """Bit for bit, but for the payload of NaN; fails with the first difference."""
+    if isinstance(wanted, Tensor):
+        assert isinstance(got, Tensor), f"{where}: a {type(got).__name__} for a tensor"
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype), (
+            f"{where}: {got.shape} {got.dtype}, {wanted.shape} {wanted.dtype}"
+        )
+        if wanted.is_meta:
+            return
+        same = (got == wanted) & (got.signbit() == wanted.signbit()) | got.isnan() & wanted.isnan()
+        if not same.all():
+            index = tuple((~same).nonzero()[0].tolist())
+            pair = f"{got[index].item()!r} for {wanted[index].item()!r}"
+            raise AssertionError(f"{where}: {int((~same).sum())} of {same.numel()} differ, first at {index}: {pair}")
+    elif isinstance(wanted, Mapping):
+        assert list(got) == list(wanted), f"{where}: {set(got) ^ set(wanted)}"
+        for key in wanted:
+            assert_same(got[key], wanted[key], f"{where}[{key!r}]")
+    elif isinstance(wanted, (list, tuple)):
+        assert len(got) == len(wanted), f"{where}: {len(got)} for {len(wanted)} items"
+        for i, pair in enumerate(zip(got, wanted, strict=True)):
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        assert got == wanted, f"{where}: {got!r} for {wanted!r}"

@@ -1,0 +1,301 @@
+"""Every backend equals the reference bit for bit, whatever it is given."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import assert_same
+from torch import Tensor, nn
+
+import quantkit
+from quantkit import BackendError, Rotation, Scheme, Transform, W8A8Linear
+from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, quantize_weight
+from quantkit.ops import BACKENDS, cpu, reference, use_backend
+from quantkit.ops.native import library
+
+SCHEMES = [
+    "w8a8",
+    "w8a8-asym",
+    "w8a8-static",
+    "w8a8-static-asym",
+    "w8a8-pertensor",
+    "w4a4",
+    "w2a3",
+    "w5a6-static-asym-pertensor",
+]
+STEPS = [
+    (),
+    ("scale",),
+    ("shift",),
+    ("permutation",),
+    ("rotation",),
+    ("outliers",),
+    ("shift", "scale", "outliers", "permutation", "rotation"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+VARIANTS = [(b.name, how) for b in BACKENDS for how in (("native", "plain", "split") if b.name == "cpu" else ("",))]
+
+
+@pytest.fixture(params=VARIANTS, ids="-".join)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each backend; that of the CPU also without its C passes, and as on processors whose INT8 product saturates."""
+    name, how = request.param
+    if how != "native":
+        monkeypatch.setenv("QUANTKIT_NATIVE", "0")
+    library.cache_clear()
+    if how == "split":
+        monkeypatch.setattr(cpu, "int_mm_is_exact", lambda: False)
+    with use_backend(name):
+        yield name
+    library.cache_clear()
+
+
+def transform(k: int, *steps: str) -> Transform:
+    values = {
+        "shift": torch.randn(k),
+        "scale": torch.rand(k) + 0.5,
+        "permutation": torch.randperm(k),
+        "outliers": torch.randperm(k)[: max(1, k // 20)],
+        "rotation": Rotation(math.gcd(k, 64), torch.randint(0, 2, (k,)) * 2.0 - 1),
+    }
+    return Transform(**{step: values[step] for step in steps})
+
+
+def layer(
+    k: int, n: int, scheme: str = "w8a8", *, bias: bool = True, steps: tuple[str, ...] = (), dtype: torch.dtype = torch.float32
+) -> W8A8Linear:
+    """A layer with random weights, one of whose rows is zero."""
+    linear, leftover = nn.Linear(k, n, bias=bias, dtype=dtype), transform(k, *steps)
+    weight = torch.randn(n, k) * torch.logspace(-2, 2, n)[:, None]
+    weight[n // 2] = 0
+    inner, side = leftover.weight(weight)
+    kind = Scheme.parse(scheme)
+    codes, scale = quantize_weight(inner, kind.weight_bits, per_tensor=kind.weights == "tensor")
+    return W8A8Linear.from_float(
+        linear, scheme=kind, codes=codes, weight_scale=scale, bias=torch.randn(n) if bias else None, leftover=leftover,
+        outlier_weight=side, input_range=(torch.tensor(-2.0), torch.tensor(3.0)),
+    )  # fmt: skip
+
+
+def hostile(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of every size, ties of rounding, zeros, subnormals, values near overflow, NaN and infinities."""
+    x = torch.randn(m, k) * torch.logspace(-4, 4, max(m, 1))[:m, None]
+    rows = [
+        torch.zeros(k), torch.full((k,), 1e-44), torch.arange(k) % 255 - 127.0, torch.full((k,), 3e38), torch.full((k,), -5.0),
+        torch.full((k,), math.nan), torch.ones(k).index_fill(0, torch.tensor(k - 1), math.inf),
+        torch.ones(k).index_fill(0, torch.tensor(0), -math.inf), (torch.arange(k) % 127) / 2, torch.full((k,), -0.0),
+    ]  # fmt: skip
+    for i, row in enumerate(rows[: max(m - 2, 0)]):
+        x[1 + i] = row
+    return x.to(dtype)
+
+
+def check(module: W8A8Linear, x: Tensor) -> Tensor:
+    got = module(x)
+    with use_backend("reference"):
+        wanted = copy.deepcopy(module)(x)
+    assert got.dtype == x.dtype
+    assert_same(got, wanted, f"{module} of {list(x.shape)} {x.dtype}")
+    return got
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler here")
+def test_the_native_passes_build() -> None:
+    library.cache_clear()
+    assert library() is not None
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_shapes(backend: str, scheme: str, bias: bool) -> None:
+    for k, n in ((1, 1), (1, 64), (64, 1), (7, 5), (63, 65), (64, 64), (577, 33), (33, 577)):
+        module = layer(k, n, scheme, bias=bias)
+        for m in (0, 1, 2, 17, 300) if k * n < 5000 else (1, 17):
+            check(module, hostile(m, k))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-static-asym", "w4a4"])
+@pytest.mark.parametrize("steps", STEPS, ids="+".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rewritten_inputs(backend: str, scheme: str, steps: tuple[str, ...], dtype: torch.dtype) -> None:
+    module = layer(40, 19, scheme, steps=steps, dtype=dtype)
+    assert module.rewrites_input == bool(steps)
+    for m in (1, 17):
+        check(module, hostile(m, 40, dtype))
+
+
+@pytest.mark.parametrize("shape", [(48,), (5, 48), (2, 3, 48), (2, 1, 3, 48), (0, 48), (2, 0, 48)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ranks(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    assert check(layer(48, 6), x).shape == (*shape[:-1], 6)
+
+
+def test_views(backend: str) -> None:
+    """Transposed, strided, expanded and sliced inputs, and weights that are no longer contiguous."""
+    module, base = layer(24, 9), torch.randn(24, 48)
+    for x in (base.t(), base[:, ::2], base[:1, :24].expand(5, 24), base[1:, 3:27], base.view(2, 12, 48)[..., :24]):
+        assert_same(check(module, x), module(x.clone(memory_format=torch.contiguous_format)))
+    module.weight = module.weight.t().contiguous().t()
+    check(module, base[:, :24])
+
+
+def test_arithmetic(backend: str) -> None:
+    """By hand: codes 127 and -64 (63.5 to even), times 10 and 20, and so on through the scales."""
+    module = W8A8Linear(2, 1)
+    module.weight.copy_(torch.tensor([[10, 20]]))
+    module.weight_scale.fill_(0.5)
+    module.bias.fill_(1.0)
+    assert module(torch.tensor([[254.0, -127.0]])).item() == (127 * 10 - 64 * 20) * 2.0 * 0.5 + 1
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_that_are_zero_or_not_finite(backend: str, scheme: str) -> None:
+    module = layer(32, 8, scheme)
+    x = torch.randn(6, 32)
+    x[1], x[2, 3], x[3, 0], x[4, 31] = 0, math.nan, math.inf, -math.inf
+    y = check(module, x)
+    assert_same(y[1], module.bias)  # exactly the bias
+    assert y[2:5].isnan().all()
+    assert y[[0, 1, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym"])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("m", [1, 2])
+def test_the_longest_exact_sum(backend: str, scheme: str, sign: int, m: int) -> None:
+    """All codes as large as they get and of one sign: the sum is the largest there is, and must not wrap."""
+    symmetric = Scheme.parse(scheme).symmetric
+    k = MAX_EXACT_K if symmetric else MAX_EXACT_K_ASYMMETRIC
+    module = W8A8Linear(k, 1, scheme=Scheme.parse(scheme), bias=False)
+    module.weight.fill_(127)
+    y = check(module, torch.full((m, k), float(sign)))
+    torch.testing.assert_close(y, torch.full((m, 1), sign * 127.0 * k), rtol=2.0**-21, atol=0)  # a few float32 roundings
+    with pytest.raises(quantkit.ModelError, match=f"{k + 1} input features"):
+        W8A8Linear(k + 1, 1, scheme=Scheme.parse(scheme))
+
+
+@pytest.mark.parametrize("k", [1, 63, 1040, 1041, 4096, 16384])
+@pytest.mark.parametrize("m", [1, 2, 17])
+def test_accumulators(k: int, m: int) -> None:
+    """Against int64, with all products of one sign, where a saturating or float32 sum would be off. 16384 * 127**2 > 2**24."""
+    random = torch.randint(-127, 128, (m, k), dtype=torch.int8)
+    for q, w in ((127, 127), (127, -127), (-127, -127), (-127, 127), (random, 127), (random, random[:1].expand(5, k))):
+        a = torch.full((m, k), q, dtype=torch.int8) if isinstance(q, int) else q
+        b = torch.full((5, k), w, dtype=torch.int8) if isinstance(w, int) else w.contiguous()
+        wanted = (a.long() @ b.long().t()).to(torch.int32)
+        high = b.clamp(-64, 64)
+        assert_same(reference.int_matmul(a, b), wanted)
+        assert_same(cpu.int_matmul(a, high, b - high), wanted)
+        if cpu.int_mm_is_exact():
+            assert_same(cpu.int_matmul(a, b, None), wanted)
+
+
+def test_halves_cannot_saturate() -> None:
+    """Where int_mm adds pairs of products u8 * s8 in int16, both halves of every weight must be small enough."""
+    for value in (*range(-127, 128),):
+        high = max(-64, min(64, value))
+        assert all(2 * 255 * abs(half) <= 2**15 - 1 for half in (high, value - high)), value
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("steps", [(), ("scale",)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_is_the_same_in_any_company(backend: str, scheme: str, steps: tuple[str, ...], dtype: torch.dtype) -> None:
+    module, x = layer(96, 70, scheme, steps=steps), hostile(17, 96, dtype)
+    assert_same(torch.cat([module(row[None]) for row in x]), module(x))
+
+
+def test_results_do_not_alias(backend: str) -> None:
+    module, x = layer(32, 32), torch.randn(3, 32)
+    before, first = x.clone(), module(x)
+    kept = first.clone()
+    module(torch.randn(3, 32))
+    assert_same(x, before)
+    assert_same(first, kept)
+
+
+def test_threads() -> None:
+    """Rows are split over threads, and no bit depends on how many there are."""
+    module, x, count = layer(512, 300), torch.randn(70, 512), torch.get_num_threads()
+    wanted = [module(x), module(x[:1])]
+    try:
+        torch.set_num_threads(3)
+        assert_same([module(x), module(x[:1])], wanted)
+    finally:
+        torch.set_num_threads(count)
+
+
+# ---- the module around them
+
+
+@pytest.mark.parametrize("steps", [(), STEPS[-1]], ids=str)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static-asym"])
+def test_copies_and_state(scheme: str, steps: tuple[str, ...]) -> None:
+    module, x = layer(16, 8, scheme, steps=steps), torch.randn(5, 16)
+    wanted = module(x)
+    fresh = W8A8Linear(16, 8, scheme=Scheme.parse(scheme))
+    fresh.rotation_block = module.rotation_block
+    fresh(x)  # what it packed is out of date afterwards
+    assert not fresh.load_state_dict(module.state_dict()).missing_keys
+    for other in (copy.deepcopy(module), fresh):
+        assert_same(other.state_dict(), module.state_dict())
+        assert_same(other(x), wanted)
+        other.weight.zero_()
+    assert_same(module(x), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_casts_leave_scales_alone(dtype: torch.dtype) -> None:
+    module = layer(16, 8, "w8a8-static-asym", steps=("shift", "scale", "outliers"))
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    module(torch.randn(2, 16))
+    module.to(dtype)
+    for name, value in module.state_dict().items():
+        assert_same(value, before[name].to(dtype) if name in ("bias", "outlier_weight") else before[name], name)
+    check(module, torch.randn(3, 16, dtype=dtype))
+
+
+def test_half_and_meta() -> None:
+    module = layer(16, 8)
+    scale = module.weight_scale.clone()
+    assert_same(module.half().weight_scale, scale)
+    assert_same(module.float().weight_scale, scale)
+    assert module.to("meta").weight_scale.is_meta
+
+
+def test_weights_changed_in_place_are_seen() -> None:
+    module, x = layer(16, 8), torch.randn(2, 16)
+    module(x)
+    module.load_state_dict(layer(16, 8).state_dict())
+    check(module, x)
+
+
+def test_backends_by_name() -> None:
+    assert quantkit.backends() == {"cpu": "ready", "reference": "ready"}
+    assert quantkit.backends("meta")["cpu"] != "ready"
+    with pytest.raises(BackendError, match="magic"), use_backend("magic"):
+        pass
+    with use_backend("cpu"), pytest.raises(BackendError, match="meta"):
+        layer(4, 4).to("meta")(torch.zeros(1, 4, device="meta"))
+    module, x = layer(16, 8), torch.randn(2, 16)
+    assert module.packed.backend.name == "cpu"
+    with use_backend("reference"):
+        module(x)
+    check(module, x)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym"])
+def test_compiled(scheme: str) -> None:
+    """One graph, for two lengths; Inductor divides and fuses in float32, so a few units in the last place may differ."""
+    torch._dynamo.reset()
+    model = nn.Sequential(layer(64, 48, scheme), nn.ReLU(), layer(48, 20, scheme, steps=("scale",)))
+    compiled = torch.compile(model, fullgraph=True)
+    for m in (1, 5):
+        x = torch.randn(m, 64)
+        torch.testing.assert_close(compiled(x), model(x), rtol=2.0**-20, atol=2.0**-20)

@@ -1,0 +1,174 @@
+"""Every family of models: sites found as derived by hand, function preserved, INT8 close to floating point."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES
+from torch import Tensor, nn
+
+import quantkit
+from quantkit.discovery import discover
+from quantkit.discovery.probe import norms_of
+from quantkit.discovery.verify import outputs_of
+from quantkit.modules import first_input, is_conv1d, linears_of, map_tensors, weight_of
+from quantkit.numerics import absmax_scale, decode, encode, quantize_weight, sqnr_db
+from quantkit.sites import Discovery
+
+transformers.logging.set_verbosity_error()
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@functools.cache
+def _built(name: str, outliers: bool) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = FAMILIES[name].build().eval()
+        randomise(model, outliers)
+    return model
+
+
+def build(name: str, *, outliers: bool = False) -> nn.Module:
+    return copy.deepcopy(_built(name, outliers))
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, outliers: bool) -> None:
+    """Weights large enough for every layer to matter, no bias zero, and gains of norms that single out a few channels."""
+    for module in norms_of(model).values():
+        for name, p in module.named_parameters():
+            if "bias" in name:
+                p.normal_(0, 0.3)
+            else:
+                gain = torch.rand_like(p) + 0.5
+                if outliers:
+                    hit = torch.randperm(len(p))[: max(1, len(p) // 50)]
+                    gain[hit] *= 20 + 40 * torch.rand(len(hit))
+                p.copy_(gain - 1 if not p.any() else gain)  # a parameter that starts at zero means 1 + p
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module):
+            fan_in = 1 if isinstance(module, nn.Embedding) else weight_of(module).shape[1]
+            module.weight.normal_(0, 0.6 * fan_in**-0.5)
+            if getattr(module, "bias", None) is not None:
+                module.bias.normal_(0, 0.1)
+        for p in module.parameters(recurse=False):
+            if p.dim() == 3 and not any(module.children()):  # experts held as one parameter
+                p.normal_(0, max(p.shape[1:]) ** -0.5)
+
+
+@functools.cache
+def discovered(name: str) -> Discovery:
+    return discover(build(name), FAMILIES[name].batch())
+
+
+def quantized_names(name: str) -> list[str]:
+    found = discovered(name)
+    return [linear for site in found.sites for linear in site.linears if linear not in found.kept]
+
+
+@every_family
+def test_discovery(name: str) -> None:
+    family, model = FAMILIES[name], build(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = discover(model, family.batch())
+    foldable = [site for site in found.sites if site.producer]
+    assert (len(found.sites), len(foldable)) == (family.sites, family.foldable)
+    assert all(site.reason for site in found.sites if not site.producer)
+
+    for kept, reason in found.kept.items():
+        assert any(fnmatchcase(kept, glob) and reason.startswith(start) for glob, start in family.kept.items()), (kept, reason)
+    for glob in family.kept:
+        assert any(fnmatchcase(kept, glob) for kept in found.kept), glob
+    listed = [linear for site in found.sites for linear in site.linears]
+    assert len(listed) == len(set(listed))
+    assert set(listed) | found.kept.keys() == linears_of(model).keys()
+
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@every_family
+def test_function_is_preserved(name: str) -> None:
+    family, model, original = FAMILIES[name], build(name, outliers=True), build(name, outliers=True)
+    batch = family.batch()
+    quantkit.quantize(model, quantkit.SmoothQuant(alpha=0.5), scheme=None, calibration=[batch], progress=False)
+
+    assert all(type(model.get_submodule(n)) is type(m) for n, m in original.named_modules())
+    wanted = outputs_of(original, batch)
+    equivalence = quantkit.verify_equivalence(model, wanted, batch)
+    assert equivalence.error <= 1e-5, equivalence
+    for site in discovered(name).sites:
+        if site.producer:  # its scale is at work, and the comparison would notice if only one side had it
+            linear, old = model.get_submodule(site.linears[0]), original.get_submodule(site.linears[0])
+            folded = linear.weight.detach().clone()
+            linear.weight.data.copy_(old.weight)
+            assert quantkit.verify_equivalence(model, wanted, batch).error > 1e-4, site.name
+            linear.weight.data.copy_(folded)
+
+
+@contextmanager
+def simulated(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """W8A8 by the book, in floating point: what round-to-nearest INT8 must amount to."""
+
+    def rounded(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        x = first_input(args, kwargs)
+        absmax = x.abs().amax(-1, keepdim=True)
+        return (decode(encode(x, absmax), absmax_scale(absmax)), *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
+
+    with ExitStack() as stack:
+        for name in names:
+            linear = model.get_submodule(name)
+            stack.callback(linear.weight.data.copy_, linear.weight.detach().clone())
+            weight_of(linear).copy_(decode(*quantize_weight(weight_of(linear))))
+            stack.callback(linear.register_forward_pre_hook(rounded, with_kwargs=True).remove)
+        yield
+
+
+def worst_sqnr(wanted: list[Tensor], got: list[Tensor]) -> float:
+    """In decibels, over all outputs, which must agree in shape and dtype and be finite."""
+    assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in wanted]
+    assert all(t.isfinite().all() for t in got)
+    return min(sqnr_db(a, b) for a, b in zip(wanted, got, strict=True))
+
+
+def int8_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, quantkit.W8A8Linear)}
+
+
+@every_family
+def test_int8(name: str) -> None:
+    """INT8 arithmetic equals its simulation but for ties of rounding, and smoothing keeps the output close.
+
+    20 dB: one product of 8-bit operands has 40 dB (a step is absmax / 127, and absmax about 3 sigma), twenty in a row 27.
+    """
+    batch, names, original = FAMILIES[name].batch(), quantized_names(name), build(name)
+    wanted = outputs_of(original, batch)
+    with simulated(original, names):
+        by_the_book = outputs_of(original, batch)
+    expected = worst_sqnr(wanted, by_the_book)
+
+    rtn = quantkit.quantize(build(name), "rtn", calibration=[batch], progress=False)
+    assert int8_names(rtn) == set(names)
+    assert worst_sqnr(by_the_book, outputs_of(rtn, batch)) > expected + 10
+
+    smooth = quantkit.quantize(build(name), quantkit.SmoothQuant(alpha=0.5), calibration=[batch], progress=False)
+    assert int8_names(smooth) == set(names)
+    assert worst_sqnr(wanted, outputs_of(smooth, batch)) > 20
+
+
+@every_family
+def test_int8_in_bfloat16(name: str) -> None:
+    batch = map_tensors(FAMILIES[name].batch(), lambda t: t.bfloat16() if t.is_floating_point() else t)
+    model = build(name).bfloat16()
+    wanted = outputs_of(model, batch)
+    quantkit.quantize(model, quantkit.SmoothQuant(alpha=0.5), calibration=[batch], progress=False)
+    assert int8_names(model) == set(quantized_names(name))
+    assert worst_sqnr(wanted, outputs_of(model, batch)) > 20

@@ -1,0 +1,300 @@
+"""What cannot work is refused by name, before anything changes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same, llama, mlp, normal, state, tokens
+from torch import Tensor, nn
+
+import quantkit
+from quantkit import (
+    RTN,
+    CalibrationError,
+    Codes,
+    MethodError,
+    ModelError,
+    Plan,
+    Range,
+    Rotation,
+    Scheme,
+    SchemeError,
+    SmoothQuant,
+    Stage,
+    TargetError,
+    Transform,
+    W8A8Linear,
+)
+from quantkit.numerics import MAX_EXACT_K
+
+DATA = [normal(2, 5, 16)]
+
+
+@contextmanager
+def refused(model: nn.Module, error: type[BaseException], *words: str) -> Iterator[None]:
+    """The call inside raises exactly ``error``, its message holds all ``words``, and the model is as it was."""
+    before = state(model)
+    with pytest.raises(error) as caught:
+        yield
+    assert caught.type is error
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert_same(state(model), before)
+
+
+def quantize(model: Any, method: Any = "smoothquant", **options: Any) -> Any:
+    return quantkit.quantize(model, method, progress=False, **{"calibration": DATA, **options})
+
+
+class Fixed:
+    """A calibrator that says what it is told."""
+
+    name, statistics = "fixed", (Range,)
+
+    def __init__(self, stage: Stage = Stage.SCALE, **plan: Any) -> None:
+        self.stage, self.answer = stage, Plan(**plan)
+
+    def plan(self, view: Any) -> Plan:
+        return self.answer
+
+
+class Rotate(Fixed):
+    name = "rotate"
+
+
+class Choose(Fixed):
+    name = "choose"
+
+
+def nothing() -> Iterator[Tensor]:
+    yield from ()
+
+
+CALLS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
+    "unknown method": ({"method": "gptq"}, MethodError, ["'gptq'", "rtn", "smoothquant"]),
+    "class": ({"method": SmoothQuant}, MethodError, ["did you mean SmoothQuant()?"]),
+    "class in a list": ({"method": [SmoothQuant(), RTN]}, MethodError, ["did you mean RTN()?"]),
+    "no method": ({"method": []}, MethodError, ["empty", "rtn"]),
+    "no calibrator": ({"method": 3}, MethodError, ["3", "plan(view)"]),
+    "wrong order": ({"method": ["rtn", "smoothquant"]}, MethodError, ["rtn, smoothquant", "put smoothquant before rtn"]),
+    "after a rotation": ({"method": [Rotate(Stage.ROTATE), SmoothQuant()]}, MethodError, ["smoothquant before rotate"]),
+    "chosen after a rotation": ({"method": [Rotate(Stage.ROTATE), Choose(Stage.PARTITION)]}, MethodError, ["choose before"]),
+    "scaled after a choice": ({"method": [Choose(Stage.PARTITION), "smoothquant"]}, MethodError, ["before choose"]),
+    "twice": ({"method": [SmoothQuant(), SmoothQuant(0.5)]}, MethodError, ["smoothquant twice"]),
+    "two that round": ({"method": [Fixed(Stage.ROUND), RTN()]}, MethodError, ["fixed and rtn"]),
+    "rounding to nothing": ({"method": ["smoothquant", "rtn"], "scheme": None}, MethodError, ["scheme=None", "drop RTN"]),
+    "unknown site": ({"method": Fixed(transforms={"upp": Transform()})}, MethodError, ["fixed", "upp"]),
+    "tensor": ({"calibration": DATA[0]}, CalibrationError, ["Tensor", "list"]),
+    "string": ({"calibration": "abc"}, CalibrationError, ["str"]),
+    "dict": ({"calibration": {"x": DATA[0]}}, CalibrationError, ["dict"]),
+    "number": ({"calibration": 3}, CalibrationError, ["int"]),
+    "batch of numbers": ({"calibration": [3]}, CalibrationError, ["int", "tuples of arguments"]),
+    "later batch of numbers": ({"calibration": [*DATA, 3]}, CalibrationError, ["int", "tuples of arguments"]),
+    "no tensor": ({"calibration": [{"x": 3}]}, CalibrationError, ["no tensor"]),
+    "no elements": ({"calibration": [torch.zeros(0, 16)]}, CalibrationError, ["empty"]),
+    "empty": ({"calibration": []}, CalibrationError, ["empty"]),
+    "empty generator": ({"calibration": nothing()}, CalibrationError, ["empty"]),
+    "missing": ({"calibration": None}, CalibrationError, ["missing", "MLP", "calibration=[...]"]),
+    "no tokenizer": ({"calibration": ["some text"]}, CalibrationError, ["tokenizer="]),
+    "device": ({"calibration": [DATA[0].to("meta")]}, CalibrationError, ["meta", "cpu"]),
+    "nan": ({"calibration": [*DATA, DATA[0] * math.nan]}, CalibrationError, ["batch 2", "NaN or Inf", "'up'"]),
+    "inf": ({"calibration": [*DATA, DATA[0] / 0]}, CalibrationError, ["batch 2", "NaN or Inf", "'up'"]),
+    "nan at first": ({"calibration": [DATA[0] * math.nan]}, CalibrationError, ["batch 1", "NaN or Inf", "'up'"]),
+    "ignored nothing": ({"ignore": ["upp"]}, TargetError, ["ignore=['upp']", "close to it: up"]),
+    "targeted nothing": ({"targets": ["*.mlp.*"]}, TargetError, ["targets=['*.mlp.*']", "none of the 2"]),
+    "ignored class": ({"ignore": [nn.Conv2d]}, TargetError, ["Conv2d"]),
+    "one name": ({"ignore": "up"}, TargetError, ["ignore=['up']"]),
+    "one target": ({"targets": "up"}, TargetError, ["targets=['up']"]),
+    "number as a name": ({"ignore": [3]}, TargetError, ["3", "globs"]),
+    "everything ignored": ({"ignore": [nn.Linear]}, ModelError, ["no linear is left", "ignored"]),
+    "unknown scheme": ({"scheme": "int8"}, SchemeError, ["'int8'", "w8a8-static"]),
+    "scheme of 9 bits": ({"scheme": "w9a8"}, SchemeError, ["weight_bits=9", "2 to 8"]),
+    "scheme of another type": ({"scheme": 8}, SchemeError, ["8"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_refused(case: str) -> None:
+    options, error, words = CALLS[case]
+    model = mlp(outliers=True).train()
+    with refused(model, error, *words):
+        quantize(model, **options)
+    assert issubclass(error, quantkit.QuantkitError)
+    quantize(model, ignore=["down"])  # and it can still be quantized
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0, -8, 8.0, "8", True, None])
+def test_bits(bits: Any) -> None:
+    for name in ("weight_bits", "activation_bits"):
+        with pytest.raises(SchemeError, match=name):
+            Scheme(**{name: bits})
+
+
+@pytest.mark.parametrize("options", [{"weights": "row"}, {"activations": "channel"}, {"weights": None}])
+def test_granularities(options: dict[str, Any]) -> None:
+    with pytest.raises(SchemeError, match=next(iter(options))):
+        Scheme(**options)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan, "0.5", True, None])
+def test_alpha(alpha: Any) -> None:
+    with pytest.raises(MethodError, match="alpha"):
+        SmoothQuant(alpha=alpha)
+
+
+def test_models_without_linears() -> None:
+    model = nn.Sequential(nn.LayerNorm(16), nn.Conv1d(5, 5, 1))
+    with refused(model, ModelError, "Sequential", "no linear"):
+        quantize(model)
+
+
+@pytest.mark.parametrize("thing", [None, "path/to/model", 3, nn.Linear])
+def test_no_models(thing: Any) -> None:
+    with pytest.raises(ModelError, match=r"torch\.nn\.Module"):
+        quantize(thing)
+
+
+def test_models_of_heads_only() -> None:
+    model = nn.Sequential(nn.Linear(16, 4)).eval()
+    with refused(model, ModelError, "no linear is left", "output head"):
+        quantize(model)
+
+
+def test_weights_that_are_not_here() -> None:
+    model = mlp()
+    model.down.to("meta")
+    with refused(model, ModelError, "'down.weight'", "meta"):
+        quantize(model)
+
+
+def test_twice() -> None:
+    model = quantize(mlp())
+    with refused(model, ModelError, "quantized already"):
+        quantize(model)
+
+
+def test_too_wide() -> None:
+    model = mlp(width=MAX_EXACT_K + 1, inner=1)
+    with refused(model, ModelError, "'up'", str(MAX_EXACT_K + 1), str(MAX_EXACT_K), "ignore=['up']"):
+        quantize(model, "rtn", calibration=[normal(2, MAX_EXACT_K + 1)])
+
+
+def test_strings_that_say_nothing() -> None:
+    def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [3] * len(text)}
+
+    for texts, words in ((["", "a"], ["fewer than two tokens"]), (["abc", 3], ["mixes strings", "int"])):
+        model = llama()
+        with refused(model, CalibrationError, *words):
+            quantize(model, calibration=texts, tokenizer=tokenizer)
+
+
+# ---- interruptions
+
+
+def interrupted(error: BaseException) -> Iterator[Tensor]:
+    yield DATA[0]
+    raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt("stop"), OSError("disk")], ids=repr)
+def test_data_that_breaks_off(error: BaseException) -> None:
+    model = mlp().train()
+    with refused(model, type(error), str(error)):
+        quantize(model, calibration=interrupted(error))
+
+
+def test_a_forward_that_fails() -> None:
+    class Picky(type(mlp())):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            h = super().forward(x)
+            if len(x) == 3:
+                raise RuntimeError("three is too many")
+            return h
+
+    model = Picky().train()
+    with refused(model, RuntimeError, "three is too many"):
+        quantize(model, calibration=[*DATA, normal(3, 5, 16)])
+    with refused(model, RuntimeError, "[2, 5, 7]"):
+        quantize(model, calibration=[*DATA, normal(2, 5, 7)])
+
+
+def test_a_calibrator_that_fails() -> None:
+    class Broken(Fixed):
+        def plan(self, view: Any) -> Plan:
+            raise ZeroDivisionError("no plan")
+
+    model = mlp()
+    with refused(model, ZeroDivisionError, "no plan"):
+        quantize(model, ["smoothquant", Broken(Stage.PARTITION)])
+
+
+def test_a_proof_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tolerance can be met: the norm, written already, gets its parameters back."""
+    monkeypatch.setattr("quantkit.pipeline.tolerance_for", lambda *_: -1.0)
+    model = mlp()
+    with refused(model, quantkit.EquivalenceError, "undone"):
+        quantize(model)
+
+
+def test_a_conversion_that_is_interrupted_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, real, calls = mlp(), W8A8Linear.from_float, []
+
+    def once(*args: Any, **options: Any) -> W8A8Linear:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(W8A8Linear, "from_float", once)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model)
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="interrupted half way"):
+        quantize(model)
+    with pytest.raises(ModelError, match="interrupted half way"):
+        quantize(copy.deepcopy(model))
+
+
+CODES = {
+    "wrong shape": Codes(torch.zeros(1, 16, dtype=torch.int8), torch.ones(24, 1)),
+    "wrong type": Codes(torch.zeros(24, 16), torch.ones(24, 1)),
+    "wrong scale": Codes(torch.zeros(24, 16, dtype=torch.int8), torch.ones(1, 1)),
+    "-128": Codes(torch.full((24, 16), -128, dtype=torch.int8), torch.ones(24, 1)),
+}
+
+
+@pytest.mark.parametrize("codes", CODES.values(), ids=CODES)
+def test_codes_that_cannot_be(codes: Codes) -> None:
+    model = mlp()
+    with refused(model, MethodError, "fixed", "'up'"):
+        quantize(model, Fixed(Stage.ROUND, codes={"up": codes}))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        Transform(scale=torch.ones(7)),
+        Transform(scale=torch.zeros(16)),
+        Transform(scale=torch.full((16,), math.nan)),
+        Transform(rotation=Rotation(32)),
+    ],
+    ids=["shape", "zero", "nan", "rotation"],
+)
+def test_transforms_that_cannot_be(transform: Transform) -> None:
+    model = mlp()
+    with refused(model, MethodError, "fixed", "'up'"):
+        quantize(model, Fixed(transforms={"up": transform}))
+
+
+def test_a_model_that_samples_nothing() -> None:
+    assert issubclass(CalibrationError, ValueError)
+    model = llama().get_decoder()
+    with refused(model, CalibrationError, "LlamaModel", "missing"):
+        quantize(model, calibration=None)
+    quantize(llama(), calibration=[tokens()])
