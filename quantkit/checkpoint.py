@@ -338,9 +338,10 @@ def _empty_transformers_model(folder: Path, body: dict[str, Any]) -> nn.Module:
         raise CheckpointError(
             f"{folder} is a transformers model: pip install 'quantkit-w8a8[transformers]' ({error})"
         ) from None
-    cls: Any = getattr(transformers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise CheckpointError(f"{folder}: this transformers has no model class {name!r}")
+    cls: Any = found
     try:
         config_dict = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config_dict.pop("quantization_config", None)

@@ -296,8 +296,8 @@ def _store_and_prove(model: nn.Module, folds: Sequence[Fold], piece: Any, record
         tolerance = tolerance_for(wanted, noise, model)
         if record.equivalence > tolerance:
             raise EquivalenceError(
-                f"folding changed the model by {record.equivalence:.1e} (allowed {tolerance:.1e}); it was undone. Please report "
-                "the architecture; quantkit.quantize(model, method='rtn') needs no folding"
+                f"folding changed the model by {record.equivalence:.1e} (allowed {tolerance:.1e}); it was undone. "
+                "Please report the architecture; quantkit.quantize(model, method='rtn') needs no folding"
             )
         if all(bool((fold.scale == 1).all()) for fold in folds):
             log.warning("every smoothing scale is 1: the transformation did nothing")

@@ -39,7 +39,8 @@ def chosen(
 ) -> dict[str, str]:
     """Linears that stay in floating point, with the reason.
 
-    ``targets`` overrules the defaults in ``kept``, and ``ignore`` everything. A tied weight or a layer that never ran stays in floating point whatever is asked.
+    ``targets`` overrules the defaults in ``kept``, and ``ignore`` everything. A tied weight or a layer that
+    never ran stays in floating point whatever is asked.
     """
     float_ = dict(kept)
     for name, module in linears.items():
