@@ -55,7 +55,7 @@ def _measured_exact() -> bool:
 class CPUPacked:
     """A weight ready to run.
 
-    ``low`` is None where int_mm is exact; elsewhere ``weight = high + low``, with halves too small to saturate.
+    ``lib`` holds the C passes, or None where they do not apply. ``low`` is None where int_mm is exact; elsewhere ``weight = high + low``, with halves too small to saturate.
     """
 
     backend: Any
@@ -66,7 +66,12 @@ class CPUPacked:
     sums: Tensor
     scale: Tensor
     bias: Tensor | None
-    fused: bool
+    lib: Any
+
+    def __post_init__(self) -> None:
+        self.rows = len(self.weight)
+        parts = (self.high, self.sums, self.scale, self.bias)  # kept alive by this object
+        self.pointers = tuple(None if t is None or t.is_meta else t.data_ptr() for t in parts)
 
 
 class CPU(Plain):
@@ -90,7 +95,7 @@ class CPU(Plain):
             self, layer.weight.device, layer.weight, high, low,
             weight.sum(dim=1, dtype=torch.int32), layer.weight_scale.reshape(-1).float().contiguous(),
             None if layer.bias is None else layer.bias.float().contiguous(),
-            plain and only_scale and _has_library(),
+            library() if plain and only_scale and _has_library() else None,
         )  # fmt: skip
 
     def matmul(self, layer: W8A8Linear, q: Tensor) -> Tensor:
@@ -101,7 +106,7 @@ class CPU(Plain):
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed = layer.packed
-        if not packed.fused or torch.compiler.is_compiling() or x.dtype not in TYPES or not x.numel():
+        if packed.lib is None or torch.compiler.is_compiling() or x.dtype not in TYPES or not x.numel():
             return super().linear(layer, x)
         return _fused(packed, layer.pre_scale, x.contiguous(), float(qmax(layer.scheme.activation_bits)))
 
@@ -129,30 +134,13 @@ def _(q: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
 
 
 def _fused(packed: CPUPacked, pre_scale: Tensor | None, x: Tensor, top: float) -> Tensor:
-    lib = library()
-    assert lib is not None
-    (m, k), n = x.shape, len(packed.weight)
+    lib, (m, k), n = packed.lib, x.shape, packed.rows
     kind, pool = TYPES[x.dtype], torch.get_num_threads()
     pre = None if pre_scale is None else pre_scale.data_ptr()
-    bias = None if packed.bias is None else packed.bias.data_ptr()
-    scale = packed.scale.data_ptr()
     if m == 1 and packed.low is None and n * k <= TOKEN_ELEMENTS:
         y = torch.empty(1, n, dtype=x.dtype)
         threads = min(pool, 1 + n * k // (8 * ELEMENTS_PER_THREAD))
-        failed = lib.quantkit_token(
-            y.data_ptr(),
-            x.data_ptr(),
-            pre,
-            packed.weight.data_ptr(),
-            packed.sums.data_ptr(),
-            scale,
-            bias,
-            n,
-            k,
-            top,
-            kind,
-            threads,
-        )
+        failed = lib.quantkit_token(y.data_ptr(), x.data_ptr(), pre, *packed.pointers, n, k, top, kind, threads)
     else:
         q, x_scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m)
         threads = min(pool, 1 + m * k // ELEMENTS_PER_THREAD, m)
@@ -161,7 +149,7 @@ def _fused(packed: CPUPacked, pre_scale: Tensor | None, x: Tensor, top: float) -
         # float32 results take the place of the sums they come from
         y = acc.view(torch.float32) if kind == 0 else torch.empty(m, n, dtype=x.dtype)
         threads = min(pool, 1 + m * n // ELEMENTS_PER_THREAD, m)
-        lib.quantkit_finish(y.data_ptr(), acc.data_ptr(), x_scale.data_ptr(), scale, bias, m, n, kind, threads)
+        lib.quantkit_finish(y.data_ptr(), acc.data_ptr(), x_scale.data_ptr(), *packed.pointers[2:], m, n, kind, threads)
     if failed:
         raise MemoryError("no memory for the scratch buffers of an INT8 layer")
     return y
