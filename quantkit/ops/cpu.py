@@ -55,7 +55,8 @@ def _measured_exact() -> bool:
 class CPUPacked:
     """A weight ready to run.
 
-    ``lib`` holds the C passes, or None where they do not apply. ``low`` is None where int_mm is exact; elsewhere ``weight = high + low``, with halves too small to saturate.
+    ``lib`` holds the C passes, or None where they do not apply. ``low`` is None where int_mm is exact; elsewhere
+    ``weight = high + low``, with halves too small to saturate.
     """
 
     backend: Any
