@@ -55,7 +55,7 @@ def _measured_exact() -> bool:
 class CPUPacked:
     """A weight ready to run.
 
-    ``lib`` holds the C passes, or None where they do not apply. ``low`` is None where int_mm is exact; elsewhere
+    ``fused`` says whether the C passes apply. ``low`` is None where int_mm is exact; elsewhere
     ``weight = high + low``, with halves too small to saturate.
     """
 
@@ -67,12 +67,13 @@ class CPUPacked:
     sums: Tensor
     scale: Tensor
     bias: Tensor | None
-    lib: Any
+    fused: bool
 
-    def __post_init__(self) -> None:
-        self.rows = len(self.weight)
-        parts = (self.high, self.sums, self.scale, self.bias)  # kept alive by this object
-        self.pointers = tuple(None if t is None or t.is_meta else t.data_ptr() for t in parts)
+    @functools.cached_property
+    def pointers(self) -> tuple[int | None, ...]:
+        """Addresses of weight, sums, scale and bias, which this object keeps alive."""
+        parts = (self.high, self.sums, self.scale, self.bias)
+        return tuple(None if t is None else t.data_ptr() for t in parts)
 
 
 class CPU(Plain):
@@ -96,7 +97,7 @@ class CPU(Plain):
             self, layer.weight.device, layer.weight, high, low,
             weight.sum(dim=1, dtype=torch.int32), layer.weight_scale.reshape(-1).float().contiguous(),
             None if layer.bias is None else layer.bias.float().contiguous(),
-            library() if plain and only_scale and _has_library() else None,
+            plain and only_scale and _has_library(),
         )  # fmt: skip
 
     def matmul(self, layer: W8A8Linear, q: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class CPU(Plain):
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed = layer.packed
-        if packed.lib is None or torch.compiler.is_compiling() or x.dtype not in TYPES or not x.numel():
+        if not packed.fused or torch.compiler.is_compiling() or x.dtype not in TYPES or not x.numel():
             return super().linear(layer, x)
         return _fused(packed, layer.pre_scale, x.contiguous(), float(qmax(layer.scheme.activation_bits)))
 
@@ -135,7 +136,8 @@ def _(q: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
 
 
 def _fused(packed: CPUPacked, pre_scale: Tensor | None, x: Tensor, top: float) -> Tensor:
-    lib, (m, k), n = packed.lib, x.shape, packed.rows
+    lib, (m, k), n = library(), x.shape, len(packed.scale)
+    assert lib is not None
     kind, pool = TYPES[x.dtype], torch.get_num_threads()
     pre = None if pre_scale is None else pre_scale.data_ptr()
     if m == 1 and packed.low is None and n * k <= TOKEN_ELEMENTS:
