@@ -1,0 +1,128 @@
+"""How far W8A8 moves SmolLM2, and a twin of it with injected outlier channels, from fp32; peers in the same run.
+
+    python benchmarks/accuracy.py --data ../shared/data/wikitext-2 [--windows 20] [--only PATTERN ...]
+
+Perplexity, mean KL(fp32 || quantized) in nats and top-1 agreement over the first windows of 1024 tokens of the WikiText-2
+raw test split; calibration on 32 windows of 512 tokens of the validation split. All decoder linears, the head left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import record
+from cpu import decoder_linears, torch_ao, torchao
+from torch import nn
+
+import quantkit
+from quantkit.data import packed_text
+from quantkit.demo import outlier_twin
+from quantkit.evaluate import compare, log_probabilities, windows_of
+from quantkit.integrations.transformers import SMOLLM2, load_float
+
+Quantizer = Callable[[nn.Module, list[torch.Tensor]], nn.Module]
+
+
+def ours(method: Any, scheme: str = "w8a8", **options: Any) -> Quantizer:
+    return lambda model, batches: quantkit.quantize(
+        model, method, scheme=scheme, calibration=batches, progress=False, **options
+    )
+
+
+def ours_without_data(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+    return quantkit.quantize(model, progress=False)
+
+
+def torchao_smoothquant(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+    """torchao's prototype at alpha 0.5: every linear by itself, with a multiply before it at run time."""
+    from torchao.prototype.smoothquant import SmoothQuantConfig
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    wanted = set(decoder_linears(model))
+    base = Int8DynamicActivationInt8WeightConfig()
+    quantize_(model, SmoothQuantConfig(base, step="prepare", alpha=0.5), filter_fn=lambda _, name: name in wanted)
+    with torch.no_grad():
+        for batch in batches[:16]:  # its observer keeps every input
+            model(batch)
+    quantize_(model, SmoothQuantConfig(base, step="convert"), filter_fn=lambda m, _: "Observed" in type(m).__name__)
+    return model
+
+
+def llmcompressor(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+    """Its INT8 recipe: SmoothQuant 0.8 and GPTQ. Needs an environment of its own."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+    from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
+
+    recipe = [SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
+    data = Dataset.from_dict(
+        {"input_ids": [b[0].tolist() for b in batches], "attention_mask": [[1] * b.shape[1] for b in batches]}
+    )
+    oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=batches[0].shape[1], num_calibration_samples=len(batches))
+    return model
+
+
+CANDIDATES: dict[str, Quantizer] = {
+    "naive: static, per tensor": ours("rtn", "w8a8-static-pertensor"),
+    "RTN": ours("rtn"),
+    "SmoothQuant": ours("smoothquant"),
+    "SmoothQuant, no data": ours_without_data,
+    "SmoothQuant(0.5)": ours(quantkit.SmoothQuant(0.5)),
+    "SmoothQuant(0.8)": ours(quantkit.SmoothQuant(0.8)),
+    "SmoothQuant, static": ours("smoothquant", "w8a8-static"),
+    "SmoothQuant, asymmetric": ours("smoothquant", "w8a8-asym"),
+    "only q, k, v": ours("smoothquant", targets=["q_proj", "k_proj", "v_proj"]),
+    "only o": ours("smoothquant", targets=["o_proj"]),
+    "only gate, up": ours("smoothquant", targets=["gate_proj", "up_proj"]),
+    "only down": ours("smoothquant", targets=["down_proj"]),
+    "peer: torch.ao dynamic": lambda model, _: torch_ao(model),
+    "peer: torchao int8 dynamic": lambda model, _: torchao(model),
+    "peer: torchao SmoothQuant(0.5)": torchao_smoothquant,
+    "peer: llm-compressor SmoothQuant(0.8) + GPTQ": llmcompressor,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with test.raw.txt and valid.txt")
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--only", nargs="*", default=["*"], help="globs over the names of candidates")
+    parser.add_argument("--models", nargs="*", default=["SmolLM2", "outlier twin"])
+    args = parser.parse_args()
+
+    base, tokenizer = load_float(SMOLLM2)
+    windows = windows_of(tokenizer, (args.data / "test.raw.txt").read_text(encoding="utf-8"), 1024, args.windows)
+    batches = packed_text([(args.data / "valid.txt").read_text(encoding="utf-8")], tokenizer)[:32]
+    reference = [log_probabilities(base, window) for window in windows]
+    rows = []
+    for name in args.models:
+        model = base if name == "SmolLM2" else outlier_twin(base)
+        for candidate, quantizer in CANDIDATES.items():
+            if not any(fnmatch(candidate, pattern) for pattern in args.only):
+                continue
+            start = time.perf_counter()
+            try:
+                quantized = quantizer(copy.deepcopy(model), batches)
+            except ImportError as error:
+                print(f"{candidate}: not installed ({error})", flush=True)
+                continue
+            row = {"model": name, "method": candidate, "quantize_s": round(time.perf_counter() - start, 1)}
+            row |= compare(quantized, windows, reference)
+            rows.append(row)
+            print(
+                f"{name:13} {candidate:45} KL {row['kl']:.4f} perplexity {row['perplexity']:.3f} top-1 {row['top1']:.1%}",
+                flush=True,
+            )
+    print("written", record("accuracy", rows, windows=len(windows), length=1024))
+
+
+if __name__ == "__main__":
+    main()
