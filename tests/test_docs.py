@@ -1,0 +1,109 @@
+"""The documentation holds: its examples run, its links lead somewhere, and it names what exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from helpers import llama
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import quantkit
+from quantkit.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+EXAMPLES = {
+    f"{page.name}: {match[1]}": code
+    for page in PAGES
+    for language, code in FENCE.findall(page.read_text(encoding="utf-8"))
+    if language == "python" and (match := re.match(r"# test: (\S+)\n", code))
+}
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments that its headings can be linked by."""
+    heads = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+def test_the_examples_are_found() -> None:
+    assert {"README.md: quickstart", "README.md: module", "calibrators.md: calibrator"} <= EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every example stands alone; the quick start may take ``model`` for granted."""
+    monkeypatch.chdir(tmp_path)
+    given = {"model": llama()} if name == "README.md: quickstart" else {}
+    exec(compile(EXAMPLES[name], name, "exec"), {"__name__": "__main__", **given})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    for groups in LINK.findall(prose(page)):
+        target = next(filter(None, groups))
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, fragment = target.partition("#")
+        file = page if not path else page.parent / path
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not fragment or fragment in anchors(file), f"{page.name} links to {target}, which has no such heading"
+
+
+def test_every_page_is_on_the_map() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md" and f"({page.name})" not in index]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", quantkit.__all__)
+def test_api_reference_has(name: str) -> None:
+    headings = re.findall(r"^### `([\w.]+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings.count(name) == 1
+
+
+def test_api_reference_has_nothing_else() -> None:
+    headings = re.findall(r"^### `([\w.]+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(headings) == sorted(quantkit.__all__)
+
+
+def test_generated_tables_are_marked() -> None:
+    """``benchmarks/report.py`` fills what stands between these comments."""
+    for page in PAGES:
+        marks = re.findall(r"<!-- (/?)results:(\w+) -->", prose(page))
+        opened = [name for close, name in marks if not close]
+        assert marks == [mark for name in opened for mark in (("", name), ("/", name))], page.name
+        assert set(opened) <= {"accuracy", "sites", "cpu", "demo"}, page.name
+
+
+def sections(page: Path) -> dict[str, str]:
+    """``## quantkit COMMAND`` -> its text."""
+    parts = re.split(r"^## `quantkit (\w+)`$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def test_cli_page_has_every_command() -> None:
+    assert sorted(sections(ROOT / "docs" / "cli.md")) == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_cli_options(command: str) -> None:
+    """The options in the page are those in ``--help``, neither more nor fewer."""
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+    option = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+    shown = set(option.findall(re.sub(r"\x1b\[[0-9;]*m", "", result.output)))
+    written = set(option.findall(sections(ROOT / "docs" / "cli.md")[command]))
+    assert written | {"--help", "--no-quick"} == shown | {"--help", "--no-quick"}
