@@ -56,6 +56,8 @@ def split(model: nn.Module, site: Site, transform: Transform) -> tuple[Fold | No
     folded = factor[rows] ** -producer.power
     left = torch.where((folded / scale - 1).abs() < 0.01, torch.ones_like(scale), scale / folded)
     leftover = replace(transform, scale=None if bool((left == 1).all()) else left)
+    if transform.shift is not None:  # what arrives is divided by the folded scale already
+        leftover = replace(leftover, shift=transform.shift / folded)
     return Fold(site, parameters, factor if producer.kind == "linear" else None, folded), leftover
 
 

@@ -377,3 +377,24 @@ def test_shuffled_batches_give_the_same_ranges() -> None:
     model = mlp()
     a, b = (quantized(copy.deepcopy(model), SmoothQuant(0.5), calibration=stream(o)) for o in ([0, 1, 2], [2, 0, 1]))
     assert_same(a.state_dict(), b.state_dict())
+
+
+def test_shift_beside_a_folded_scale() -> None:
+    """The shift is in units of the original activation, and what arrives is divided by the folded scale."""
+
+    class ShiftAndScale(quantkit.PerSite):
+        name, stage = "shift-and-scale", quantkit.Stage.SCALE
+
+        def plan_site(self, site: quantkit.SiteView) -> tuple[quantkit.Transform, dict[str, object]]:
+            k = site.site.channels
+            scale = site.site.tie(torch.rand(k) * 8 + 0.5)
+            return quantkit.Transform(shift=torch.randn(k) * 0.1, scale=scale), {}
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 8))
+    x = torch.randn(32, 64)
+    wanted = model(x).detach()
+    quantkit.quantize(model, ShiftAndScale(), calibration=[x], progress=False)
+    assert quantkit.report(model).layers[0].folded_into == "0"
+    error = (model(x) - wanted).pow(2).mean() / wanted.pow(2).mean()
+    assert error < 1e-3  # 30 dB; a shift in the wrong units is off by more than the signal
