@@ -102,7 +102,8 @@ def main() -> None:
     windows = windows_of(tokenizer, (args.data / "test.raw.txt").read_text(encoding="utf-8"), 1024, args.windows)
     batches = packed_text([(args.data / "valid.txt").read_text(encoding="utf-8")], tokenizer)[:32]
     reference = [log_probabilities(base, window) for window in windows]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    layers: dict[str, dict[str, float | None]] = {}
     for name in args.models:
         model = base if name == "SmolLM2" else outlier_twin(base)
         for candidate, quantizer in CANDIDATES.items():
@@ -116,12 +117,16 @@ def main() -> None:
                 continue
             row = {"model": name, "method": candidate, "quantize_s": round(time.perf_counter() - start, 1)}
             row |= compare(quantized, windows, reference)
+            row["kl_5"] = compare(quantized, windows[:5], reference)["kl"]
             rows.append(row)
+            if candidate == "SmoothQuant":
+                layers[name] = {x.name: x.sqnr_db for x in quantkit.report(quantized).layers if x.kind == "int8"}
             print(
-                f"{name:13} {candidate:45} KL {row['kl']:.4f} perplexity {row['perplexity']:.3f} top-1 {row['top1']:.1%}",
+                f"{name:13} {candidate:45} KL {row['kl']:.5f} (5 windows {row['kl_5']:.5f}) "
+                f"perplexity {row['perplexity']:.3f} top-1 {row['top1']:.1%}",
                 flush=True,
             )
-    print("written", record("accuracy", rows, windows=len(windows), length=1024))
+    print("written", record("accuracy", rows, windows=len(windows), length=1024, layers=layers))
 
 
 if __name__ == "__main__":

@@ -34,13 +34,16 @@ METHODS: dict[str, tuple[str, str] | None] = {
 PROMPT = "What is the capital of France, and what is it known for?"
 
 
-def run(output: Path, *, quick: bool = False, progress: bool | None = None) -> None:
+def run(output: Path, *, quick: bool = False, progress: bool | None = None) -> list[dict[str, Any]]:
     """Compare the methods on both models, save, reload and talk to the INT8 model, and draw its activations.
 
     Args:
         output: folder for ``table.md``, ``results.json``, ``activations.png`` and ``smollm2-int8/``.
         quick: 2 windows of text in place of 8, and less calibration.
         progress: show progress bars.
+
+    Returns:
+        The rows of the table.
     """
     output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -73,6 +76,7 @@ def run(output: Path, *, quick: bool = False, progress: bool | None = None) -> N
     picture = draw(model, smooth, windows[0], output / "activations.png")
     console.print(f"\nActivations before and after smoothing: [bold]{picture}[/]")
     console.print(f"Done in {time.perf_counter() - start:.0f} s; table in {output / 'table.md'}")
+    return rows
 
 
 def english() -> str:

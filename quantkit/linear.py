@@ -192,7 +192,8 @@ class W8A8Linear(nn.Module):
     @property
     def packed(self) -> Any:
         """The weight as the backend of its device wants it, made at first use."""
-        if self._packed is None or self._packed.weight is not self.weight:
+        # not self.weight: Module.__getattr__ costs a microsecond, of which a token has few
+        if self._packed is None or self._packed.weight is not self._buffers["weight"]:
             self._packed = ops.pack(self)
         return self._packed
 

@@ -67,12 +67,14 @@ class CPUPacked:
     sums: Tensor
     scale: Tensor
     bias: Tensor | None
+    pre_scale: Tensor | None
+    top: float
     fused: bool
 
     @functools.cached_property
     def pointers(self) -> tuple[int | None, ...]:
-        """Addresses of weight, sums, scale and bias, which this object keeps alive."""
-        parts = (self.high, self.sums, self.scale, self.bias)
+        """Addresses of pre_scale, weight, sums, scale and bias, which this object keeps alive."""
+        parts = (self.pre_scale, self.high, self.sums, self.scale, self.bias)
         return tuple(None if t is None else t.data_ptr() for t in parts)
 
 
@@ -97,6 +99,7 @@ class CPU(Plain):
             self, layer.weight.device, layer.weight, high, low,
             weight.sum(dim=1, dtype=torch.int32), layer.weight_scale.reshape(-1).float().contiguous(),
             None if layer.bias is None else layer.bias.float().contiguous(),
+            layer.pre_scale, float(qmax(layer.scheme.activation_bits)),
             plain and only_scale and _has_library(),
         )  # fmt: skip
 
@@ -110,7 +113,7 @@ class CPU(Plain):
         packed = layer.packed
         if not packed.fused or torch.compiler.is_compiling() or x.dtype not in TYPES or not x.numel():
             return super().linear(layer, x)
-        return _fused(packed, layer.pre_scale, x.contiguous(), float(qmax(layer.scheme.activation_bits)))
+        return _fused(packed, x.contiguous())
 
 
 def int_matmul(q: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
@@ -135,24 +138,23 @@ def _(q: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
     return q.new_empty(q.shape[0], high.shape[0], dtype=torch.int32)
 
 
-def _fused(packed: CPUPacked, pre_scale: Tensor | None, x: Tensor, top: float) -> Tensor:
-    lib, (m, k), n = library(), x.shape, len(packed.scale)
+def _fused(packed: CPUPacked, x: Tensor) -> Tensor:
+    lib, (m, k), n = library(), x.shape, packed.scale.shape[0]
     assert lib is not None
-    kind, pool = TYPES[x.dtype], torch.get_num_threads()
-    pre = None if pre_scale is None else pre_scale.data_ptr()
+    kind, pool, (pre, *weight) = TYPES[x.dtype], torch.get_num_threads(), packed.pointers
     if m == 1 and packed.low is None and n * k <= TOKEN_ELEMENTS:
         y = torch.empty(1, n, dtype=x.dtype)
         threads = min(pool, 1 + n * k // (8 * ELEMENTS_PER_THREAD))
-        failed = lib.quantkit_token(y.data_ptr(), x.data_ptr(), pre, *packed.pointers, n, k, top, kind, threads)
+        failed = lib.quantkit_token(y.data_ptr(), x.data_ptr(), pre, *weight, n, k, packed.top, kind, threads)
     else:
         q, x_scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m)
         threads = min(pool, 1 + m * k // ELEMENTS_PER_THREAD, m)
-        failed = lib.quantkit_quantize(q.data_ptr(), x_scale.data_ptr(), x.data_ptr(), pre, m, k, top, kind, threads)
+        failed = lib.quantkit_quantize(q.data_ptr(), x_scale.data_ptr(), x.data_ptr(), pre, m, k, packed.top, kind, threads)
         acc = int_matmul(q, packed.high, packed.low)
         # float32 results take the place of the sums they come from
         y = acc.view(torch.float32) if kind == 0 else torch.empty(m, n, dtype=x.dtype)
         threads = min(pool, 1 + m * n // ELEMENTS_PER_THREAD, m)
-        lib.quantkit_finish(y.data_ptr(), acc.data_ptr(), x_scale.data_ptr(), *packed.pointers[2:], m, n, kind, threads)
+        lib.quantkit_finish(y.data_ptr(), acc.data_ptr(), x_scale.data_ptr(), *weight[2:], m, n, kind, threads)
     if failed:
         raise MemoryError("no memory for the scratch buffers of an INT8 layer")
     return y
