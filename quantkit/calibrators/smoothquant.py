@@ -19,6 +19,9 @@ ALPHAS = tuple(i / 20 for i in range(21))
 NORMS = (2, 4, 8, None)
 """Powers of the mean by which a channel's size is measured; None is the paper's maximum."""
 
+ROWS = 512
+"""Rows of a weight on which candidates are compared: the error is a sum over rows, so a sample ranks them as well."""
+
 DEAD = 1e-6
 """A channel whose maximum is below this share of the median never fired in calibration."""
 
@@ -62,12 +65,13 @@ class SmoothQuant(PerSite):
         if self.alpha != "auto":
             return Transform(scale=smooth_scale(a, w, self.alpha)), {"alpha": self.alpha}
         tokens, counts = site.statistic(TokenSample).weighted()
+        rows = weight[torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=weight.device).long()]
         best = (float("inf"), torch.ones_like(a), "none", 0.0)
         for power in NORMS:
             size = a if power is None else site.site.tie(_power_mean(tokens, counts, power))
             for alpha in ALPHAS:
                 scale = smooth_scale(size, w, alpha)
-                error = noise(tokens / scale, counts, weight * scale, site.scheme)
+                error = noise(tokens / scale, counts, rows * scale, site.scheme)
                 if error < best[0]:
                     best = (error, scale, "max" if power is None else f"L{power}", alpha)
         return Transform(scale=best[1]), {"alpha": best[3], "norm": best[2]}
