@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "torchao", "llmcompressor", "quantkit-w8a8")
+PACKAGES = ("torch", "triton", "transformers", "torchao", "bitsandbytes", "gemlite", "llmcompressor", "quantkit-w8a8")
 
 
 def record(name: str, rows: Any, **facts: Any) -> Path:
@@ -34,7 +34,8 @@ def record(name: str, rows: Any, **facts: Any) -> Path:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", "quantkit", "benchmarks/*.py")),
-        "device": {"cpu": _cpu(), "threads": torch.get_num_threads()},
+        "device": ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+        | {"cpu": _cpu(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
         **facts,
         "rows": rows,
@@ -60,8 +61,10 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def _git(*args: str) -> str:
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    try:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # a machine that only has a copy of the tree
+        return os.environ.get("QUANTKIT_COMMIT", "")
 
 
 def _version(package: str) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantkit.errors import BackendError
 from quantkit.ops.cpu import CPU
+from quantkit.ops.gpu import GPU
 from quantkit.ops.plain import Plain
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Backend(Protocol):
         """``x [M, K]`` float, any M >= 0, to ``[M, N]`` in its dtype."""
 
 
-BACKENDS: list[Backend] = [CPU(), Plain()]
+BACKENDS: list[Backend] = [GPU(), CPU(), Plain()]
 _forced: list[str] = []
 
 

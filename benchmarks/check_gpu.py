@@ -1,0 +1,294 @@
+"""Are the GPU kernels right? Every kernel on a real GPU against exact integer arithmetic, on awkward shapes and hostile inputs.
+
+    python benchmarks/check_gpu.py
+
+Needs no data and no pytest. Outputs are allocated over memory full of NaN, every call runs twice and must give the same bits,
+and a token must give the same bits alone and in a batch. Exit status 1 and a list of what failed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import record
+from torch import Tensor
+
+import quantkit
+from quantkit.linear import W8A8Linear
+from quantkit.numerics import quantize_weight
+from quantkit.ops import reference
+from quantkit.ops.gpu import configs, hopper, operators
+from quantkit.ops.gpu.matmul import matmul
+from quantkit.ops.gpu.quantize import quantize
+from quantkit.transform import Rotation, Transform
+
+DEVICE = torch.device("cuda")
+random = torch.Generator(DEVICE).manual_seed(0)
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, generator=random)
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, device=DEVICE, generator=random).to(torch.int8)
+
+
+def poisoned(call: Callable[[], Any], *shapes: tuple[int, ...]) -> Any:
+    """The result of ``call`` with its outputs placed over NaN, run twice."""
+    results = []
+    for _ in range(2):
+        junk = [torch.full(shape, float("nan"), device=DEVICE) for shape in shapes]
+        del junk
+        results.append(call())
+    one, two = ([r] if isinstance(r, Tensor) else r for r in results)
+    for a, b in zip(one, two, strict=True):
+        assert same(a, b), "two runs differ"
+    return results[0]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    if a.dtype.is_floating_point:
+        return a.dtype == b.dtype and bool((a.isnan() == b.isnan()).all()) and bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
+    return torch.equal(a, b)
+
+
+def exact(q: Tensor, sx: Tensor, w: Tensor, sw: Tensor, dtype: torch.dtype, **extra: Any) -> Tensor:
+    zero, wsum, bias = (extra.get(name) for name in ("zero", "wsum", "bias"))
+    zero = zero.view(-1, 1) if zero is not None and zero.numel() > 1 else zero
+    return reference.epilogue(reference.int_matmul(q, w), sx, sw, zero, wsum, bias, dtype)
+
+
+def check_matmul() -> None:
+    shapes = [(1, 64, 64), (3, 72, 4096), (8, 4096, 4096), (16, 200, 336), (17, 1024, 512), (33, 4096, 14336), (64, 640, 4096)]
+    shapes += [(65, 1024, 4096), (128, 4096, 4096), (129, 4104, 1040), (200, 1024, 304), (300, 6144, 4096), (1000, 4096, 4096)]
+    shapes += [(2049, 3080, 1024), (5, 33, 77), (130, 257, 99), (1, 7, 5), (70, 1, 1), (40, 4096, 66000), (4, 8, 133144)]
+    for (m, n, k), dtype in itertools.product(shapes, (torch.bfloat16, torch.float16, torch.float32)):
+        q, w = codes(m, k), codes(n, k)
+        if k > 60000:
+            q, w = torch.full_like(q, 127), torch.full_like(w, 127)  # the largest sums there are
+        sx, sw = rand(m, 1).abs() / k, rand(n).abs() / 127
+        sx[m // 2] = float("nan")
+        zero = torch.randint(-128, 128, (m, 1), device=DEVICE, generator=random, dtype=torch.int32)
+        wsum = w.sum(1, dtype=torch.int32)
+        for extra in ({}, {"bias": rand(n)}, {"zero": zero, "wsum": wsum, "bias": rand(n).to(torch.bfloat16)}):
+            if k > 60000 and "zero" in extra:
+                continue
+            got = poisoned(lambda: operators.matmul(q, sx, w, sw, dtype, **extra), (m, n))  # noqa: B023
+            assert same(got, exact(q, sx, w, sw, dtype, **extra)), f"{(m, n, k)} {dtype} {list(extra)}"
+
+
+def check_configs() -> None:
+    """Every kernel of the table and around it, not only the one chosen for a shape."""
+    if configs.capability(DEVICE) != 90:
+        return
+    for m, n, k in ((1, 64, 32), (7, 1000, 4096), (100, 4096, 4096), (128, 512, 48), (257, 1032, 2064), (700, 3000, 1040)):
+        q, w, sx, sw = codes(m, k), codes(n, k), rand(m, 1).abs() / k, rand(n).abs()
+        wanted = exact(q, sx, w, sw, torch.bfloat16)
+        some: list[Any] = [
+            hopper.Gemm(c, s, g, e) for c, s, g, e in itertools.product((64, 128, 256), (3, 4), (1, 8), (False, True))
+        ]
+        some += [
+            hopper.Decode(t, s, b, e) for t, s, b, e in itertools.product((8, 16, 32, 64), (4, 6), (128, 256), (False, True))
+        ]
+        some += [hopper.Decode(128, 8, 128), hopper.Decode(128, 4, 128)]
+        for config in some:
+            if isinstance(config, hopper.Gemm) and n % 8:
+                continue
+            got = poisoned(lambda: hopper.multiply(q, sx, w, sw, torch.bfloat16, config=config), (m, n))  # noqa: B023
+            assert same(got, wanted), f"{config} {(m, n, k)}"
+        for tile in (*configs.TILES.values(), *(t for a, t in configs.LARGE.items() if a <= 90)):
+            config = (tile.m, tile.n, tile.k, tile.group, tile.warps, tile.stages)
+            got = poisoned(lambda: matmul(q, sx, w, sw, torch.bfloat16, config=config), (m, n))  # noqa: B023
+            assert same(got, wanted), f"{tile} {(m, n, k)}"
+
+
+def check_segments_and_sides() -> None:
+    for m, n, k in ((1, 96, 256), (50, 300, 1000), (300, 520, 4096)):
+        q, w = codes(m, k), codes(n, k)
+        borders = torch.tensor([0, 32, k // 3, k], device=DEVICE, dtype=torch.int32)
+        parts = list(itertools.pairwise(borders.tolist()))
+        sx, sw = rand(m, 3).abs() / k, rand(n, 3).abs()
+        wanted = torch.zeros(m, n, device=DEVICE)
+        for g, (a, b) in enumerate(parts):
+            wanted += reference.int_matmul(q[:, a:b], w[:, a:b]).float() * sx[:, g : g + 1] * sw[:, g]
+        got = poisoned(lambda: operators.matmul(q, sx, w, sw, torch.float32, borders=borders), (m, n))  # noqa: B023
+        assert same(got, wanted), f"segments {(m, n, k)}"
+        for count, dtype in itertools.product((1, 16, 37), (torch.bfloat16, torch.float16, torch.float32)):
+            side, side_weight = rand(m, count).to(dtype), rand(n, count).to(dtype)
+            one = sx[:, :1].contiguous(), sw[:, 0].contiguous()
+            got = operators.matmul(q, one[0], w, one[1], torch.float32, side=side, side_weight=side_weight)
+            wanted = exact(q, one[0], w, one[1], torch.float32, bias=(side.double() @ side_weight.double().t()).float())
+            assert relative(got, wanted) < 1e-5, f"side {(m, n, k, count, dtype)} {relative(got, wanted)}"
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def check_quantize() -> None:
+    for (m, k), dtype in itertools.product(
+        ((1, 4096), (5, 64), (3, 77), (100, 576), (33, 14336), (7, 28672), (2, 66000), (4, 1)),
+        (torch.bfloat16, torch.float16, torch.float32),
+    ):
+        x = (rand(m, k) * 3).to(dtype)
+        if m > 4:
+            x[1], x[2, k // 2], x[3, 0] = 0, float("nan"), float("-inf")
+        wide = torch.empty(m, 2 * k, device=DEVICE, dtype=dtype)[:, ::2].copy_(x)
+        for symmetric, bits, given in itertools.product((True, False), (8, 4), (x, wide)):
+            got = poisoned(lambda: quantize(given, symmetric=symmetric, bits=bits), (m, k))  # noqa: B023
+            wanted = [t for t in reference.quantize_rows(x, symmetric=symmetric, bits=bits) if t is not None]
+            ok = wanted[1].isfinite().view(-1)
+            assert same(got[1], wanted[1]), f"scale {(m, k)} {dtype} {symmetric}"
+            assert all(torch.equal(a[ok], b[ok]) for a, b in zip(got, wanted, strict=True)), f"{(m, k)} {dtype} {symmetric}"
+        scale, zero = torch.tensor([0.03], device=DEVICE), torch.tensor([7], device=DEVICE, dtype=torch.int32)
+        for z in (None, zero):
+            got = quantize(x, symmetric=z is None, in_scale=scale, in_zero=z)
+            wanted = list(reference.quantize_static(x, scale, z))
+            ok = wanted[1].isfinite().view(-1)
+            assert same(got[1], wanted[1]), f"static scale {(m, k)} {dtype}"
+            assert torch.equal(got[0][ok], wanted[0][ok]), f"static {(m, k)} {dtype}"
+
+
+def check_norms_and_gates() -> None:
+    f = torch.nn.functional
+    for m, k in ((1, 4096), (50, 576), (9, 14336)):
+        x, y, gain, bias = (rand(*s).bfloat16() for s in ((m, k), (m, k), (k,), (k,)))
+        total = (x.float() + y.float()).bfloat16()
+        rms = total.float() * torch.rsqrt(total.float().pow(2).mean(1, keepdim=True) + 1e-6)
+        got = quantize(x, source="rms", x2=y, gain=gain, eps=1e-6, offset=1.0)
+        near(got[:2], rms * (gain.float() + 1))
+        assert torch.equal(got[2], total)
+        near(quantize(x, source="rms", gain=gain, eps=1e-6), f.rms_norm(x.float(), (k,), gain.float(), 1e-6))
+        near(
+            quantize(x, source="layer", gain=gain, bias=bias, eps=1e-5),
+            f.layer_norm(x.float(), (k,), gain.float(), bias.float()),
+        )
+        near(quantize(x, source="silu", x2=y), f.silu(x.float()) * y.float())
+        near(quantize(x, source="gelu", x2=y), f.gelu(x.float()) * y.float())
+        near(quantize(x, source="gelu_tanh", x2=y), f.gelu(x.float(), approximate="tanh") * y.float())
+
+
+def near(got: list[Tensor], wanted: Tensor) -> None:
+    q, scale, _ = reference.quantize_rows(wanted)
+    assert relative(got[1], scale) < 1e-5, f"scale off by {relative(got[1], scale)}"
+    off = (got[0].int() - q.int()).abs()
+    assert int(off.max()) <= 1, f"code off by {int(off.max())}"
+    assert float(off.float().mean()) < 1e-2, f"codes off: {float(off.float().mean())}"
+
+
+def layer_of(n: int, k: int, leftover: Transform | None = None, bias: bool = True, scheme: str = "w8a8") -> W8A8Linear:
+    linear = torch.nn.Linear(k, n, bias=bias, device=DEVICE, dtype=torch.bfloat16)
+    inner, side = (leftover or Transform()).weight(linear.weight.detach().float())
+    q, s = quantize_weight(inner)
+    return W8A8Linear.from_float(
+        linear, scheme=quantkit.Scheme.parse(scheme), codes=q, weight_scale=s, leftover=leftover, outlier_weight=side,
+        bias=None if linear.bias is None else linear.bias.detach().float(),
+        input_range=(torch.tensor(-3.0), torch.tensor(4.0)),
+    )  # fmt: skip
+
+
+def check_layers() -> None:
+    """Whole layers against the reference backend, every transform, alone and in a batch, compiled and in a CUDA graph."""
+    n, k = 520, 640
+    scale = rand(k).abs() + 0.1
+    outliers = torch.tensor([3, 77, 600], device=DEVICE)
+    transforms = {
+        "plain": None,
+        "pre_scale": Transform(scale=scale),
+        "shift": Transform(shift=rand(k)),
+        "permutation": Transform(permutation=torch.randperm(k, device=DEVICE)),
+        "outliers": Transform(outliers=outliers),
+        "all": Transform(rand(k), scale, outliers, torch.randperm(k, device=DEVICE), Rotation(64, rand(k).sign())),
+        "rotation": Transform(rotation=Rotation(128)),
+    }
+    for (name, transform), scheme in itertools.product(
+        transforms.items(), ("w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym")
+    ):
+        layer = layer_of(n, k, transform, scheme=scheme)
+        assert layer.packed.backend.name == "triton"
+        x = rand(40, k).bfloat16()
+        with torch.inference_mode():
+            got = layer(x)
+            with quantkit.use_backend("reference"):
+                wanted = layer(x)
+            if name in ("plain", "pre_scale", "permutation", "shift"):
+                # reference and kernel round at the same places but for bf16 steps of shift
+                assert same(got, wanted) or (name == "shift" and relative(got, wanted) < 1e-2), f"{name} {scheme}"
+            assert relative(got, wanted) < 1e-2, f"{name} {scheme} {relative(got, wanted)}"
+            for size in (1, 2, 5, 17):
+                assert same(layer(x[:size]), got[:size]), f"batch of {size}: {name} {scheme}"
+            assert layer(x[:0]).shape == (0, n)
+            if scheme == "w8a8":
+                compiled = torch.compile(layer, fullgraph=True)
+                assert same(compiled(x), got), f"compiled {name}"
+                graph, out = captured(layer, x)
+                x.copy_(rand(40, k))
+                graph.replay()
+                assert same(out, layer(x)), f"graph {name}"
+    big = layer_of(4096, 4096, bias=False)
+    x = rand(2048, 4096).bfloat16()
+    whole = big(x)
+    for size in (1, 2, 8, 9, 16, 33, 64, 65, 100, 128, 129, 256, 512, 1024):
+        assert same(big(x[:size]), whole[:size]), f"batch of {size}"
+
+
+def captured(layer: Any, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(x)
+    return graph, out
+
+
+def check_chains() -> None:
+    """Layers back to back, each started before the last one ended: no one may read too early."""
+    layers = [layer_of(4096, 4096, bias=False) for _ in range(6)]
+    with torch.inference_mode():
+        for m in (1, 4, 16, 48, 100, 256):
+            x = rand(m, 4096).bfloat16()
+            wanted = x
+            for layer in layers:
+                wanted = layer(wanted)
+                torch.cuda.synchronize()
+            for _ in range(20):
+                y = x
+                for layer in layers:
+                    y = layer(y)
+                assert same(y, wanted), f"{m} tokens"
+
+
+def main() -> None:
+    failed: dict[str, str] = {}
+    checks = (
+        check_quantize,
+        check_norms_and_gates,
+        check_matmul,
+        check_configs,
+        check_segments_and_sides,
+        check_layers,
+        check_chains,
+    )
+    for check in checks:
+        name = check.__name__.removeprefix("check_")
+        try:
+            check()
+            torch.cuda.synchronize()
+            print(f"ok      {name}", flush=True)
+        except Exception as error:  # noqa: BLE001  every check gets its chance
+            failed[name] = "".join(traceback.format_exception(error)[-3:])
+            print(f"FAILED  {name}\n{failed[name]}", flush=True)
+    print(
+        "written",
+        record("check_gpu", {"failed": failed, "passed": [c.__name__ for c in checks if c.__name__[6:] not in failed]}),
+    )
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

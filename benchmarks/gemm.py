@@ -1,0 +1,392 @@
+"""INT8 linears on a GPU beside everything else that a user could take, interleaved in one run.
+
+    python benchmarks/gemm.py [--tokens 1 16 ...] [--shapes 4096x4096 ...] [--rounds 9] [--cutlass libcutlass_int8.so]
+                              [--probe FOLDER] [--only PATTERN ...]
+
+Every candidate is captured in a CUDA graph of a few calls over rotating copies of the weight (cold: beyond the L2 cache) or one
+copy (hot). Graphs are replayed in turn, in alternating order, and the median over rounds is kept. Random data. "given" takes
+INT8 activations and their scales; "bf16" starts from bf16 activations and includes their quantization.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import record
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantkit.ops.gpu import configs, hopper, operators
+from quantkit.ops.gpu.gemv import gemv
+
+TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 4096, 8192)
+SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "8192x8192", "57344x8192", "8192x28672")
+COLD_BYTES = 200 * 2**20  # four times the L2 of an H100
+DEVICE = torch.device("cuda")
+Call = Callable[[int], Any]
+"""Runs on the copy with this index."""
+
+
+class Inputs:
+    """Operands of one shape, in as many copies as it takes to leave the cache; made when first asked for."""
+
+    def __init__(self, m: int, n: int, k: int) -> None:
+        self.m, self.n, self.k = m, n, k
+        self.copies = max(2, min(64, -(-COLD_BYTES // (n * k))))
+        self.sx, self.sw = torch.rand(m, 1, device=DEVICE) / k, torch.rand(n, device=DEVICE) / 127
+
+    @functools.cached_property
+    def x(self) -> list[Tensor]:
+        return [torch.randn(self.m, self.k, device=DEVICE).bfloat16() for _ in range(self.copies)]
+
+    @functools.cached_property
+    def q(self) -> list[Tensor]:
+        return [int8(self.m, self.k) for _ in range(self.copies)]
+
+    @functools.cached_property
+    def w(self) -> list[Tensor]:
+        return [int8(self.n, self.k) for _ in range(self.copies)]
+
+    @functools.cached_property
+    def w16(self) -> list[Tensor]:
+        return [torch.randn(self.n, self.k, device=DEVICE, dtype=torch.bfloat16) for _ in range(max(2, self.copies // 2))]
+
+    @functools.cached_property
+    def w8(self) -> list[Tensor]:
+        return [w.bfloat16().to(torch.float8_e4m3fn) for w in self.w]
+
+    @functools.cached_property
+    def q8(self) -> list[Tensor]:
+        return [q.bfloat16().to(torch.float8_e4m3fn) for q in self.q]
+
+
+def int8(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, device=DEVICE, dtype=torch.int8)
+
+
+def at(values: list[Any], i: int) -> Any:
+    return values[i % len(values)]
+
+
+def ours_given(a: Inputs) -> Call:
+    return lambda i: operators.matmul(at(a.q, i), a.sx, at(a.w, i), a.sw, torch.bfloat16)
+
+
+def ours(a: Inputs) -> Call:
+    if a.m == 1:
+        return lambda i: operators.gemv(at(a.x, i), at(a.w, i), a.sw)
+
+    def call(i: int) -> Tensor:
+        q, s = operators.quantize(at(a.x, i))
+        return operators.matmul(q, s, at(a.w, i), a.sw, torch.bfloat16)
+
+    return call
+
+
+def ours_quantize(a: Inputs) -> Call:
+    return lambda i: operators.quantize(at(a.x, i))
+
+
+def bf16(a: Inputs) -> Call:
+    return lambda i: F.linear(at(a.x, i), at(a.w16, i))
+
+
+def int_mm(a: Inputs) -> Call | None:
+    return None if a.m <= 16 else lambda i: torch._int_mm(at(a.q, i), at(a.w, i).t())
+
+
+def fp8(a: Inputs) -> Call:
+    sw = a.sw.view(1, -1)
+    return lambda i: torch._scaled_mm(at(a.q8, i), at(a.w8, i).t(), a.sx, sw, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def cutlass(path: Path) -> dict[str, Callable[[Inputs], Call | None]]:
+    """The peer of shared/peers: seven tiles."""
+    library = ctypes.CDLL(str(path))
+    workspace = torch.empty(64 << 20, dtype=torch.uint8, device=DEVICE)
+
+    def make(tile: int) -> Callable[[Inputs], Call | None]:
+        def candidate(a: Inputs) -> Call | None:
+            out = torch.empty(a.m, a.n, device=DEVICE, dtype=torch.bfloat16)
+
+            def call(i: int) -> None:
+                failed = library.mm(
+                    ctypes.c_int(tile), *(ctypes.c_void_p(t.data_ptr()) for t in (at(a.q, i), at(a.w, i), out, a.sx, a.sw)),
+                    ctypes.c_int(a.m), ctypes.c_int(a.n), ctypes.c_int(a.k), ctypes.c_void_p(workspace.data_ptr()),
+                    ctypes.c_size_t(workspace.numel()), ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+                )  # fmt: skip
+                if failed:
+                    raise RuntimeError(f"CUTLASS tile {tile}: {failed}")
+
+            return call
+
+        return candidate
+
+    return {f"given: CUTLASS tile {tile}": make(tile) for tile in range(7)}
+
+
+def probe(folder: Path) -> dict[str, Callable[[Inputs], Call | None]]:
+    """What our throw-away probe did, at the settings that its notes name."""
+    sys.path.insert(0, str(folder))
+    import dec
+    import gws
+
+    def gemm(columns: int, stages: int, early: int) -> Callable[[Inputs], Call | None]:
+        width = min(columns // 2, 64)
+        run = gws.make_ws((2, 64, columns, 128, stages, width, 2, 8, 232, 24, 0, 0), early)
+
+        def candidate(a: Inputs) -> Call | None:
+            if a.m <= 64 or (a.m > 512 and columns < 256):
+                return None
+            out = torch.empty(a.m, a.n, device=DEVICE, dtype=torch.bfloat16)
+            return lambda i: run(at(a.q, i), at(a.w, i), a.sx, a.sw, out)
+
+        return candidate
+
+    def swapped(tokens: int, stages: int, block: int = 256) -> Callable[[Inputs], Call | None]:
+        run = dec.make_gl_dec(tokens, block, stages, 64, 1, 0, 1, 1)
+
+        def candidate(a: Inputs) -> Call | None:
+            if a.m > tokens or (a.m * 4 < tokens and a.m > 2):
+                return None
+            out = torch.empty(a.m, a.n, device=DEVICE, dtype=torch.bfloat16)
+            return lambda i: run(at(a.q, i), at(a.q, i), at(a.w, i), a.sx, a.sw, out)
+
+        return candidate
+
+    def vector(rows: int, warps: int, groups: int, quantized: bool) -> Callable[[Inputs], Call | None]:
+        run = dec.make_gemv(rows, warps, 0, 1) if quantized else dec.make_gemv_t(rows, warps, groups, 1)
+
+        def candidate(a: Inputs) -> Call | None:
+            if a.m > 1 or (a.k <= 8192) != (rows == 8):
+                return None
+            out = torch.empty(a.m, a.n, device=DEVICE, dtype=torch.bfloat16)
+            return lambda i: run(at(a.x, i), at(a.q, i), at(a.w, i), a.sx, a.sw, out)
+
+        return candidate
+
+    return {
+        "given: probe 256": gemm(256, 4, 0), "given: probe 128": gemm(128, 6, 0), "given: probe 64": gemm(64, 8, 1),
+        "given: probe swapped 8": swapped(8, 10), "given: probe swapped 16": swapped(16, 10),
+        "given: probe swapped 64": swapped(64, 6), "given: probe swapped 128": swapped(128, 8, 128),
+        "given: probe vector": vector(8, 4, 1, True), "given: probe vector, wide": vector(2, 16, 1, True),
+        "bf16: probe vector": vector(8, 4, 2, False), "bf16: probe vector, wide": vector(2, 16, 2, False),
+    }  # fmt: skip
+
+
+def variants() -> dict[str, Callable[[Inputs], Call | None]]:
+    """Our kernels at other settings, for choosing the table."""
+
+    def with_config(config: Any) -> Callable[[Inputs], Call | None]:
+        def candidate(a: Inputs) -> Call | None:
+            if isinstance(config, hopper.Decode) and not (
+                config.tokens // 4 < a.m <= config.tokens or (a.m < 4 and config.tokens == 8)
+            ):
+                return None
+            if isinstance(config, hopper.Gemm) and a.m <= 64:
+                return None
+            if isinstance(config, hopper.Gemm) and a.m > 512 and config.columns < 128:
+                return None
+            return lambda i: hopper.multiply(at(a.q, i), a.sx, at(a.w, i), a.sw, torch.bfloat16, config=config)
+
+        return candidate
+
+    def with_vector(config: tuple[int, int, int]) -> Callable[[Inputs], Call | None]:
+        return lambda a: (lambda i: gemv(at(a.x, i), at(a.w, i), a.sw, config=config)) if a.m == 1 else None
+
+    some: list[Any] = [hopper.Gemm(256, 4, g, e) for g in (4, 8, 16) for e in (False, True)]
+    some += [hopper.Gemm(128, s, 8, e) for s in (5, 6) for e in (False, True)] + [
+        hopper.Gemm(64, 8, 8, e) for e in (False, True)
+    ]
+    some += [hopper.Gemm(32, 8, 8, True)]
+    some += [
+        hopper.Decode(8, 10),
+        hopper.Decode(16, 10),
+        hopper.Decode(32, 8),
+        hopper.Decode(64, 6),
+        hopper.Decode(128, 8, 128),
+    ]
+    some += [hopper.Decode(8, 20, 128), hopper.Decode(16, 20, 128), hopper.Decode(64, 12, 128)]
+    found = {f"given: {c}": with_config(c) for c in some}
+    vectors = [
+        (8, 2, 4),
+        (8, 1, 4),
+        (4, 2, 4),
+        (4, 2, 8),
+        (2, 2, 16),
+        (4, 1, 8),
+        (2, 2, 8),
+        (4, 2, 16),
+        (8, 2, 8),
+        (8, 4, 4),
+        (16, 1, 8),
+    ]
+    return found | {f"bf16: vector {v}": with_vector(v) for v in vectors}
+
+
+def peers() -> dict[str, Callable[[Inputs], Call | None]]:
+    """Libraries, those that are installed."""
+    found: dict[str, Callable[[Inputs], Call | None]] = {}
+    try:
+        import bitsandbytes as bnb
+
+        def bnb_with(threshold: float) -> Callable[[Inputs], Call | None]:
+            def candidate(a: Inputs) -> Call | None:
+                layers = []
+                for w in a.w16[:4]:
+                    layer = bnb.nn.Linear8bitLt(a.k, a.n, bias=False, has_fp16_weights=False, threshold=threshold)
+                    layer.weight = bnb.nn.Int8Params(w.half(), requires_grad=False, has_fp16_weights=False)
+                    layers.append(layer.to(DEVICE))
+                return lambda i: at(layers, i)(at(a.x, i))
+
+            return candidate
+
+        found |= {"bf16: bitsandbytes": bnb_with(0.0)}
+    except ImportError as error:
+        print("bitsandbytes:", error)
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        def torchao(a: Inputs) -> Call | None:
+            layers = []
+            for w in a.w16[:4]:
+                layer = torch.nn.Sequential(torch.nn.Linear(a.k, a.n, bias=False, device=DEVICE, dtype=torch.bfloat16))
+                layer[0].weight.data = w
+                quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+                layers.append(torch.compile(layer, dynamic=False))
+            return lambda i: at(layers, i)(at(a.x, i))
+
+        found |= {"bf16: torchao, compiled": torchao}
+    except ImportError as error:
+        print("torchao:", error)
+    try:
+        from gemlite.helper import A8W8_int8_dynamic
+
+        def gemlite(a: Inputs) -> Call | None:
+            layers = []
+            for w in a.w16[:4]:
+                linear = torch.nn.Linear(a.k, a.n, bias=False, device=DEVICE, dtype=torch.bfloat16)
+                linear.weight.data = w
+                layers.append(A8W8_int8_dynamic(device="cuda", dtype=torch.bfloat16).from_linear(linear, del_orig=False))
+            return lambda i: at(layers, i)(at(a.x, i))
+
+        found |= {"bf16: gemlite": gemlite}
+    except ImportError as error:
+        print("gemlite:", error)
+    return found
+
+
+CANDIDATES: dict[str, Callable[[Inputs], Call | None]] = {
+    "given: quantkit": ours_given, "bf16: quantkit": ours, "quantize: quantkit": ours_quantize,
+    "bf16: F.linear": bf16, "given: torch._int_mm": int_mm, "given: fp8 _scaled_mm": fp8,
+}  # fmt: skip
+
+
+def graph_of(call: Call, indices: list[int]) -> torch.cuda.CUDAGraph:
+    for i in indices[:2]:
+        call(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in indices:
+            call(i)
+    return graph
+
+
+def seconds(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def measure(
+    a: Inputs, candidates: dict[str, Callable[[Inputs], Call | None]], rounds: int, hot: bool
+) -> dict[str, dict[str, float]]:
+    """Candidate -> cold (and hot) microseconds a call."""
+    floor = max(2e-6, a.m * a.n * a.k / 700e12, a.n * a.k / 3e12)
+    calls = max(a.copies, min(40, int(400e-6 / floor)))
+    graphs: dict[tuple[str, str], torch.cuda.CUDAGraph] = {}
+    for name, make in candidates.items():
+        try:
+            call = make(a)
+            if call is None:
+                continue
+            graphs[name, "cold"] = graph_of(call, list(range(calls)))
+            if hot:
+                graphs[name, "hot"] = graph_of(call, [0] * calls)
+        except Exception as error:  # noqa: BLE001  a peer that cannot run this shape
+            print(f"  {name}: {type(error).__name__}: {str(error)[:100]}", flush=True)
+            torch.cuda.synchronize()
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in graphs}
+    for r in range(rounds + 1):
+        for key in list(graphs) if r % 2 else list(graphs)[::-1]:
+            times[key].append(seconds(graphs[key]) / calls)
+    out: dict[str, dict[str, float]] = {}
+    for (name, kind), values in times.items():
+        out.setdefault(name, {})[kind] = round(median(values[1:]) * 1e6, 2)
+    return out
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy reads and writes."""
+    a = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    b = torch.empty_like(a)
+    graph = graph_of(lambda _: b.copy_(a), [0] * 4)
+    return 8 * 2**30 / median(seconds(graph) for _ in range(9))
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that a sum over memory reads: the ceiling of a product with one token."""
+    a = torch.ones(2**29, dtype=torch.float32, device=DEVICE)
+    graph = graph_of(lambda _: a.sum(), [0] * 4)
+    return 4 * a.nbytes / median(seconds(graph) for _ in range(9))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), help="N x K")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cutlass", type=Path, help="libcutlass_int8.so")
+    parser.add_argument("--probe", type=Path, help="folder of the feasibility probe")
+    parser.add_argument("--variants", action="store_true", help="our kernels at other settings")
+    parser.add_argument("--peers", action="store_true", help="bitsandbytes, torchao, gemlite, those that are installed")
+    parser.add_argument("--hot", action="store_true", help="one copy of the weight as well")
+    parser.add_argument("--only", nargs="*", default=["*"], help="globs over the names of candidates")
+    parser.add_argument("--name", default="gemm", help="of the result")
+    args = parser.parse_args()
+    candidates = dict(CANDIDATES)
+    candidates |= cutlass(args.cutlass) if args.cutlass else {}
+    candidates |= probe(args.probe) if args.probe else {}
+    candidates |= variants() if args.variants else {}
+    candidates |= peers() if args.peers else {}
+    candidates = {name: c for name, c in candidates.items() if any(fnmatch(name, pattern) for pattern in args.only)}
+    facts = {"copy_bytes_per_s": copy_bandwidth(), "read_bytes_per_s": read_bandwidth()}
+    print(facts, flush=True)
+    rows = []
+    with torch.inference_mode():
+        for shape, m in itertools.product(args.shapes, args.tokens):
+            n, k = map(int, shape.split("x"))
+            times = measure(Inputs(m, n, k), candidates, args.rounds, args.hot)
+            torch.cuda.empty_cache()
+            rows.append({"m": m, "n": n, "k": k, "config": str(configs.choose(90, m, n, k, tma=True)), "us": times})
+            best = sorted(times, key=lambda name: times[name]["cold"])
+            print(f"{m} {shape}: " + "; ".join(f"{name} {times[name]['cold']}" for name in best), flush=True)
+    print("written", record(args.name, rows, **facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""GPUs with INT8 Tensor Cores, through Triton: quantize, multiply and rescale in two launches, or in one for one token."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quantkit.ops.plain import Plain
+
+if TYPE_CHECKING:
+    from quantkit.linear import W8A8Linear
+
+
+@dataclass
+class GPUPacked:
+    """A weight ready to run; ``vector`` says whether one token may take the fused kernel."""
+
+    backend: Any
+    device: torch.device
+    weight: Tensor
+    codes: Tensor
+    scale: Tensor
+    sums: Tensor | None
+    vector: bool
+
+
+class GPU(Plain):
+    """See the module."""
+
+    name = "triton"
+
+    def why_not(self, device: torch.device) -> str | None:
+        if device.type != "cuda" or torch.version.hip:
+            return "needs an NVIDIA GPU"
+        if importlib.util.find_spec("triton") is None:
+            return "needs Triton: pip install triton"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "needs compute capability 8.0 (A100) or newer"
+        return None
+
+    def pack(self, layer: W8A8Linear) -> GPUPacked:
+        operators()
+        weight = layer.weight.contiguous()
+        rest = (layer.shift, layer.permutation, layer.outlier_index)
+        vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block
+        return GPUPacked(
+            self, layer.weight.device, layer.weight, weight, layer.weight_scale.reshape(-1).float().contiguous(),
+            None if layer.scheme.symmetric else weight.sum(dim=1, dtype=torch.int32),
+            vector and all(v is None for v in rest) and weight.shape[1] % 4 == 0 and weight.data_ptr() % 16 == 0,
+        )  # fmt: skip
+
+    def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
+        packed, scheme = layer.packed, layer.scheme
+        ops = torch.ops.quantkit if torch.compiler.is_compiling() else operators()
+        if x.shape[0] == 1 and packed.vector:
+            return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, layer.pre_scale)
+        q, scale, *rest = ops.quantize(
+            x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=layer.pre_scale,
+            permutation=layer.permutation, rotation=layer.rotation_block, signs=layer.rotation_signs,
+            side_index=layer.outlier_index, in_scale=layer.input_scale, in_zero=layer.input_zero_point,
+        )  # fmt: skip
+        zero = layer.input_zero_point
+        if not scheme.symmetric and zero is None:
+            zero = rest.pop(0)
+        side = rest.pop(0) if layer.outlier_index is not None else None
+        return ops.matmul(
+            q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, side, layer.outlier_weight
+        )
+
+
+@torch.compiler.assume_constant_result
+def operators() -> Any:
+    """The module of operators; imports Triton, which takes a second, only where there is a GPU to use it."""
+    from quantkit.ops.gpu import operators
+
+    return operators

@@ -1,0 +1,99 @@
+"""One token: a product of a vector and the weight, bound by reading the weight. The token is quantized on the way in."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from quantkit.numerics import qmax
+from quantkit.ops.gpu.quantize import FLOOR, ROUND, hopper
+
+
+@triton.jit
+def _dot4(a, b, NATIVE: tl.constexpr):
+    """Four products of int8 packed into int32, summed."""
+    if NATIVE:
+        z = tl.inline_asm_elementwise(
+            "{ .reg .s32 z; mov.s32 z, 0; dp4a.s32.s32 $0, $1, $2, z; }", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        z = ((a << 24) >> 24) * ((b << 24) >> 24)
+        z += ((a << 16) >> 24) * ((b << 16) >> 24)
+        z += ((a << 8) >> 24) * ((b << 8) >> 24)
+        z += (a >> 24) * (b >> 24)
+    return z
+
+
+@triton.jit
+def gemv_kernel(
+    X, W, Y, SW, BIAS, PRE, N, K4, stride_xk,
+    QMAX: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, B4: tl.constexpr, EVEN: tl.constexpr,
+    NATIVE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``GROUPS`` times ``ROWS`` outputs of ``y [N]`` from ``x [K]`` and ``w [N, K / 4]`` int32 (four codes each)."""
+    n = tl.program_id(0) * (ROWS * GROUPS) + tl.arange(0, ROWS)
+    k = tl.arange(0, B4)
+    inside = (k < K4)[None, :]
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    at = W + row[:, None] * K4 + k[None, :]
+    # The weight does not depend on the kernel before: its first part is on the way while that one ends.
+    if EVEN:
+        w = tl.load(at, eviction_policy="evict_first")
+    else:
+        w = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    j = tl.arange(0, 4)
+    source = k[:, None] * 4 + j[None, :]
+    x = tl.load(X + source * stride_xk, mask=(k < K4)[:, None], other=0.0).to(tl.float32)
+    if PRE is not None:
+        x *= tl.load(PRE + source, mask=(k < K4)[:, None], other=0.0)
+    top = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
+    finite = top < 0x7F800000
+    absmax = tl.maximum(tl.where(finite, top, 0).to(tl.float32, bitcast=True), FLOOR)
+    limit = absmax * 0.0 + QMAX
+    sx = tl.where(finite, tl.div_rn(absmax, limit), float("nan"))
+    q = (tl.where(finite, x, 0.0) * tl.div_rn(limit, absmax) + ROUND).to(tl.int32, bitcast=True) & 255
+    xq = tl.broadcast_to(tl.sum(q << (8 * j)[None, :], 1)[None, :], (ROWS, B4))
+    for g in tl.static_range(GROUPS):
+        if g + 1 < GROUPS:
+            later = tl.minimum(n + ROWS, N - 1).to(tl.int64)
+            at = W + later[:, None] * K4 + k[None, :]
+            if EVEN:
+                ahead = tl.load(at, eviction_policy="evict_first")
+            else:
+                ahead = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
+        acc = tl.sum(_dot4(w, xq, NATIVE), 1)
+        y = acc.to(tl.float32) * sx * tl.load(SW + n, mask=n < N, other=0.0)
+        if BIAS is not None:
+            y += tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(Y + n, y.to(Y.dtype.element_ty), mask=n < N)
+        n += ROWS
+        if g + 1 < GROUPS:
+            w = ahead
+
+
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    sw: Tensor,
+    *,
+    bits: int = 8,
+    bias: Tensor | None = None,
+    pre_scale: Tensor | None = None,
+    config: tuple[int, int, int],
+) -> Tensor:
+    """``[1, N]`` in the dtype of ``x [1, K]``, for ``weight [N, K]`` int8 K a multiple of 4; config: ROWS, GROUPS, warps."""
+    (n, k), (rows, groups, warps) = weight.shape, config
+    y = x.new_empty((1, n))
+    pdl, block = hopper(x.device), triton.next_power_of_2(k // 4)
+    gemv_kernel[(triton.cdiv(n, rows * groups),)](
+        x, weight.view(dtype=torch.int32), y, sw, bias, pre_scale, n, k // 4, x.stride(1),
+        qmax(bits), rows, groups, block, block == k // 4, x.device.type == "cuda", pdl,
+        num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return y

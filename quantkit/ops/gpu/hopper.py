@@ -1,0 +1,358 @@
+"""Two INT8 products for Hopper (sm_90), in Gluon: a warp-specialised persistent GEMM, and its mirror image for few tokens.
+
+Both stream tiles through shared memory with the tensor memory accelerator (TMA): one producer warp loads, one or two groups of
+four warps multiply (wgmma) and rescale. TMA fills with zeros beyond M, N and K and clips stores, so there is no code for tails;
+it needs 16-byte rows: K a multiple of 16, and N of 8 for a 16-bit result.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+load = tma.async_copy_global_to_shared
+store = tma.async_copy_shared_to_global
+ROWS = gl.constexpr(64)  # rows of a wgmma
+
+
+@gluon.jit
+def tile_of(t, tiles_m, tiles_n, GROUP: gl.constexpr):
+    """Row and column of tile ``t``: columns within groups of GROUP rows, so that neighbours in time share what is in L2."""
+    first = t // (GROUP * tiles_n) * GROUP
+    height = gl.minimum(tiles_m - first, GROUP)
+    rest = t % (GROUP * tiles_n)
+    return first + rest % height, rest // height
+
+
+@gluon.jit
+def following(stage, phase, STAGES: gl.constexpr):
+    """The next slot of the ring, and the parity to wait for there."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+# ---- many tokens: y = q W^T, 128 tokens (64 for each of two consumers) by BN columns
+
+
+@gluon.jit
+def gemm_producer(q_desc, w_desc, q_ring, w_ring, full, empty, M, N, KT,
+                  GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    tiles_m, tiles_n = gl.cdiv(M, 2 * ROWS), gl.cdiv(N, BN)
+    stage, phase = 0, 1
+    for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        tm, tn = tile_of(t, tiles_m, tiles_n, GROUP)
+        for k in range(KT):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            mbarrier.expect(bar, (2 * ROWS + BN) * BK)
+            load(w_desc, [tn * BN, k * BK], bar, w_ring.index(stage))
+            for c in gl.static_range(2):
+                load(q_desc, [tm * 2 * ROWS + c * ROWS, k * BK], bar, q_ring.index(stage * 2 + c))
+            stage, phase = following(stage, phase, STAGES)
+
+
+@gluon.jit
+def halves(x, BN: gl.constexpr, layout: gl.constexpr):
+    """Left and right half of ``x [64, BN]``; each thread keeps its own values."""
+    left, right = x.reshape([ROWS, 2, BN // 2]).permute([0, 2, 1]).split()
+    return gl.convert_layout(left, layout), gl.convert_layout(right, layout)
+
+
+@gluon.jit
+def put(acc, column: gl.constexpr, row, first, sx, zero, columns, y_desc, staging, slot: gl.constexpr,
+        WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+    """Rescale ``acc [64, WIDTH]``, which starts at ``column`` of the tile, and send it out through a staging tile."""
+    layout: gl.constexpr = acc.type.layout
+    along: gl.constexpr = gl.SliceLayout(0, layout)
+    if ZERO:
+        sums = columns.index(2).slice(column, WIDTH).load(along).to(gl.int32, bitcast=True)
+        acc = acc - zero[:, None] * sums[None, :]
+    y = (acc.to(gl.float32) * sx[:, None]) * columns.index(0).slice(column, WIDTH).load(along)[None, :]
+    if BIAS:
+        y = y + columns.index(1).slice(column, WIDTH).load(along)[None, :]
+    tma.store_wait(SLOTS - 1)  # until this staging tile is free again
+    buffer = staging.index(slot % SLOTS)
+    buffer.store(y.to(y_desc.dtype))
+    fence_async_shared()
+    store(y_desc, [row, first + column], buffer)
+
+
+@gluon.jit
+def gemm_consumer(c: gl.constexpr, q_ring, w_ring, full, empty, staging, columns, y_desc, SX, SW, ZP, WSUM, B, M, N, KT,
+                  zero_stride, GROUP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
+                  SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+    # int8 wgmma with N = 256 aborts the compiler (Triton 3.6 and 3.9): two of 128 make up the tile
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 32])
+    half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN // 2, 128), 32])
+    quarter: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN // 4, 32])
+    last: gl.constexpr = half if WIDTH * 2 == BN else quarter
+    flat: gl.constexpr = gl.BlockedLayout([max(BN // 128, 1)], [32], [4], [0])
+    tiles_m, tiles_n = gl.cdiv(M, 2 * ROWS), gl.cdiv(N, BN)
+    stage, phase = 0, 0
+    for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        tm, tn = tile_of(t, tiles_m, tiles_n, GROUP)
+        first, row = tn * BN, tm * 2 * ROWS + c * ROWS
+        m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        n = first + gl.arange(0, BN, flat)
+        sx = gl.load(SX + m, mask=m < M, other=0.0)
+        sw = gl.load(SW + n, mask=n < N, other=0.0)
+        acc = gl.zeros([ROWS, BN], gl.int32, layout)
+        mbarrier.wait(full.index(stage), phase)
+        acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True, use_acc=False)
+        columns.index(0).store(sw)
+        if BIAS:
+            columns.index(1).store(gl.load(B + n, mask=n < N, other=0.0).to(gl.float32))
+        if ZERO:
+            columns.index(2).store(gl.load(WSUM + n, mask=n < N, other=0).to(gl.float32, bitcast=True))
+        before = stage
+        stage, phase = following(stage, phase, STAGES)
+        for _ in range(1, KT):
+            mbarrier.wait(full.index(stage), phase)
+            acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
+            mbarrier.arrive(empty.index(before), count=1)
+            before = stage
+            stage, phase = following(stage, phase, STAGES)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(before), count=1)
+        zero = m
+        if ZERO:
+            zero = gl.load(ZP + m * zero_stride, mask=m < M, other=0)
+        sx, zero = gl.convert_layout(sx, gl.SliceLayout(1, last)), gl.convert_layout(zero, gl.SliceLayout(1, last))
+        left, right = halves(acc, BN, half)
+        if WIDTH * 2 == BN:
+            put(left, 0, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS)
+            put(right, WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS)
+        else:
+            a, b = halves(left, BN // 2, quarter)
+            put(a, 0, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS)
+            put(b, WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS)
+            a, b = halves(right, BN // 2, quarter)
+            put(a, 2 * WIDTH, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS)
+            put(b, 3 * WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def gemm_kernel(q_desc, w_desc, y_desc, SX, SW, ZP, WSUM, B, M, N, K, zero_stride,
+                GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
+                SLOTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    """``y [M, N]`` in 16 bit from descriptors of ``q [M, K]`` (boxes of 64 x BK), ``w [N, K]`` (BN x BK) and y (64 x WIDTH)."""
+    ZERO: gl.constexpr = ZP is not None
+    BIAS: gl.constexpr = B is not None
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_ring = gl.allocate_shared_memory(gl.int8, [STAGES * 2, ROWS, BK], q_desc.layout)
+    w_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], w_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=1)
+        mbarrier.init(empty.index(s), count=2)
+    staging0 = gl.allocate_shared_memory(y_desc.dtype, [SLOTS, ROWS, WIDTH], y_desc.layout)
+    staging1 = gl.allocate_shared_memory(y_desc.dtype, [SLOTS, ROWS, WIDTH], y_desc.layout)
+    kinds: gl.constexpr = 3 if ZERO else (2 if BIAS else 1)
+    columns0 = gl.allocate_shared_memory(gl.float32, [kinds, BN], plain)
+    columns1 = gl.allocate_shared_memory(gl.float32, [kinds, BN], plain)
+    KT = gl.cdiv(K, BK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    gl.warp_specialize([
+        (gemm_consumer, (0, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride,
+                         GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS)),
+        (gemm_consumer, (1, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride,
+                         GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS)),
+        (gemm_producer, (q_desc, w_desc, q_ring, w_ring, full, empty, M, N, KT, GROUP, BN, BK, STAGES)),
+    ], [4, 1], [232, 24])  # fmt: skip
+
+
+# ---- few tokens: y^T = W q^T, 64 weight rows by TOKENS tokens, so that no matrix instruction is wasted on empty rows
+
+
+@gluon.jit
+def decode_producer(q_desc, w_desc, q_ring, w_ring, full, empty, N, KT,
+                    TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    token = gl.program_id(1) * TOKENS
+    stage, phase = 0, 1
+    fetched = 0
+    if PDL:
+        # The weight does not depend on the kernel before: fill the ring with it, then wait, then fetch the tokens.
+        row = gl.program_id(0) * ROWS
+        fetched = gl.minimum(KT, STAGES)
+        for k in range(fetched):
+            mbarrier.expect(full.index(k), (ROWS + TOKENS) * BK)
+            load(w_desc, [row, k * BK], full.index(k), w_ring.index(k))
+        gdc_wait()
+        for k in range(fetched):
+            load(q_desc, [token, k * BK], full.index(k), q_ring.index(k))
+        if fetched == STAGES:
+            phase ^= 1
+        else:
+            stage = fetched
+    for t in range(gl.program_id(0), gl.cdiv(N, ROWS), gl.num_programs(0)):
+        for k in range(fetched, KT):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            mbarrier.expect(bar, (ROWS + TOKENS) * BK)
+            load(w_desc, [t * ROWS, k * BK], bar, w_ring.index(stage))
+            load(q_desc, [token, k * BK], bar, q_ring.index(stage))
+            stage, phase = following(stage, phase, STAGES)
+        fetched = 0
+
+
+@gluon.jit
+def decode_consumer(q_ring, w_ring, full, empty, Y, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride,
+                    TOKENS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
+    m = gl.program_id(1) * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
+    stage, phase = 0, 0
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    sx = gl.load(SX + m, mask=m < M, other=0.0)
+    for t in range(gl.program_id(0), gl.cdiv(N, ROWS), gl.num_programs(0)):
+        n = t * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        sw = gl.load(SW + n, mask=n < N, other=0.0)
+        acc = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.int32, layout))
+        before = 0
+        for k in range(KT):
+            mbarrier.wait(full.index(stage), phase)
+            acc = warpgroup_mma(w_ring.index(stage), q_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
+            mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
+            before = stage
+            stage, phase = following(stage, phase, STAGES)
+        total = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(before), count=1)
+        if ZP is not None:
+            zero = gl.load(ZP + m * zero_stride, mask=m < M, other=0)
+            total = total - gl.load(WSUM + n, mask=n < N, other=0)[:, None] * zero[None, :]
+        y = (total.to(gl.float32) * sx[None, :]) * sw[:, None]
+        if B is not None:
+            y = y + gl.load(B + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+        gl.store(
+            Y + m[None, :].to(gl.int64) * N + n[:, None], y.to(Y.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :]
+        )
+
+
+@gluon.jit
+def decode_kernel(q_desc, w_desc, Y, SX, SW, ZP, WSUM, B, M, N, K, zero_stride,
+                  TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    """``y [M, N]`` from descriptors of ``q [M, K]`` (boxes of TOKENS x BK) and ``w [N, K]`` (64 x BK)."""
+    q_ring = gl.allocate_shared_memory(gl.int8, [STAGES, TOKENS, BK], q_desc.layout)
+    w_ring = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, BK], w_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=1)
+        mbarrier.init(empty.index(s), count=1)
+    KT = gl.cdiv(K, BK)
+    gl.warp_specialize([
+        (decode_consumer, (q_ring, w_ring, full, empty, Y, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride, TOKENS, STAGES, PDL)),
+        (decode_producer, (q_desc, w_desc, q_ring, w_ring, full, empty, N, KT, TOKENS, BK, STAGES, PDL)),
+    ], [1], [40])  # fmt: skip
+
+
+# ---- launching
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Tile of 128 x ``columns``; ``group`` row tiles share columns in L2."""
+
+    columns: int
+    stages: int
+    group: int = 8
+    early: bool = False
+    """Whether it may start before the kernel that it depends on has ended."""
+
+    block_k = 128
+
+    @property
+    def width(self) -> int:
+        """Columns of a staging tile."""
+        return min(self.columns // 2, 64)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """64 weight rows by ``tokens`` tokens, ``block_k`` of K in each of ``stages``."""
+
+    tokens: int
+    stages: int
+    block_k: int = 256
+    early: bool = True
+
+
+@functools.cache
+def box(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a tile lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], TYPES[dtype])
+
+
+TYPES = {torch.int8: gl.int8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """What TMA needs to know of a contiguous matrix that is moved in boxes of ``rows x columns``."""
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), [rows, columns], box(rows, columns, tensor.dtype))
+
+
+def multiply(
+    q: Tensor,
+    sx: Tensor,
+    weight: Tensor,
+    sw: Tensor,
+    dtype: torch.dtype,
+    *,
+    zero: Tensor | None = None,
+    wsum: Tensor | None = None,
+    bias: Tensor | None = None,
+    config: Gemm | Decode,
+) -> Tensor:
+    """``[M, N]`` of a 16-bit ``dtype`` (any float with :class:`Decode`); arguments as those of the portable ``matmul``."""
+    (m, k), n = q.shape, len(weight)
+    y = q.new_empty((m, n), dtype=dtype)
+    zero_stride = 1 if zero is not None and zero.numel() > 1 else 0
+    options = {"num_warps": 4, "enable_fp_fusion": False, "launch_pdl": config.early}
+    if isinstance(config, Gemm):
+        tiles = triton.cdiv(m, 128) * triton.cdiv(n, config.columns)
+        gemm_kernel[(min(processors(q.device), tiles),)](
+            described(q, 64, config.block_k), described(weight, config.columns, config.block_k), described(y, 64, config.width),
+            sx, sw, zero, wsum, bias, m, n, k, zero_stride,
+            config.group, config.columns, config.block_k, config.stages, config.width,
+            1 if config.columns == 256 and (bias is not None or zero is not None) else 2, config.early, **options,
+        )  # fmt: skip
+    else:
+        groups = triton.cdiv(m, config.tokens)
+        decode_kernel[(max(1, min(processors(q.device) // groups, triton.cdiv(n, 64))), groups)](
+            described(q, config.tokens, config.block_k), described(weight, 64, config.block_k),
+            y, sx, sw, zero, wsum, bias, m, n, k, zero_stride,
+            config.tokens, config.block_k, config.stages, config.early, maxnreg=128, **options,
+        )  # fmt: skip
+    return y
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,82 @@
+"""The GPU kernels as PyTorch operators: traced whole by ``torch.compile``, captured by CUDA graphs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantkit.ops.gpu import configs, hopper
+from quantkit.ops.gpu.gemv import gemv as _gemv
+from quantkit.ops.gpu.matmul import matmul as _matmul
+from quantkit.ops.gpu.quantize import quantize
+
+SIXTEEN = (torch.bfloat16, torch.float16)
+
+
+def matmul(
+    q: Tensor,
+    sx: Tensor,
+    weight: Tensor,
+    sw: Tensor,
+    dtype: torch.dtype,
+    zero: Tensor | None = None,
+    wsum: Tensor | None = None,
+    bias: Tensor | None = None,
+    side: Tensor | None = None,
+    side_weight: Tensor | None = None,
+    borders: Tensor | None = None,
+) -> Tensor:
+    """``[M, N]`` of ``dtype``; arguments as :func:`quantkit.ops.gpu.matmul.matmul`, with the kernel chosen by the shape."""
+    (m, k), n = q.shape, len(weight)
+    tma = k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0
+    tma = tma and side is None and borders is None and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
+    config = configs.choose(configs.capability(q.device), m, n, k, tma=tma)
+    if isinstance(config, configs.Tile):
+        tile = (config.m, config.n, config.k, config.group, config.warps, config.stages)
+        return _matmul(
+            q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight, borders=borders,
+            config=tile,
+        )  # fmt: skip
+    return hopper.multiply(q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, config=config)
+
+
+def gemv(
+    x: Tensor, weight: Tensor, sw: Tensor, bits: int = 8, bias: Tensor | None = None, pre_scale: Tensor | None = None
+) -> Tensor:
+    """``[1, N]`` from one float token; K a multiple of 4."""
+    return _gemv(x, weight, sw, bits=bits, bias=bias, pre_scale=pre_scale, config=configs.vector(x.shape[1]))
+
+
+_library = torch.library.Library("quantkit", "FRAGMENT")
+_library.define(
+    "quantize(Tensor x, *, int bits=8, bool symmetric=True, str source='', Tensor? x2=None, Tensor? gain=None, "
+    "Tensor? bias=None, float eps=0.0, float offset=0.0, Tensor? shift=None, Tensor? pre_scale=None, "
+    "Tensor? permutation=None, int rotation=0, Tensor? signs=None, Tensor? side_index=None, Tensor? in_scale=None, "
+    "Tensor? in_zero=None) -> Tensor[]"
+)
+_library.define(
+    "matmul(Tensor q, Tensor sx, Tensor weight, Tensor sw, ScalarType dtype, Tensor? zero=None, Tensor? wsum=None, "
+    "Tensor? bias=None, Tensor? side=None, Tensor? side_weight=None, Tensor? borders=None) -> Tensor"
+)
+_library.define("gemv(Tensor x, Tensor weight, Tensor sw, int bits=8, Tensor? bias=None, Tensor? pre_scale=None) -> Tensor")
+for _name, _function in (("quantize", quantize), ("matmul", matmul), ("gemv", gemv)):
+    _library.impl(_name, _function, "CUDA")
+
+
+@torch.library.register_fake("quantkit::quantize")
+def _(x, *, symmetric=True, source="", x2=None, side_index=None, in_scale=None, **_):
+    m, k = x.shape
+    out = [x.new_empty((m, k), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)]
+    out += [] if symmetric or in_scale is not None else [x.new_empty((m, 1), dtype=torch.int32)]
+    out += [] if side_index is None else [x.new_empty((m, len(side_index)))]
+    return out + ([x.new_empty((m, k))] if x2 is not None and source in ("rms", "layer") else [])
+
+
+@torch.library.register_fake("quantkit::matmul")
+def _(q, sx, weight, sw, dtype, *_, **__):
+    return q.new_empty((q.shape[0], weight.shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake("quantkit::gemv")
+def _(x, weight, *_, **__):
+    return x.new_empty((1, weight.shape[0]))

@@ -1,0 +1,242 @@
+"""Activations to INT8 in one read: (norm or gate,) shift, pre-scale, permutation, rotation, absmax, codes.
+
+One kernel, whose steps are switched on at compile time.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from quantkit.numerics import ABSMAX_FLOOR, qmax
+from quantkit.transform import hadamard
+
+FLOOR = tl.constexpr(ABSMAX_FLOOR)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds half to even and leaves the integer in the low bits
+EXPONENT = tl.constexpr(0x7F800000)  # absolute bit patterns from here on are Inf and NaN, which float maxima would drop
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+@triton.jit
+def _round(x):
+    return (x + ROUND).to(tl.int32, bitcast=True) - 0x4B400000  # the bits of ROUND
+
+
+@triton.jit
+def _all_finite(x):
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1) < EXPONENT
+
+
+@triton.jit
+def _symmetric(x, QMAX: tl.constexpr):
+    """Codes and scale of rows ``x [R, B]`` float32, padded with 0: numerics.encode and absmax_scale, bit for bit."""
+    top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    finite = top < EXPONENT
+    absmax = tl.maximum(tl.where(finite, top, 0).to(tl.float32, bitcast=True), FLOOR)
+    limit = tl.full(absmax.shape, QMAX, tl.float32)
+    q = (x * tl.div_rn(limit, absmax)[:, None] + ROUND).to(tl.int32, bitcast=True)
+    return tl.where(finite[:, None], q, 0).to(tl.int8), tl.where(finite, tl.div_rn(absmax, limit), float("nan"))
+
+
+@triton.jit
+def _asymmetric(x, QMAX: tl.constexpr):
+    """Codes, scale and zero of rows ``x [R, B]``, padded with 0: numerics.encode_asymmetric and range_scale."""
+    finite = _all_finite(x)
+    x = tl.where(finite[:, None], x, 0.0)
+    low, high = tl.min(x, 1), tl.max(x, 1)
+    low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
+    scale = tl.div_rn(tl.maximum(high - low, FLOOR), tl.full(low.shape, 2 * QMAX + 1, tl.float32))
+    finite = finite & (scale < float("inf"))
+    scale = tl.where(finite, scale, 1.0)
+    zero = _round(-(QMAX + 1) - tl.div_rn(tl.where(finite, low, 0.0), scale))
+    v = x * tl.div_rn(tl.full(low.shape, 1.0, tl.float32), scale)[:, None]
+    q = _round(tl.where(finite[:, None], v, 0.0)) + zero[:, None]
+    q = tl.minimum(tl.maximum(q, -QMAX - 1), QMAX)
+    q = tl.where(finite[:, None], q, 0)
+    return q.to(tl.int8), tl.where(finite, scale, float("nan")), tl.where(finite, zero, 0)
+
+
+@triton.jit
+def _static(x, scale, zero, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Codes and row scales of rows ``x [R, B]`` for one given ``scale`` and ``zero``."""
+    finite = _all_finite(x)
+    v = x * tl.div_rn(tl.full([1], 1.0, tl.float32), scale + tl.zeros([1], tl.float32))[None, :]
+    v = tl.where(finite[:, None], v, 0.0)
+    if SYMMETRIC:
+        q = _round(tl.minimum(tl.maximum(v, -QMAX), QMAX))  # clamping to integers commutes with rounding
+    else:
+        q = _round(tl.minimum(tl.maximum(v, -4.0 * QMAX), 4.0 * QMAX)) + zero
+        q = tl.minimum(tl.maximum(q, -QMAX - 1), QMAX)
+        q = tl.where(finite[:, None], q, 0)
+    return q.to(tl.int8), tl.where(finite, scale, float("nan"))
+
+
+@triton.jit
+def _rotate(x, hadamard, BLOCK: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
+    """Blocks of ``x [R, B]`` times a Hadamard matrix of +-1, then normalised; two TF32 products keep 22 bits of x."""
+    j = tl.arange(0, BLOCK)
+    h = tl.load(hadamard + j[:, None] * BLOCK + j[None, :])
+    x = tl.reshape(x, (R * B // BLOCK, BLOCK))
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # what TF32 holds exactly
+    y = tl.dot(x - high, h, input_precision="tf32")
+    y = tl.dot(high, h, y, input_precision="tf32")
+    return tl.reshape(y * (1.0 / BLOCK**0.5), (R, B))
+
+
+@triton.jit
+def quantize_kernel(
+    X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIGNS, HADAMARD, SIDE_INDEX, IN_SCALE, IN_ZERO,
+    Q, S, Z, SIDE, SUM, M, K, stride_xm, stride_xk, stride_2m, stride_2k, side_count, eps, offset,
+    SOURCE: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ROTATION: tl.constexpr, SIDES: tl.constexpr,
+    R: tl.constexpr, B: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """R rows of K channels, in tiles of ``[R, B]``; see :func:`quantize` for the arguments."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    k = tl.arange(0, B)
+    inside = (row < M)[:, None] & (k < K)[None, :]
+    source = k
+    if PERM is not None:
+        source = tl.load(PERM + k, mask=k < K, other=0)
+    at = row[:, None] * stride_xm + source[None, :] * stride_xk
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    # A whole row needs no mask, which keeps its loads wide.
+    x = (tl.load(X + at) if EVEN else tl.load(X + at, mask=inside, other=0.0)).to(tl.float32)
+    if X2 is not None:
+        at = row[:, None] * stride_2m + source[None, :] * stride_2k
+        x2 = (tl.load(X2 + at) if EVEN else tl.load(X2 + at, mask=inside, other=0.0)).to(tl.float32)
+        if SOURCE == "silu":
+            x = x / (1.0 + tl.exp(-x)) * x2
+        elif SOURCE == "gelu":
+            x = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF)) * x2
+        elif SOURCE == "gelu_tanh":
+            # tanh(t) = 1 - 2 / (exp(2 t) + 1)
+            t = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+            x = 0.5 * x * (2.0 - 2.0 / (tl.exp(2.0 * t) + 1.0)) * x2
+        else:  # a norm after a residual: the sum is kept, in its own dtype
+            kept = (x + x2).to(SUM.dtype.element_ty)
+            tl.store(SUM + row[:, None] * K + source[None, :], kept, mask=inside)
+            x = kept.to(tl.float32)
+    if SOURCE == "rms" or SOURCE == "layer":
+        if SOURCE == "layer":
+            mean = tl.sum(x, 1) / K
+            x = tl.where(inside, x - mean[:, None], 0.0)
+        x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / K + eps))[:, None]
+        if GAIN is not None:
+            x = x * (tl.load(GAIN + source, mask=k < K, other=0.0).to(tl.float32) + offset)[None, :]
+        if BIAS is not None:
+            x = x + tl.load(BIAS + source, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    if SHIFT is not None:
+        x = x - tl.load(SHIFT + source, mask=k < K, other=0.0)[None, :]
+    if SIDES > 0:  # outlier columns leave in the dtype of x, before the scale
+        n = tl.arange(0, SIDES)
+        real = n < side_count
+        column = tl.load(SIDE_INDEX + n, mask=real, other=0)
+        some = (row < M)[:, None] & real[None, :]
+        side = tl.load(X + row[:, None] * stride_xm + column[None, :] * stride_xk, mask=some, other=0.0).to(tl.float32)
+        if SHIFT is not None:
+            side = side - tl.load(SHIFT + column, mask=real, other=0.0)[None, :]
+        tl.store(SIDE + row[:, None] * side_count + n[None, :], side.to(SIDE.dtype.element_ty), mask=some)
+    if PRE is not None:
+        pre = tl.load(PRE + source, mask=k < K, other=0.0)
+        x = tl.where((pre == 0.0)[None, :], 0.0, x * pre[None, :])  # 0 marks an outlier column: also where 0 * inf is NaN
+    if ROTATION > 0:
+        if SIGNS is not None:
+            x = x * tl.load(SIGNS + k, mask=k < K, other=0.0)[None, :]
+        bad = _all_finite(x) == 0  # the halves of the product would mix NaN only within a block
+        x = _rotate(tl.where(bad[:, None], 0.0, x), HADAMARD, ROTATION, R, B)
+        x = tl.where(bad[:, None], float("nan"), x)
+        if not EVEN:
+            x = tl.where(inside, x, 0.0)
+    if IN_SCALE is not None:
+        zero = 0
+        if IN_ZERO is not None:
+            zero = tl.load(IN_ZERO)
+        q, s = _static(x, tl.load(IN_SCALE), zero, QMAX, SYMMETRIC)
+    elif SYMMETRIC:
+        q, s = _symmetric(x, QMAX)
+    else:
+        q, s, z = _asymmetric(x, QMAX)
+        tl.store(Z + row, z, mask=row < M)
+    out = Q + row[:, None] * K + k[None, :]
+    if EVEN:
+        tl.store(out, q)
+    else:
+        tl.store(out, q, mask=inside)
+    tl.store(S + row, s, mask=row < M)
+
+
+def quantize(
+    x: Tensor,
+    *,
+    bits: int = 8,
+    symmetric: bool = True,
+    source: str = "",
+    x2: Tensor | None = None,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    shift: Tensor | None = None,
+    pre_scale: Tensor | None = None,
+    permutation: Tensor | None = None,
+    rotation: int = 0,
+    signs: Tensor | None = None,
+    side_index: Tensor | None = None,
+    in_scale: Tensor | None = None,
+    in_zero: Tensor | None = None,
+) -> list[Tensor]:
+    """INT8 codes of rows in one launch.
+
+    Args:
+        x: ``[M, K]`` float, any strides.
+        bits, symmetric: number format.
+        source: "" (x itself), "rms" or "layer" (norm of x, or of x + x2), "silu", "gelu" or "gelu_tanh" (of x, times x2).
+        x2: ``[M, K]``: the residual of a norm, or the other factor of a gate.
+        gain, bias, eps, offset: of the norm: ``norm(x) * (gain + offset) + bias``.
+        shift, pre_scale, permutation, rotation, signs, side_index: as :class:`quantkit.W8A8Linear` keeps them; ``pre_scale``
+            is 0 at outlier columns, which go to the side product.
+        in_scale, in_zero: ``[1]``, static scale and zero point; left out, every token gets its own.
+
+    Returns:
+        codes ``[M, K]`` int8 and scale ``[M, 1]`` float32; then, where asked for, zero ``[M, 1]`` int32, side columns
+        ``[M, n]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x.
+    """
+    m, k = x.shape
+    q, scale = x.new_empty((m, k), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)
+    zero = None if symmetric or in_scale is not None else x.new_empty((m, 1), dtype=torch.int32)
+    sides = 0 if side_index is None else len(side_index)
+    side = x.new_empty((m, sides)) if sides else None
+    kept = x.new_empty((m, k)) if x2 is not None and source in ("rms", "layer") else None
+    done = [t for t in (q, scale, zero, side, kept) if t is not None]
+    if not m:
+        return done
+    block = max(triton.next_power_of_2(k), 16)
+    rows = max(1, 1024 // block, -(-16 * rotation // block))
+    pdl, strides2 = hopper(x.device), (0, 0) if x2 is None else x2.stride()
+    quantize_kernel[(triton.cdiv(m, rows),)](
+        x, x2, gain, bias, shift, pre_scale, permutation, signs, hadamard_on(rotation, x.device) if rotation else None,
+        side_index, in_scale, in_zero, q, scale, zero, side, kept, m, k, *x.stride(), *strides2,
+        sides, eps, offset, source, qmax(bits), symmetric, rotation, triton.next_power_of_2(sides) if sides else 0,
+        rows, block, rows == 1 and block == k, pdl,
+        num_warps=min(max(rows * block // 512, 4), 32), enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return done
+
+
+@functools.cache
+def hadamard_on(block: int, device: torch.device) -> Tensor:
+    """Entries of +-1, ``[block, block]`` float32."""
+    return hadamard(block).sign().to(device, torch.float32)
+
+
+@functools.cache
+def hopper(device: torch.device) -> bool:
+    """Whether a kernel may start before the one it depends on has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
