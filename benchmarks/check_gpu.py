@@ -8,9 +8,11 @@ and a token must give the same bits alone and in a batch. Exit status 1 and a li
 
 from __future__ import annotations
 
+import argparse
+import functools
 import itertools
+import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -83,29 +85,45 @@ def check_matmul() -> None:
             assert same(got, exact(q, sx, w, sw, dtype, **extra)), f"{(m, n, k)} {dtype} {list(extra)}"
 
 
-def check_configs() -> None:
-    """Every kernel of the table and around it, not only the one chosen for a shape."""
-    if configs.capability(DEVICE) != 90:
-        return
-    for m, n, k in ((1, 64, 32), (7, 1000, 4096), (100, 4096, 4096), (128, 512, 48), (257, 1032, 2064), (700, 3000, 1040)):
+SOME = ((1, 64, 32), (7, 1000, 4096), (100, 4096, 4096), (128, 512, 48), (257, 1032, 2064), (700, 3000, 1040))
+
+
+def against_exact(run: Callable[..., Tensor], what: Any) -> None:
+    for m, n, k in SOME:
         q, w, sx, sw = codes(m, k), codes(n, k), rand(m, 1).abs() / k, rand(n).abs()
-        wanted = exact(q, sx, w, sw, torch.bfloat16)
-        some: list[Any] = [
-            hopper.Gemm(c, s, g, e) for c, s, g, e in itertools.product((64, 128, 256), (3, 4), (1, 8), (False, True))
-        ]
-        some += [
-            hopper.Decode(t, s, b, e) for t, s, b, e in itertools.product((8, 16, 32, 64), (4, 6), (128, 256), (False, True))
-        ]
-        some += [hopper.Decode(128, 8, 128), hopper.Decode(128, 4, 128)]
-        for config in some:
-            if isinstance(config, hopper.Gemm) and n % 8:
-                continue
-            got = poisoned(lambda: hopper.multiply(q, sx, w, sw, torch.bfloat16, config=config), (m, n))  # noqa: B023
-            assert same(got, wanted), f"{config} {(m, n, k)}"
-        for tile in (*configs.TILES.values(), *(t for a, t in configs.LARGE.items() if a <= 90)):
-            config = (tile.m, tile.n, tile.k, tile.group, tile.warps, tile.stages)
-            got = poisoned(lambda: matmul(q, sx, w, sw, torch.bfloat16, config=config), (m, n))  # noqa: B023
-            assert same(got, wanted), f"{tile} {(m, n, k)}"
+        got = poisoned(lambda: run(q, sx, w, sw, torch.bfloat16), (m, n))  # noqa: B023
+        assert same(got, exact(q, sx, w, sw, torch.bfloat16)), f"{what} {(m, n, k)}"
+
+
+def check_gemms() -> None:
+    """Not only the kernels that the table chooses for a shape."""
+    for columns, stages, group, early in (
+        (256, 4, 8, False),
+        (256, 3, 1, True),
+        (128, 6, 8, True),
+        (64, 8, 4, False),
+        (32, 4, 8, True),
+    ):
+        config = hopper.Gemm(columns, stages, group, early)
+        against_exact(functools.partial(hopper.multiply, config=config), config)
+
+
+def check_decodes() -> None:
+    for tokens, stages, block, early in (
+        (8, 10, 256, True),
+        (16, 10, 256, False),
+        (32, 4, 128, True),
+        (64, 6, 256, True),
+        (128, 8, 128, True),
+    ):
+        config = hopper.Decode(tokens, stages, block, early)
+        against_exact(functools.partial(hopper.multiply, config=config), config)
+
+
+def check_tiles() -> None:
+    for tile in (*configs.TILES.values(), *(t for a, t in configs.LARGE.items() if a <= 90)):
+        config = (tile.m, tile.n, tile.k, tile.group, tile.warps, tile.stages)
+        against_exact(functools.partial(matmul, config=config), tile)
 
 
 def check_segments_and_sides() -> None:
@@ -231,6 +249,10 @@ def check_layers() -> None:
                 x.copy_(rand(40, k))
                 graph.replay()
                 assert same(out, layer(x)), f"graph {name}"
+
+
+def check_batches() -> None:
+    """A token gives the same bits in every batch, whichever kernel runs it."""
     big = layer_of(4096, 4096, bias=False)
     x = rand(2048, 4096).bfloat16()
     whole = big(x)
@@ -263,30 +285,34 @@ def check_chains() -> None:
                 assert same(y, wanted), f"{m} tokens"
 
 
+CHECKS = {
+    f.__name__.removeprefix("check_"): f
+    for f in (
+        check_quantize, check_norms_and_gates, check_matmul, check_gemms, check_decodes, check_tiles,
+        check_segments_and_sides, check_layers, check_batches, check_chains,
+    )
+}  # fmt: skip
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=CHECKS, help="one of them, in this process")
+    only = parser.parse_args().only
+    if only:
+        CHECKS[only]()
+        torch.cuda.synchronize()
+        return
+    # Most of the time goes into compiling kernels: one process for each check.
+    running = {
+        name: subprocess.Popen([sys.executable, __file__, "--only", name], stderr=subprocess.PIPE, text=True) for name in CHECKS
+    }
     failed: dict[str, str] = {}
-    checks = (
-        check_quantize,
-        check_norms_and_gates,
-        check_matmul,
-        check_configs,
-        check_segments_and_sides,
-        check_layers,
-        check_chains,
-    )
-    for check in checks:
-        name = check.__name__.removeprefix("check_")
-        try:
-            check()
-            torch.cuda.synchronize()
-            print(f"ok      {name}", flush=True)
-        except Exception as error:  # noqa: BLE001  every check gets its chance
-            failed[name] = "".join(traceback.format_exception(error)[-3:])
-            print(f"FAILED  {name}\n{failed[name]}", flush=True)
-    print(
-        "written",
-        record("check_gpu", {"failed": failed, "passed": [c.__name__ for c in checks if c.__name__[6:] not in failed]}),
-    )
+    for name, process in running.items():
+        error = process.communicate()[1]
+        if process.returncode:
+            failed[name] = error[-1500:]
+        print(f"FAILED  {name}\n{error[-1500:]}" if process.returncode else f"ok      {name}", flush=True)
+    print("written", record("check_gpu", {"passed": [name for name in CHECKS if name not in failed], "failed": failed}))
     sys.exit(bool(failed))
 
 

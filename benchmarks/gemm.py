@@ -11,9 +11,11 @@ INT8 activations and their scales; "bf16" starts from bf16 activations and inclu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import itertools
+import subprocess
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -40,9 +42,9 @@ Call = Callable[[int], Any]
 class Inputs:
     """Operands of one shape, in as many copies as it takes to leave the cache; made when first asked for."""
 
-    def __init__(self, m: int, n: int, k: int) -> None:
+    def __init__(self, m: int, n: int, k: int, copies: int = 0) -> None:
         self.m, self.n, self.k = m, n, k
-        self.copies = max(2, min(64, -(-COLD_BYTES // (n * k))))
+        self.copies = copies or max(2, min(64, -(-COLD_BYTES // (n * k))))
         self.sx, self.sw = torch.rand(m, 1, device=DEVICE) / k, torch.rand(n, device=DEVICE) / 127
 
     @functools.cached_property
@@ -340,6 +342,18 @@ def measure(
     return out
 
 
+def run_once(candidates: dict[str, Callable[[Inputs], Call | None]], args: argparse.Namespace) -> None:
+    """Fill Triton's cache on disk."""
+    with torch.inference_mode():
+        for shape, m in itertools.product(args.shapes, args.tokens):
+            n, k = map(int, shape.split("x"))
+            inputs = Inputs(m, n, k, copies=1)
+            for make in candidates.values():
+                with contextlib.suppress(Exception):  # said later, when it is measured
+                    call = make(inputs)
+                    _ = call and call(0)
+
+
 def copy_bandwidth() -> float:
     """Bytes a second that a copy reads and writes."""
     a = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
@@ -367,6 +381,8 @@ def main() -> None:
     parser.add_argument("--hot", action="store_true", help="one copy of the weight as well")
     parser.add_argument("--only", nargs="*", default=["*"], help="globs over the names of candidates")
     parser.add_argument("--name", default="gemm", help="of the result")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile kernels before the measurement")
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)  # one of these processes
     args = parser.parse_args()
     candidates = dict(CANDIDATES)
     candidates |= cutlass(args.cutlass) if args.cutlass else {}
@@ -374,6 +390,14 @@ def main() -> None:
     candidates |= variants() if args.variants else {}
     candidates |= peers() if args.peers else {}
     candidates = {name: c for name, c in candidates.items() if any(fnmatch(name, pattern) for pattern in args.only)}
+    if args.compile is not None:
+        return run_once(dict(list(candidates.items())[args.compile :: args.jobs]), args)
+    jobs = [
+        subprocess.Popen([sys.executable, *sys.argv, "--compile", str(i)], stdout=subprocess.DEVNULL) for i in range(args.jobs)
+    ]
+    for job in jobs:
+        job.wait()
+    print("compiled", flush=True)
     facts = {"copy_bytes_per_s": copy_bandwidth(), "read_bytes_per_s": read_bandwidth()}
     print(facts, flush=True)
     rows = []

@@ -36,10 +36,15 @@ def poison(absmax: Tensor) -> Tensor:
     return absmax - absmax
 
 
+def divided(x: Tensor, by: float) -> Tensor:
+    """``x / by``, correctly rounded: on a GPU torch multiplies by the rounded reciprocal of a Python number."""
+    return x / torch.full_like(x, by)
+
+
 def absmax_scale(absmax: Tensor, bits: int = 8) -> Tensor:
     """Symmetric scale of a range: ``absmax / qmax`` in float32, NaN where ``absmax`` is not finite."""
     absmax = absmax.float()
-    return absmax.clamp_min(ABSMAX_FLOOR) / qmax(bits) + poison(absmax)
+    return divided(absmax.clamp_min(ABSMAX_FLOOR), qmax(bits)) + poison(absmax)
 
 
 def range_scale(low: Tensor, high: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -48,7 +53,7 @@ def range_scale(low: Tensor, high: Tensor, bits: int = 8) -> tuple[Tensor, Tenso
     ``zero`` is an int32 tensor in ``[-qmax - 1, qmax]``. The scale is NaN where the range is not finite.
     """
     low, high = low.float().clamp_max(0), high.float().clamp_min(0)
-    scale = (high - low).clamp_min(ABSMAX_FLOOR) / (2**bits - 1)
+    scale = divided((high - low).clamp_min(ABSMAX_FLOOR), 2**bits - 1)
     zero = torch.round(-(qmax(bits) + 1) - low / scale).nan_to_num(0.0)
     return scale + poison(high - low), zero.to(torch.int32)
 

@@ -43,7 +43,7 @@ class GPU(Plain):
         return None
 
     def pack(self, layer: W8A8Linear) -> GPUPacked:
-        operators()
+        kernels()
         weight = layer.weight.contiguous()
         rest = (layer.shift, layer.permutation, layer.outlier_index)
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block
@@ -55,7 +55,7 @@ class GPU(Plain):
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed, scheme = layer.packed, layer.scheme
-        ops = torch.ops.quantkit if torch.compiler.is_compiling() else operators()
+        ops = torch.ops.quantkit if torch.compiler.is_compiling() else kernels()
         if x.shape[0] == 1 and packed.vector:
             return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, layer.pre_scale)
         q, scale, *rest = ops.quantize(
@@ -73,7 +73,7 @@ class GPU(Plain):
 
 
 @torch.compiler.assume_constant_result
-def operators() -> Any:
+def kernels() -> Any:
     """The module of operators; imports Triton, which takes a second, only where there is a GPU to use it."""
     from quantkit.ops.gpu import operators
 

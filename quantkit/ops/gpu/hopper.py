@@ -152,7 +152,7 @@ def gemm_consumer(c: gl.constexpr, q_ring, w_ring, full, empty, staging, columns
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
 def gemm_kernel(q_desc, w_desc, y_desc, SX, SW, ZP, WSUM, B, M, N, K, zero_stride,
                 GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
                 SLOTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
@@ -254,7 +254,7 @@ def decode_consumer(q_ring, w_ring, full, empty, Y, SX, SW, ZP, WSUM, B, M, N, K
         )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
 def decode_kernel(q_desc, w_desc, Y, SX, SW, ZP, WSUM, B, M, N, K, zero_stride,
                   TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """``y [M, N]`` from descriptors of ``q [M, K]`` (boxes of TOKENS x BK) and ``w [N, K]`` (64 x BK)."""
