@@ -308,7 +308,11 @@ def main() -> None:
     }
     failed: dict[str, str] = {}
     for name, process in running.items():
-        error = process.communicate()[1]
+        try:
+            error = process.communicate(timeout=240)[1]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            error = "hangs\n" + process.communicate()[1]
         if process.returncode:
             failed[name] = error[-1500:]
         print(f"FAILED  {name}\n{error[-1500:]}" if process.returncode else f"ok      {name}", flush=True)

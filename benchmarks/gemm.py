@@ -391,7 +391,8 @@ def main() -> None:
     candidates |= peers() if args.peers else {}
     candidates = {name: c for name, c in candidates.items() if any(fnmatch(name, pattern) for pattern in args.only)}
     if args.compile is not None:
-        return run_once(dict(list(candidates.items())[args.compile :: args.jobs]), args)
+        run_once(dict(list(candidates.items())[args.compile :: args.jobs]), args)
+        return
     jobs = [
         subprocess.Popen([sys.executable, *sys.argv, "--compile", str(i)], stdout=subprocess.DEVNULL) for i in range(args.jobs)
     ]

@@ -209,14 +209,14 @@ def decode_producer(q_desc, w_desc, q_ring, w_ring, full, empty, N, KT,
         else:
             stage = fetched
     for t in range(gl.program_id(0), gl.cdiv(N, ROWS), gl.num_programs(0)):
-        for k in range(fetched, KT):
+        # (a plain 0 assigned to ``fetched`` here would be lost: the compiler does not carry it into the next tile)
+        for k in range(fetched * (t == gl.program_id(0)).to(gl.int32), KT):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, (ROWS + TOKENS) * BK)
             load(w_desc, [t * ROWS, k * BK], bar, w_ring.index(stage))
             load(q_desc, [token, k * BK], bar, q_ring.index(stage))
             stage, phase = following(stage, phase, STAGES)
-        fetched = 0
 
 
 @gluon.jit
@@ -340,7 +340,7 @@ def multiply(
             described(q, 64, config.block_k), described(weight, config.columns, config.block_k), described(y, 64, config.width),
             sx, sw, zero, wsum, bias, m, n, k, zero_stride,
             config.group, config.columns, config.block_k, config.stages, config.width,
-            1 if config.columns == 256 and (bias is not None or zero is not None) else 2, config.early, **options,
+            2 if bias is None and zero is None else 1, config.early, **options,
         )  # fmt: skip
     else:
         groups = triton.cdiv(m, config.tokens)
