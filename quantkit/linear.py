@@ -153,9 +153,10 @@ class W8A8Linear(nn.Module):
 
     def prepare_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The INT8 side ``[M, K]`` (float) and the side product's input ``[M, n]`` of ``x [M, K]``."""
+        dtype = x.dtype
         if self.shift is not None:
-            x = x - self.shift.to(x.dtype)
-        side = None if self.outlier_index is None else x.index_select(1, self.outlier_index)
+            x = x - self.shift  # float32: bf16 would round the difference
+        side = None if self.outlier_index is None else x.index_select(1, self.outlier_index).to(dtype)
         if self.pre_scale is not None:
             x = x * self.pre_scale  # float32: bf16 would round the scale
             if self.outlier_index is not None:

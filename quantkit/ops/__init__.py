@@ -37,7 +37,7 @@ class Backend(Protocol):
         """``x [M, K]`` float, any M >= 0, to ``[M, N]`` in its dtype."""
 
 
-BACKENDS: list[Backend] = [GPU(), CPU(), Plain()]
+BACKENDS: list[Backend] = [CPU(), GPU(), Plain()]
 _forced: list[str] = []
 
 

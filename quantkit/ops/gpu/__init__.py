@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from quantkit.ops.plain import Plain
 
 if TYPE_CHECKING:
     from quantkit.linear import W8A8Linear
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass
@@ -34,10 +38,12 @@ class GPU(Plain):
     name = "triton"
 
     def why_not(self, device: torch.device) -> str | None:
-        if device.type != "cuda" or torch.version.hip:
-            return "needs an NVIDIA GPU"
         if importlib.util.find_spec("triton") is None:
             return "needs Triton: pip install triton"
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None  # Triton's own interpreter: any device, very slow, for tests
+        if device.type != "cuda" or torch.version.hip:
+            return "needs an NVIDIA GPU"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "needs compute capability 8.0 (A100) or newer"
         return None
@@ -55,18 +61,19 @@ class GPU(Plain):
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed, scheme = layer.packed, layer.scheme
+        if x.dtype not in DTYPES or not packed.codes.numel():
+            return super().linear(layer, x)
         ops = torch.ops.quantkit if torch.compiler.is_compiling() else kernels()
         if x.shape[0] == 1 and packed.vector:
             return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, layer.pre_scale)
-        q, scale, *rest = ops.quantize(
+        out = ops.quantize(
             x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=layer.pre_scale,
             permutation=layer.permutation, rotation=layer.rotation_block, signs=layer.rotation_signs,
             side_index=layer.outlier_index, in_scale=layer.input_scale, in_zero=layer.input_zero_point,
         )  # fmt: skip
-        zero = layer.input_zero_point
-        if not scheme.symmetric and zero is None:
-            zero = rest.pop(0)
-        side = rest.pop(0) if layer.outlier_index is not None else None
+        q, scale = out[:2]
+        zero = out[2] if not scheme.symmetric and not scheme.is_static else layer.input_zero_point
+        side = None if layer.outlier_index is None else out[-1]
         return ops.matmul(
             q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, side, layer.outlier_weight
         )

@@ -37,7 +37,9 @@ LARGE = {
 
 @functools.cache
 def capability(device: torch.device) -> int:
-    """80 for A100, 89 for L4 and 4090, 90 for H100."""
+    """80 for A100, 89 for L4 and 4090, 90 for H100; 0 under Triton's interpreter."""
+    if device.type != "cuda":
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -49,7 +51,7 @@ def portable(arch: int, m: int, n: int) -> Tile:
             return tile
     if m <= 128 or -(-m // 128) * -(-n // 256) < PROGRAMS:
         return Tile(128, 64, 128, 8, 4, 4) if arch != 89 else Tile(128, 64, 64, 8, 4, 4)
-    return LARGE[max(a for a in LARGE if a <= arch)]
+    return LARGE[max((a for a in LARGE if a <= arch), default=80)]
 
 
 def choose(arch: int, m: int, n: int, k: int, *, tma: bool) -> Config:
@@ -69,4 +71,4 @@ def choose(arch: int, m: int, n: int, k: int, *, tma: bool) -> Config:
 
 def vector(k: int) -> tuple[int, int, int]:
     """Rows at a time, groups and warps of the product with one token of ``k`` channels."""
-    return (8, 2, 4) if k <= 8192 else (2, 2, 16)
+    return (8, 2, 4) if k <= 8192 else (4, 2, 16)

@@ -60,7 +60,7 @@ _library.define(
 )
 _library.define("gemv(Tensor x, Tensor weight, Tensor sw, int bits=8, Tensor? bias=None, Tensor? pre_scale=None) -> Tensor")
 for _name, _function in (("quantize", quantize), ("matmul", matmul), ("gemv", gemv)):
-    _library.impl(_name, _function, "CUDA")
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("quantkit::quantize")
