@@ -21,7 +21,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass
 class GPUPacked:
-    """A weight ready to run; ``vector`` says whether one token may take the fused kernel."""
+    """A weight ready to run: ``codes`` in rows of 16; ``vector`` says whether one token may take the fused kernel."""
 
     backend: Any
     device: torch.device
@@ -49,14 +49,15 @@ class GPU(Plain):
         return None
 
     def pack(self, layer: W8A8Linear) -> GPUPacked:
-        kernels()
         weight = layer.weight.contiguous()
+        if kernels().padded(layer.in_features) != layer.in_features:
+            weight = torch.nn.functional.pad(weight, (0, kernels().padded(layer.in_features) - layer.in_features))
         rest = (layer.shift, layer.permutation, layer.outlier_index)
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block
         return GPUPacked(
             self, layer.weight.device, layer.weight, weight, layer.weight_scale.reshape(-1).float().contiguous(),
             None if layer.scheme.symmetric else weight.sum(dim=1, dtype=torch.int32),
-            vector and all(v is None for v in rest) and weight.shape[1] % 4 == 0 and weight.data_ptr() % 16 == 0,
+            vector and all(v is None for v in rest),
         )  # fmt: skip
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:

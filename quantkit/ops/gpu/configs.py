@@ -26,7 +26,7 @@ Config = Tile | Gemm | Decode
 PROGRAMS = 120
 """As many tiles keep a Hopper GPU (132 processors) busy; with fewer, smaller tiles win."""
 
-TILES = {16: Tile(16, 64, 256, 8, 4, 4), 32: Tile(32, 64, 128, 8, 4, 5), 64: Tile(64, 64, 128, 8, 4, 4)}
+TILES = {16: Tile(16, 64, 128, 8, 4, 6), 32: Tile(32, 64, 128, 8, 4, 5), 64: Tile(64, 64, 128, 8, 4, 4)}
 LARGE = {
     80: Tile(128, 256, 64, 8, 8, 4),  # A100: 164 KiB of shared memory
     89: Tile(128, 128, 64, 8, 8, 4),  # L4, 4090: 100 KiB
@@ -44,13 +44,15 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def portable(arch: int, m: int, n: int) -> Tile:
-    """A tile of the kernel that runs everywhere."""
+def portable(arch: int, m: int, n: int, *, two_sums: bool = False) -> Tile:
+    """A tile of the kernel that runs everywhere; segments and side products hold a second accumulator in registers."""
     for limit, tile in TILES.items():
         if m <= limit:
             return tile
     if m <= 128 or -(-m // 128) * -(-n // 256) < PROGRAMS:
         return Tile(128, 64, 128, 8, 4, 4) if arch != 89 else Tile(128, 64, 64, 8, 4, 4)
+    if two_sums:
+        return LARGE[89]
     return LARGE[max((a for a in LARGE if a <= arch), default=80)]
 
 

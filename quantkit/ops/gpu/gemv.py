@@ -29,7 +29,7 @@ def _dot4(a, b, NATIVE: tl.constexpr):
 
 @triton.jit
 def gemv_kernel(
-    X, W, Y, SW, BIAS, PRE, N, K4, stride_xk,
+    X, W, Y, SW, BIAS, PRE, N, K, K4, stride_xk,
     QMAX: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, B4: tl.constexpr, EVEN: tl.constexpr,
     NATIVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -49,9 +49,9 @@ def gemv_kernel(
         gdc_wait()
     j = tl.arange(0, 4)
     source = k[:, None] * 4 + j[None, :]
-    x = tl.load(X + source * stride_xk, mask=(k < K4)[:, None], other=0.0).to(tl.float32)
+    x = tl.load(X + source * stride_xk, mask=source < K, other=0.0).to(tl.float32)
     if PRE is not None:
-        x *= tl.load(PRE + source, mask=(k < K4)[:, None], other=0.0)
+        x *= tl.load(PRE + source, mask=source < K, other=0.0)
     top = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
     finite = top < 0x7F800000
     absmax = tl.maximum(tl.where(finite, top, 0).to(tl.float32, bitcast=True), FLOOR)
@@ -88,12 +88,12 @@ def gemv(
     config: tuple[int, int, int],
 ) -> Tensor:
     """``[1, N]`` in the dtype of ``x [1, K]``, for ``weight [N, K]`` int8 K a multiple of 4; config: ROWS, GROUPS, warps."""
-    (n, k), (rows, groups, warps) = weight.shape, config
+    (n, words), (rows, groups, warps) = (len(weight), weight.shape[1] // 4), config
     y = x.new_empty((1, n))
-    pdl, block = hopper(x.device), triton.next_power_of_2(k // 4)
+    pdl, block = hopper(x.device), triton.next_power_of_2(words)
     gemv_kernel[(triton.cdiv(n, rows * groups),)](
-        x, weight.view(dtype=torch.int32), y, sw, bias, pre_scale, n, k // 4, x.stride(1),
-        qmax(bits), rows, groups, block, block == k // 4, x.device.type == "cuda", pdl,
+        x, weight.view(dtype=torch.int32), y, sw, bias, pre_scale, n, x.shape[1], words, x.stride(1),
+        qmax(bits), rows, groups, block, block == words, x.device.type == "cuda", pdl,
         num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return y

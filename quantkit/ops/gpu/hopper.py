@@ -302,6 +302,11 @@ class Decode:
     block_k: int = 256
     early: bool = True
 
+    @property
+    def registers(self) -> int:
+        """For each thread; the accumulators alone take half a ``tokens``."""
+        return 128 if self.tokens < 128 else 192
+
 
 @functools.cache
 def box(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
@@ -347,7 +352,7 @@ def multiply(
         decode_kernel[(max(1, min(processors(q.device) // groups, triton.cdiv(n, 64))), groups)](
             described(q, config.tokens, config.block_k), described(weight, 64, config.block_k),
             y, sx, sw, zero, wsum, bias, m, n, k, zero_stride,
-            config.tokens, config.block_k, config.stages, config.early, maxnreg=128, **options,
+            config.tokens, config.block_k, config.stages, config.early, maxnreg=config.registers, **options,
         )  # fmt: skip
     return y
 

@@ -45,7 +45,7 @@ def matmul_kernel(
     else:
         y = tl.zeros((BM, BN), tl.float32)
         for g in range(SEGMENTS):
-            first, last = tl.load(BORDERS + g), tl.load(BORDERS + g + 1)
+            first, last = tl.multiple_of(tl.load(BORDERS + g), 16), tl.multiple_of(tl.load(BORDERS + g + 1), 16)
             acc = tl.zeros((BM, BN), tl.int32)
             for start in range(first, last, BK):
                 a = tl.load(q + start, mask=(start + k < last)[None, :], other=0)
@@ -94,7 +94,7 @@ def matmul(
         zero, wsum: ``[M, G]`` (or ``[1]``, static) and ``[N, G]`` int32: zero points, and sums over segments of the weight.
         bias: ``[N]`` float.
         side, side_weight: ``[M, n]`` and ``[N, n]`` in one float dtype: columns multiplied without rounding.
-        borders: ``[G + 1]`` int32, where segments of K start and end.
+        borders: ``[G + 1]`` int32, where segments of K start and end: multiples of 16, from 0 to K.
         config: BM, BN, BK, GROUP, warps, stages.
     """
     (m, k), n = q.shape, len(weight)

@@ -8,7 +8,7 @@ from torch import Tensor
 from quantkit.ops.gpu import configs, hopper
 from quantkit.ops.gpu.gemv import gemv as _gemv
 from quantkit.ops.gpu.matmul import matmul as _matmul
-from quantkit.ops.gpu.quantize import quantize
+from quantkit.ops.gpu.quantize import padded, quantize
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 
@@ -27,10 +27,11 @@ def matmul(
     borders: Tensor | None = None,
 ) -> Tensor:
     """``[M, N]`` of ``dtype``; arguments as :func:`quantkit.ops.gpu.matmul.matmul`, with the kernel chosen by the shape."""
-    (m, k), n = q.shape, len(weight)
-    tma = k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0
-    tma = tma and side is None and borders is None and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
-    config = configs.choose(configs.capability(q.device), m, n, k, tma=tma)
+    (m, k), n, arch = q.shape, len(weight), configs.capability(q.device)
+    two_sums = side is not None or borders is not None
+    tma = k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0 and not two_sums
+    tma = tma and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
+    config = configs.choose(arch, m, n, k, tma=tma) if tma else configs.portable(arch, m, n, two_sums=two_sums)
     if isinstance(config, configs.Tile):
         tile = (config.m, config.n, config.k, config.group, config.warps, config.stages)
         return _matmul(
@@ -43,7 +44,7 @@ def matmul(
 def gemv(
     x: Tensor, weight: Tensor, sw: Tensor, bits: int = 8, bias: Tensor | None = None, pre_scale: Tensor | None = None
 ) -> Tensor:
-    """``[1, N]`` from one float token; K a multiple of 4."""
+    """``[1, N]`` from one float token ``x [1, K]``; see :func:`quantkit.ops.gpu.gemv.gemv`."""
     return _gemv(x, weight, sw, bits=bits, bias=bias, pre_scale=pre_scale, config=configs.vector(x.shape[1]))
 
 
@@ -66,7 +67,7 @@ for _name, _function in (("quantize", quantize), ("matmul", matmul), ("gemv", ge
 @torch.library.register_fake("quantkit::quantize")
 def _(x, *, symmetric=True, source="", x2=None, side_index=None, in_scale=None, **_):
     m, k = x.shape
-    out = [x.new_empty((m, k), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)]
+    out = [x.new_empty((m, padded(k)), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)]
     out += [] if symmetric or in_scale is not None else [x.new_empty((m, 1), dtype=torch.int32)]
     out += [] if side_index is None else [x.new_empty((m, len(side_index)))]
     return out + ([x.new_empty((m, k))] if x2 is not None and source in ("rms", "layer") else [])

@@ -91,7 +91,7 @@ def _rotate(x, hadamard, BLOCK: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def quantize_kernel(
     X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIGNS, HADAMARD, SIDE_INDEX, IN_SCALE, IN_ZERO,
-    Q, S, Z, SIDE, SUM, M, K, stride_xm, stride_xk, stride_2m, stride_2k, side_count, eps, offset,
+    Q, S, Z, SIDE, SUM, M, K, padded, stride_xm, stride_xk, stride_2m, stride_2k, side_count, eps, offset,
     SOURCE: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ROTATION: tl.constexpr, SIDES: tl.constexpr,
     R: tl.constexpr, B: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -164,12 +164,17 @@ def quantize_kernel(
     else:
         q, s, z = _asymmetric(x, QMAX)
         tl.store(Z + row, z, mask=row < M)
-    out = Q + row[:, None] * K + k[None, :]
+    out = Q + row[:, None] * padded + k[None, :]
     if EVEN:
         tl.store(out, q)
     else:
-        tl.store(out, q, mask=inside)
+        tl.store(out, q, mask=(row < M)[:, None] & (k < padded)[None, :])
     tl.store(S + row, s, mask=row < M)
+
+
+def padded(channels: int) -> int:
+    """Codes in a row: 16 bytes at a time is what wide loads and TMA move."""
+    return -(-channels // 16) * 16
 
 
 def quantize(
@@ -205,11 +210,11 @@ def quantize(
         in_scale, in_zero: ``[1]``, static scale and zero point; left out, every token gets its own.
 
     Returns:
-        codes ``[M, K]`` int8 and scale ``[M, 1]`` float32; then, where asked for, zero ``[M, 1]`` int32, side columns
-        ``[M, n]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x.
+        codes ``[M, padded(K)]`` int8 (the weight must be 0 beyond K) and scale ``[M, 1]`` float32; then, where asked for,
+        zero ``[M, 1]`` int32, side columns ``[M, n]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x.
     """
     m, k = x.shape
-    q, scale = x.new_empty((m, k), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)
+    q, scale = x.new_empty((m, padded(k)), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)
     zero = None if symmetric or in_scale is not None else x.new_empty((m, 1), dtype=torch.int32)
     sides = 0 if side_index is None else len(side_index)
     side = x.new_empty((m, sides)) if sides else None
@@ -217,12 +222,12 @@ def quantize(
     done = [t for t in (q, scale, zero, side, kept) if t is not None]
     if not m:
         return done
-    block = max(triton.next_power_of_2(k), 16)
+    block = max(triton.next_power_of_2(k), 16)  # at least padded(k)
     rows = max(1, 1024 // block, -(-16 * rotation // block))
     pdl, strides2 = hopper(x.device), (0, 0) if x2 is None else x2.stride()
     quantize_kernel[(triton.cdiv(m, rows),)](
         x, x2, gain, bias, shift, pre_scale, permutation, signs, hadamard_on(rotation, x.device) if rotation else None,
-        side_index, in_scale, in_zero, q, scale, zero, side, kept, m, k, *x.stride(), *strides2,
+        side_index, in_scale, in_zero, q, scale, zero, side, kept, m, k, padded(k), *x.stride(), *strides2,
         sides, eps, offset, source, qmax(bits), symmetric, rotation, triton.next_power_of_2(sides) if sides else 0,
         rows, block, rows == 1 and block == k, pdl,
         num_warps=min(max(rows * block // 512, 4), 32), enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),

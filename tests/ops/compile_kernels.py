@@ -1,0 +1,136 @@
+"""Compile every GPU kernel for every architecture, without a GPU, and print as JSON what came out. Run by test_gpu.py."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from quantkit.ops.gpu import configs, hopper
+from quantkit.ops.gpu.gemv import gemv_kernel
+from quantkit.ops.gpu.matmul import matmul_kernel
+from quantkit.ops.gpu.quantize import quantize_kernel
+
+NAMES = {torch.int8: "i8", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def compiled(
+    kernel: Any, arch: int, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments that are in neither ``types`` nor ``constants`` are left out (None)."""
+    constants = {name: constants.get(name) for name in kernel.arg_names if name not in types}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    # What Triton itself finds out about pointers and the sizes of a usual layer.
+    sixteen = [types.get(name, "")[:1] == "*" or name in ("N", "K", "K4", "padded", "stride_xm") for name in kernel.arg_names]
+    aligned = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(sixteen) if yes}
+    indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, indexed, aligned)
+    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False, **options})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(result.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    ptx = result.asm["ptx"]
+    return {
+        "mma": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|dp4a)[.\w:]*", ptx))),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]), "local": int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]), "shared": result.metadata.shared,
+    }  # fmt: skip
+
+
+def quantize(arch: int, **features: Any) -> dict[str, Any]:
+    types = dict.fromkeys(("M", "K", "padded", "stride_xm", "stride_2m", "stride_2k", "side_count"), "i32") | {
+        "X": "*bf16",
+        "Q": "*i8",
+        "S": "*fp32",
+    }
+    types |= {"eps": "fp32", "offset": "fp32"} | {n: t for n, t in features.items() if isinstance(t, str) and n != "SOURCE"}
+    constants = {"SOURCE": "", "QMAX": 127, "SYMMETRIC": True, "ROTATION": 0, "SIDES": 0, "R": 1, "B": 4096, "EVEN": True}
+    constants |= {"PDL": arch >= 90, "stride_xk": 1} | {n: v for n, v in features.items() if n in constants}
+    return compiled(quantize_kernel, arch, types, constants, {"num_warps": 8})
+
+
+def matmul(arch: int, tile: configs.Tile, **features: str | int) -> dict[str, Any]:
+    types = dict.fromkeys(("M", "N", "K", "zero_stride", "side_count"), "i32")
+    types |= {"Q": "*i8", "W": "*i8", "Y": "*bf16", "SX": "*fp32", "SW": "*fp32"}
+    types |= {n: t for n, t in features.items() if isinstance(t, str)}
+    constants = {"SEGMENTS": 1, "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "EVEN_K": True}
+    constants |= {n: v for n, v in features.items() if isinstance(v, int)}
+    return compiled(matmul_kernel, arch, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
+
+
+def gemv(arch: int, k: int) -> dict[str, Any]:
+    rows, groups, warps = configs.vector(k)
+    types = {"X": "*bf16", "W": "*i32", "Y": "*bf16", "SW": "*fp32", "N": "i32", "K": "i32", "K4": "i32"}
+    block = triton.next_power_of_2(k // 4)
+    constants = {"stride_xk": 1, "QMAX": 127, "ROWS": rows, "GROUPS": groups, "B4": block, "EVEN": block == k // 4}
+    return compiled(gemv_kernel, arch, types, constants | {"NATIVE": True, "PDL": arch >= 90}, {"num_warps": warps})
+
+
+def described(rows: int, columns: int, dtype: torch.dtype = torch.int8) -> str:
+    return f"tensordesc<{NAMES[dtype]}[{rows}, {columns}],{hopper.box(rows, columns, dtype)!r}>"
+
+
+def gluon(config: hopper.Gemm | hopper.Decode, dtype: torch.dtype = torch.bfloat16, **extra: str) -> dict[str, Any]:
+    types = dict.fromkeys(("M", "N", "K", "zero_stride"), "i32") | {"SX": "*fp32", "SW": "*fp32"} | extra
+    options: dict[str, Any] = {"num_warps": 4, "launch_pdl": config.early}
+    if isinstance(config, hopper.Gemm):
+        types |= {
+            "q_desc": described(64, 128),
+            "w_desc": described(config.columns, 128),
+            "y_desc": described(64, config.width, dtype),
+        }
+        constants = {"GROUP": config.group, "BN": config.columns, "BK": 128, "STAGES": config.stages, "WIDTH": config.width}
+        return compiled(hopper.gemm_kernel, 90, types, constants | {"SLOTS": 1 if extra else 2, "PDL": config.early}, options)
+    types |= {
+        "q_desc": described(config.tokens, config.block_k),
+        "w_desc": described(64, config.block_k),
+        "Y": f"*{NAMES[dtype]}",
+    }
+    constants = {"TOKENS": config.tokens, "BK": config.block_k, "STAGES": config.stages, "PDL": config.early}
+    return compiled(hopper.decode_kernel, 90, types, constants, options | {"maxnreg": config.registers})
+
+
+def chosen() -> list[Any]:
+    """Every Hopper kernel that the table can choose."""
+    sizes = [(m, n) for m in (1, 8, 16, 32, 64, 100, 128, 256, 512, 4096) for n in (1024, 4096, 28672)]
+    return sorted({configs.choose(90, m, n, 4096, tma=True) for m, n in sizes}, key=str)
+
+
+def main() -> None:
+    out: dict[str, Any] = {}
+    zero, bias = {"ZERO": "*i32", "WSUM": "*i32"}, {"BIAS": "*bf16"}
+    for arch in (80, 89, 90, 100):
+        out[f"quantize {arch}"] = quantize(arch)
+        out[f"quantize norm {arch}"] = quantize(arch, SOURCE="rms", X2="*bf16", GAIN="*bf16", SUM="*bf16", B=8192, EVEN=False)
+        out[f"quantize gate {arch}"] = quantize(arch, SOURCE="silu", X2="*bf16", PRE="*fp32", B=16384, EVEN=False)
+        out[f"quantize rotate {arch}"] = quantize(arch, ROTATION=64, HADAMARD="*fp32", SIGNS="*fp32", PERM="*i64")
+        out[f"quantize asymmetric {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32")
+        for k in (4096, 14336):
+            out[f"gemv {k} {arch}"] = gemv(arch, k)
+        tiles = sorted({configs.portable(arch, m, n) for m in (1, 32, 64, 128, 256, 8192) for n in (4096, 28672)}, key=astuple)
+        for tile in tiles:
+            out[f"matmul {arch} {tile}"] = matmul(arch, tile)
+        for tile in (tiles[0], configs.portable(arch, 8192, 4096, two_sums=True)):
+            out[f"matmul {arch} {tile} zero bias"] = matmul(arch, tile, **zero, **bias)
+            out[f"matmul {arch} {tile} segments"] = matmul(arch, tile, BORDERS="*i32", SEGMENTS=4)
+            out[f"matmul {arch} {tile} side"] = matmul(arch, tile, SIDE="*bf16", SIDEW="*bf16")
+    for config in chosen():
+        out[f"hopper 90 {config}"] = gluon(config)
+        out[f"hopper 90 {config} zero bias"] = gluon(config, torch.float16, ZP="*i32", WSUM="*i32", B="*fp32")
+    json.dump(out, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()
