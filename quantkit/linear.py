@@ -28,7 +28,7 @@ class W8A8Linear(nn.Module):
         in_features, out_features: K and N.
         scheme: number formats.
         bias: whether there is one.
-        device, dtype: of the bias and of the 16-bit side product.
+        device, dtype: of the bias and of the side product.
 
     Buffers:
         weight: ``[N, K]`` int8. weight_scale: ``[N, 1]`` float32.

@@ -50,7 +50,7 @@ def absmax_scale(absmax: Tensor, bits: int = 8) -> Tensor:
 def range_scale(low: Tensor, high: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Asymmetric ``(scale, zero)`` of a range, extended to hold 0 so that 0 is a code.
 
-    ``zero`` is an int32 tensor in ``[-qmax - 1, qmax]``. The scale is NaN where the range is not finite.
+    ``zero`` is an int32 tensor in ``[-qmax - 1, qmax]``. The scale is NaN where an end, or their distance, is not finite.
     """
     low, high = low.float().clamp_max(0), high.float().clamp_min(0)
     scale = divided((high - low).clamp_min(ABSMAX_FLOOR), 2**bits - 1)
@@ -102,8 +102,8 @@ def quantize_weight(weight: Tensor, bits: int = 8, *, per_tensor: bool = False) 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization-noise ratio in decibels; ``inf`` when equal."""
-    reference = reference.double()
-    noise = (reference - approximation.double()).pow(2).sum()
+    reference = reference.detach().double()
+    noise = (reference - approximation.detach().double()).pow(2).sum()
     if noise == 0:
         return float("inf")
     return float(10 * torch.log10(reference.pow(2).sum() / noise))

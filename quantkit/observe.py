@@ -46,7 +46,7 @@ def observe(
             entry = statistics.setdefault(site.name, {})
             for kind in kinds:
                 if kind not in entry:
-                    entry[kind] = kind(site.channels, x.device, seed + index)  # type: ignore[call-arg]
+                    entry[kind] = kind(site.channels, x.device, seed + index)
                 entry[kind].update(x)
             finite[name] = finite.get(name, torch.ones((), dtype=torch.bool, device=x.device)) & x.isfinite().all()
 

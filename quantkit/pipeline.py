@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
@@ -94,7 +95,7 @@ def quantize(
         kept |= unreached
         sites = [site for site in sites if site.name in statistics]
     views = _views(sites, linears, kept, statistics, number_format)
-    codes, notes = _plan(model, calibrators, views, data, seed, progress)
+    codes, notes = _plan(model, calibrators, views, data, calibration is not None, seed, progress)
     record = Report(
         [c.name for c in calibrators],
         number_format.name if number_format else None,
@@ -152,7 +153,7 @@ def _check_chosen(linears: dict[str, nn.Module], kept: dict[str, str], sites: Se
     if not names:
         raise ModelError(
             f"no linear is left to quantize: all {len(linears)} stay in floating point "
-            f"({'; '.join(sorted(set(kept.values())))})"
+            f"({'; '.join(sorted(set(kept.values())))}); targets= takes heads and routers all the same"
         )
     for name in names if scheme else ():
         assert scheme is not None
@@ -178,12 +179,18 @@ def _plan(
     calibrators: Sequence[Calibrator],
     views: list[SiteView],
     data: Iterable[Any],
+    given: bool,
     seed: int,
     progress: bool | None,
 ) -> tuple[dict[str, Codes], dict[str, dict[str, Any]]]:
     """Let each calibrator decide on top of the ones before it; nothing changes but the views."""
 
-    def again() -> Iterable[Any]:
+    def again(calibrator: Calibrator) -> Iterable[Any]:
+        if not calibrator.statistics and not given:
+            raise CalibrationError(
+                f"{calibrator.name} reads calibration data but asks for no statistics, so there is none: pass calibration=, "
+                "or name a statistic in its `statistics`"
+            )
         if iter(data) is data:
             raise CalibrationError("this method reads the calibration data more than once: pass a list or a DataLoader")
         return data
@@ -194,8 +201,8 @@ def _plan(
     codes: dict[str, Codes] = {}
     notes: dict[str, dict[str, Any]] = {}
     for calibrator in calibrators:
-        plan = calibrator.plan(View(model, views, again, seed, bar))
-        _check_plan(calibrator.name, plan, views)
+        plan = calibrator.plan(View(model, views, functools.partial(again, calibrator), seed, bar))
+        _check_plan(calibrator, plan, views)
         for view in views:
             if view.name in plan.transforms:
                 view.transform = snap(model, view.site, view.transform.then(plan.transforms[view.name]))
@@ -204,35 +211,65 @@ def _plan(
     return codes, notes
 
 
-def _check_plan(name: str, plan: Plan, views: Sequence[SiteView]) -> None:
+def _check_plan(calibrator: Calibrator, plan: Plan, views: Sequence[SiteView]) -> None:
     """Raises MethodError for an answer that cannot be carried out, while nothing has changed."""
-    channels = {view.name: view.site.channels for view in views}
-    unknown = plan.transforms.keys() - channels.keys()
+    name = calibrator.name
+    if not isinstance(plan, Plan):
+        raise MethodError(f"{name}.plan() returned a {type(plan).__name__}: return a quantkit.Plan")
+    sites = {view.name: view for view in views}
+    unknown = plan.transforms.keys() - sites.keys()
     if unknown:
         raise MethodError(f"{name} planned for sites that do not exist: {', '.join(sorted(unknown))}")
     for site, transform in plan.transforms.items():
-        k = channels[site]
-        vectors = [v for v in (transform.shift, transform.scale, transform.permutation) if v is not None]
-        signs = transform.rotation.signs if transform.rotation is not None else None
-        if any(v.shape != (k,) for v in (*vectors, *([] if signs is None else [signs]))):
-            raise MethodError(f"{name} planned a transform of another size for {site!r}, which has {k} channels")
-        if transform.scale is not None and not bool((transform.scale.isfinite() & (transform.scale > 0)).all()):
-            raise MethodError(f"{name} planned a scale for {site!r} that is not positive and finite")
-        if transform.shift is not None and not bool(transform.shift.isfinite().all()):
-            raise MethodError(f"{name} planned a shift for {site!r} that is not finite")
-        if transform.permutation is not None and transform.permutation.sort().values.tolist() != list(range(k)):
-            raise MethodError(f"{name} planned a permutation for {site!r} that is none")
-        if transform.rotation is not None and k % transform.rotation.block:
-            raise MethodError(f"{name} planned rotations of {transform.rotation.block} for {site!r}, which has {k} channels")
+        if not isinstance(transform, Transform):
+            raise MethodError(f"{name} planned a {type(transform).__name__} for {site!r}: a plan holds quantkit.Transform")
+        reason = _refused(transform, sites[site])
+        if reason:
+            raise MethodError(f"{name} planned {reason} for {site!r}, which has {sites[site].site.channels} channels")
+    if plan.codes and calibrator.stage != Stage.ROUND:
+        raise MethodError(
+            f"{name} chose integers in stage {calibrator.stage.name}: scales may still change until Stage.ROUND; "
+            "split it into a calibrator that scales and one that rounds"
+        )
     weights = {linear: (w.shape, view.scheme) for view in views for linear, w in view.weights()} if plan.codes else {}
     for linear, codes in plan.codes.items():
         if linear not in weights:
             raise MethodError(f"{name} rounded {linear!r}, which is not among the layers to quantize")
+        if not isinstance(codes, Codes):
+            raise MethodError(f"{name} rounded {linear!r} to a {type(codes).__name__}: a plan holds quantkit.Codes")
         shape, scheme = weights[linear]
         if codes.codes.dtype != torch.int8 or codes.codes.shape != shape or codes.scale.shape != (shape[0], 1):
             raise MethodError(f"{name} rounded {linear!r} to other than int8 codes {list(shape)} and scales [{shape[0]}, 1]")
         if codes.codes.numel() and int(codes.codes.short().abs().max()) > qmax(scheme.weight_bits):
             raise MethodError(f"{name} rounded {linear!r} to codes beyond +-{qmax(scheme.weight_bits)}")
+
+
+def _refused(transform: Transform, view: SiteView) -> str | None:
+    """What about ``transform`` does not fit the site, in words that follow "planned"."""
+    k, rotation = view.site.channels, transform.rotation
+    signs = None if rotation is None else rotation.signs
+    for what, vector in (("shift", transform.shift), ("scale", transform.scale), ("signs", signs)):
+        if vector is None:
+            continue
+        if vector.shape != (k,) or not vector.is_floating_point():
+            return f"a {what} of {list(vector.shape)} {vector.dtype}, not [{k}] of a floating dtype,"
+        if not bool(vector.isfinite().all()) or (what == "scale" and not bool((vector > 0).all())):
+            return f"a {what} that is not {'positive and ' if what == 'scale' else ''}finite"
+    for what, index in (("permutation", transform.permutation), ("outliers", transform.outliers)):
+        if index is None:
+            continue
+        if index.dtype != torch.int64 or index.ndim != 1:
+            return f"{what} of {list(index.shape)} {index.dtype}, not one dimension of int64,"
+        values = index.sort().values.tolist()
+        if what == "permutation" and values != list(range(k)):
+            return "a permutation that is none"
+        if what == "outliers" and (len(set(values)) < len(values) or any(not 0 <= v < k for v in values)):
+            return "outliers that are twice the same or out of range"
+    if rotation is not None and k % rotation.block:
+        return f"rotations of {rotation.block}"
+    if rotation is not None and view.scheme.is_static:
+        return "a rotation under a static scheme, whose range nothing has measured (take scheme='w8a8', scales per token),"
+    return None
 
 
 def _convert(

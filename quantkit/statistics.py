@@ -13,7 +13,7 @@ from typing import Protocol, Self, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from quantkit.errors import CalibrationError
+from quantkit.errors import MethodError
 from quantkit.transform import Transform
 
 S = TypeVar("S", bound="Statistic")
@@ -22,6 +22,9 @@ S = TypeVar("S", bound="Statistic")
 @runtime_checkable
 class Statistic(Protocol):
     """One accumulator of one site. Third parties may add their own: a calibrator lists the classes it needs."""
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
+        """Nothing seen yet, for activations of ``channels`` on ``device``; ``seed`` for those that draw."""
 
     def update(self, x: Tensor) -> None:
         """Take in ``x [T, K]``, any floating dtype, finite."""
@@ -60,7 +63,7 @@ class Range:
 
     def after(self, transform: Transform) -> Range:
         if transform.rotation is not None:
-            raise CalibrationError("a per-channel range cannot be carried through a rotation, which mixes channels")
+            raise MethodError("a per-channel range cannot be carried through a rotation, which mixes channels")
         out = Range(len(self.low), self.low.device)
         ends, _ = transform.activation(torch.stack([self.low, self.high]))
         out.low, out.high = ends[0], ends[1]

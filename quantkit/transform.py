@@ -5,7 +5,7 @@ A linear computes ``y = x W^T + b``. A :class:`Transform` rewrites both sides so
     x' = R P ((x - shift) / scale)         W' = R P (W * scale)         b' = b + W shift
 
 with a permutation ``P`` and a block-diagonal orthogonal rotation ``R``, and takes the ``outliers`` channels
-out of ``x'`` and ``W'`` into a small 16-bit side product. Calibrators return transforms, :mod:`quantkit.fold`
+out of ``x'`` and ``W'`` into a small side product in the model's own dtype. Calibrators return transforms, :mod:`quantkit.fold`
 puts what it can into the producer of the site, and :class:`quantkit.W8A8Linear` runs what is left.
 """
 
@@ -59,7 +59,7 @@ class Transform:
     Attributes:
         shift: ``[K]`` float32, subtracted from the activation first.
         scale: ``[K]`` float32, positive; SmoothQuant's ``s``.
-        outliers: ``[n]`` int64, channels (as the model numbers them) kept in 16 bit.
+        outliers: ``[n]`` int64, channels (as the model numbers them) kept in floating point.
         permutation: ``[K]`` int64, ``x'[i] = x[permutation[i]]``.
         rotation: applied last, on what is not an outlier.
     """
@@ -114,7 +114,7 @@ class Transform:
         )
 
     def activation(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The INT8 side ``x' [..., K]`` (0 at outliers) and the 16-bit side ``[..., n]`` or None, of ``x [..., K]``."""
+        """The INT8 side ``x' [..., K]`` (0 at outliers) and the side ``[..., n]`` or None, of ``x [..., K]``."""
         if self.shift is not None:
             x = x - self.shift.to(x)
         if self.scale is not None:
@@ -122,7 +122,7 @@ class Transform:
         return self._arrange(x)
 
     def weight(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The INT8 side ``W' [N, K]`` and the 16-bit side ``[N, n]`` or None, of ``w [N, K]``."""
+        """The INT8 side ``W' [N, K]`` and the side ``[N, n]`` or None, of ``w [N, K]``."""
         return self._arrange(w if self.scale is None else w * self.scale.to(w))
 
     def bias(self, w: Tensor) -> Tensor | None:

@@ -283,13 +283,97 @@ def test_codes_that_cannot_be(codes: Codes) -> None:
         Transform(scale=torch.zeros(16)),
         Transform(scale=torch.full((16,), math.nan)),
         Transform(rotation=Rotation(32)),
+        Transform(scale=torch.ones(16, dtype=torch.int64)),
+        Transform(shift=torch.ones(16, dtype=torch.bool)),
+        Transform(permutation=torch.arange(16.0)),
+        Transform(permutation=torch.zeros(16, dtype=torch.int64)),
+        Transform(outliers=torch.tensor([3, 16])),
+        Transform(outliers=torch.tensor([-1])),
+        Transform(outliers=torch.tensor([3, 3])),
+        Transform(outliers=torch.tensor([[3]])),
+        Transform(outliers=torch.ones(16, dtype=torch.bool)),
+        3.0,
     ],
-    ids=["shape", "zero", "nan", "rotation"],
+    ids=str,
 )
 def test_transforms_that_cannot_be(transform: Transform) -> None:
     model = mlp()
     with refused(model, MethodError, "fixed", "'up'"):
         quantize(model, Fixed(transforms={"up": transform}))
+
+
+def test_a_rotation_has_no_static_range() -> None:
+    model = mlp()
+    with refused(model, MethodError, "fixed", "'up'", "static", "w8a8"):
+        quantize(model, Fixed(Stage.ROTATE, transforms={"up": Transform(rotation=Rotation(16))}), scheme="w8a8-static")
+
+
+def test_integers_are_chosen_last() -> None:
+    model = mlp()
+    codes = Codes(torch.zeros(24, 16, dtype=torch.int8), torch.ones(24, 1))
+    with refused(model, MethodError, "fixed", "Stage.ROUND"):
+        quantize(model, Fixed(Stage.SCALE, codes={"up": codes}))
+    with refused(model, MethodError, "fixed", "'up'", "tuple"):
+        quantize(model, Fixed(Stage.ROUND, codes={"up": (codes.codes, codes.scale)}))
+
+
+class Odd(quantkit.PerSite):
+    """A calibrator that does one thing wrong."""
+
+    name, stage, statistics = "odd", Stage.SCALE, ()
+
+    def __init__(self, does: Any) -> None:
+        self.does = does
+
+    def plan_site(self, site: Any) -> Any:
+        return self.does(site)
+
+
+def test_a_bare_transform() -> None:
+    model = mlp()
+    with refused(model, MethodError, "odd", "Transform", "notes"):
+        quantize(model, Odd(lambda site: Transform()))
+
+
+def test_a_statistic_that_was_not_asked_for() -> None:
+    model = mlp()
+    with refused(model, MethodError, "Range", "'up'", "statistics"):
+        quantize(model, Odd(lambda site: site.statistic(Range)))
+
+
+def test_no_plan() -> None:
+    model, method = mlp(), Odd(None)
+    method.plan = lambda view: None  # type: ignore[method-assign]
+    with refused(model, MethodError, "odd", "NoneType", "Plan"):
+        quantize(model, method)
+
+
+def test_data_that_nobody_gave() -> None:
+    model, method = llama(), Odd(None)
+    method.plan = lambda view: list(view.batches())  # type: ignore[method-assign]
+    with refused(model, CalibrationError, "odd", "calibration="):
+        quantize(model, method, calibration=None)
+
+
+def test_weights_are_copies() -> None:
+    """A calibrator that writes to what it sees does not write to the model."""
+    model = mlp()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def scribble(site: Any) -> Any:
+        for _, weight in site.weights():
+            weight.zero_()
+        return Transform(), {}
+
+    quantize(model, Odd(scribble), scheme=None)
+    assert_same(dict(model.state_dict()), before)
+
+
+def test_a_head_alone() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9, bias=False))
+    model[1].weight = model[0].weight
+    with refused(model, ModelError, "targets="):
+        quantize(model, calibration=[torch.arange(6)[None]])
 
 
 def test_a_model_that_samples_nothing() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantkit import CalibrationError, Range, Rotation, Statistic, TokenSample, Transform
+from quantkit import MethodError, Range, Rotation, Statistic, TokenSample, Transform
 
 K = 6
 KEPT = TokenSample.size + TokenSample.extremes
@@ -102,7 +102,7 @@ def test_after_equals_collecting_again(transform: Transform, n: int) -> None:
 def test_rotations() -> None:
     rotation = Transform(rotation=Rotation(2))
     x = heavy(100)
-    with pytest.raises(CalibrationError, match="rotation"):
+    with pytest.raises(MethodError, match="rotation"):
         collected(Range, x).after(rotation)
     got = sorted_rows(collected(TokenSample, x).after(rotation).weighted()[0])
     torch.testing.assert_close(got, sorted_rows(rotation.activation(x)[0]))

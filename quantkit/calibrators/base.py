@@ -81,6 +81,8 @@ class SiteView:
 
     def statistic(self, kind: type[S]) -> S:
         """The site's statistic of one ``kind`` that the calibrator asked for."""
+        if kind not in self._statistics:
+            raise MethodError(f"{kind.__name__} was not collected for {self.name!r}: list it in the calibrator's `statistics`")
         return self._statistics[kind].after(self.transform)  # type: ignore[return-value]
 
     def sampled(self) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,9 @@ class SiteView:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """``(name, W' [N, K] float32)`` of each linear to be quantized, one at a time."""
         for name, linear in self._linears.items():
-            yield name, self.transform.weight(weight_of(linear).float())[0]
+            weight = weight_of(linear)
+            changed = self.transform.weight(weight.float())[0]
+            yield name, changed.clone() if changed.data_ptr() == weight.data_ptr() else changed
 
 
 @dataclass
@@ -145,7 +149,10 @@ class PerSite:
         plan = Plan()
         for site in view.progress(view.sites, self.name):
             with torch.no_grad():
-                plan.transforms[site.name], plan.notes[site.name] = self.plan_site(site)
+                answer = self.plan_site(site)
+                if not isinstance(answer, tuple) or len(answer) != 2:
+                    raise MethodError(f"{self.name}.plan_site() returned a {type(answer).__name__}: return (Transform, notes)")
+                plan.transforms[site.name], plan.notes[site.name] = answer
         return plan
 
 

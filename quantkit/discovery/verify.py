@@ -81,7 +81,7 @@ def verify_equivalence(
 
     Args:
         model: the model to check.
-        reference: the original model, or its outputs on the same batch (from :func:`outputs_of`).
+        reference: the original model, or the list of its output tensors on the same batch.
         batch: a tensor, dict of keyword arguments or tuple of arguments.
         tolerance: allowed relative RMS error; by default 1e-5 for float32 (scaled by the epsilon of shorter
             formats), and never below ten times the difference between two runs of the reference.
