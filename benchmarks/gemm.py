@@ -191,9 +191,7 @@ def variants() -> dict[str, Callable[[Inputs], Call | None]]:
 
     def with_config(config: Any) -> Callable[[Inputs], Call | None]:
         def candidate(a: Inputs) -> Call | None:
-            if isinstance(config, hopper.Decode) and not (
-                config.tokens // 4 < a.m <= config.tokens or (a.m < 4 and config.tokens == 8)
-            ):
+            if isinstance(config, hopper.Decode) and not config.tokens // 4 < a.m <= 2 * config.tokens:
                 return None
             if isinstance(config, hopper.Gemm) and a.m <= 64:
                 return None
@@ -205,6 +203,14 @@ def variants() -> dict[str, Callable[[Inputs], Call | None]]:
 
     def with_vector(config: tuple[int, int, int]) -> Callable[[Inputs], Call | None]:
         return lambda a: (lambda i: gemv(at(a.x, i), at(a.w, i), a.sw, config=config)) if a.m == 1 else None
+
+    def given_vector(config: tuple[int, int, int]) -> Callable[[Inputs], Call | None]:
+        def candidate(a: Inputs) -> Call | None:
+            if a.m > 1:
+                return None
+            return lambda i: gemv(at(a.q, i), at(a.w, i), a.sw, sx=a.sx, dtype=torch.bfloat16, config=config)
+
+        return candidate
 
     some: list[Any] = [hopper.Gemm(256, 4, g, e) for g in (4, 8, 16) for e in (False, True)]
     some += [hopper.Gemm(128, s, 8, e) for s in (5, 6) for e in (False, True)] + [
@@ -219,6 +225,7 @@ def variants() -> dict[str, Callable[[Inputs], Call | None]]:
         hopper.Decode(128, 8, 128),
     ]
     some += [hopper.Decode(8, 20, 128), hopper.Decode(16, 20, 128), hopper.Decode(64, 12, 128)]
+    some += [hopper.Gemm(32, 8, 8, False), hopper.Decode(128, 10, 128), hopper.Decode(64, 8, 128)]
     found = {f"given: {c}": with_config(c) for c in some}
     vectors = [
         (8, 2, 4),
@@ -233,7 +240,12 @@ def variants() -> dict[str, Callable[[Inputs], Call | None]]:
         (8, 4, 4),
         (16, 1, 8),
     ]
-    return found | {f"bf16: vector {v}": with_vector(v) for v in vectors}
+    found |= {f"quantize: {w} warps": lambda a, w=w: lambda i: operators.quantize(at(a.x, i), warps=w) for w in (4, 8, 16, 32)}
+    return (
+        found
+        | {f"bf16: vector {v}": with_vector(v) for v in vectors}
+        | {f"given: vector {v}": given_vector(v) for v in vectors}
+    )
 
 
 def peers() -> dict[str, Callable[[Inputs], Call | None]]:
@@ -410,7 +422,8 @@ def main() -> None:
             rows.append({"m": m, "n": n, "k": k, "config": str(configs.choose(90, m, n, k, tma=True)), "us": times})
             best = sorted(times, key=lambda name: times[name]["cold"])
             print(f"{m} {shape}: " + "; ".join(f"{name} {times[name]['cold']}" for name in best), flush=True)
-    print("written", record(args.name, rows, **facts))
+            path = record(args.name, rows, **facts)  # each time: whoever interrupts keeps what there is
+    print("written", path)
 
 
 if __name__ == "__main__":

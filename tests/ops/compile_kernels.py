@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -70,11 +71,20 @@ def matmul(arch: int, tile: configs.Tile, **features: str | int) -> dict[str, An
     return compiled(matmul_kernel, arch, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
 
 
-def gemv(arch: int, k: int) -> dict[str, Any]:
-    rows, groups, warps = configs.vector(k)
+def gemv(arch: int, k: int, given: bool) -> dict[str, Any]:
+    rows, groups, warps = configs.vector(k, given=given)
     types = {"X": "*bf16", "W": "*i32", "Y": "*bf16", "SW": "*fp32", "N": "i32", "K": "i32", "K4": "i32"}
+    types |= {"X": "*i32", "SX": "*fp32"} if given else {}
     block = triton.next_power_of_2(k // 4)
-    constants = {"stride_xk": 1, "QMAX": 127, "ROWS": rows, "GROUPS": groups, "B4": block, "EVEN": block == k // 4}
+    constants = {
+        "stride_xk": 1,
+        "QMAX": 127,
+        "ROWS": rows,
+        "GROUPS": groups,
+        "B4": block,
+        "EVEN_N": True,
+        "EVEN_K": block == k // 4,
+    }
     return compiled(gemv_kernel, arch, types, constants | {"NATIVE": True, "PDL": arch >= 90}, {"num_warps": warps})
 
 
@@ -117,8 +127,8 @@ def main() -> None:
         out[f"quantize gate {arch}"] = quantize(arch, SOURCE="silu", X2="*bf16", PRE="*fp32", B=16384, EVEN=False)
         out[f"quantize rotate {arch}"] = quantize(arch, ROTATION=64, HADAMARD="*fp32", SIGNS="*fp32", PERM="*i64")
         out[f"quantize asymmetric {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32")
-        for k in (4096, 14336):
-            out[f"gemv {k} {arch}"] = gemv(arch, k)
+        for k, given in itertools.product((4096, 14336), (False, True)):
+            out[f"gemv {k} {given} {arch}"] = gemv(arch, k, given)
         tiles = sorted({configs.portable(arch, m, n) for m in (1, 32, 64, 128, 256, 8192) for n in (4096, 28672)}, key=astuple)
         for tile in tiles:
             out[f"matmul {arch} {tile}"] = matmul(arch, tile)

@@ -102,10 +102,10 @@ def test_gemv(n: int, k: int, config: tuple[int, int, int]) -> None:
     x, w, sw, bias = torch.randn(1, k), codes(n, k), torch.rand(n), torch.randn(n)
     q, sx, _ = reference.quantize_rows(x)
     wide = F.pad(w, (0, padded(k) - k))
-    assert_same(
-        gemv(x, wide, sw, bias=bias, config=config),
-        reference.epilogue(reference.int_matmul(q, w), sx, sw, None, None, bias, x.dtype),
-    )
+    wanted = reference.epilogue(reference.int_matmul(q, w), sx, sw, None, None, bias, x.dtype)
+    assert_same(gemv(x, wide, sw, bias=bias, config=config), wanted)
+    given = F.pad(q, (0, padded(k) - k))
+    assert_same(gemv(given, wide, sw, sx=sx, dtype=x.dtype, bias=bias, config=config), wanted)
 
 
 SOURCES = {

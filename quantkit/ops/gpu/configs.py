@@ -65,12 +65,14 @@ def choose(arch: int, m: int, n: int, k: int, *, tma: bool) -> Config:
             return Decode(tokens, stages)
     if m <= 128:
         return Decode(128, 8, 128) if n <= 8192 else Gemm(128, 6, early=True)
-    for columns, stages in ((256, 4), (128, 6)):
-        if -(-m // 128) * -(-n // columns) >= PROGRAMS:
-            return Gemm(columns, stages)
-    return Gemm(64, 8, early=True)
+    for config in (Gemm(256, 4, group=16, early=True), Gemm(128, 6)):
+        if -(-m // 128) * -(-n // config.columns) >= PROGRAMS:
+            return config
+    return Gemm(64, 8)
 
 
-def vector(k: int) -> tuple[int, int, int]:
-    """Rows at a time, groups and warps of the product with one token of ``k`` channels."""
-    return (8, 2, 4) if k <= 8192 else (4, 2, 16)
+def vector(k: int, *, given: bool = False) -> tuple[int, int, int]:
+    """Rows at a time, groups and warps of the product with one token of ``k`` channels, quantized before or on the way in."""
+    if given:
+        return (8, 1, 4) if k <= 8192 else (2, 1, 16)
+    return (8, 2, 4) if k <= 8192 else (2, 2, 16)

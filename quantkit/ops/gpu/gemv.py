@@ -28,45 +28,52 @@ def _dot4(a, b, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def gemv_kernel(
-    X, W, Y, SW, BIAS, PRE, N, K, K4, stride_xk,
-    QMAX: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, B4: tl.constexpr, EVEN: tl.constexpr,
-    NATIVE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """``GROUPS`` times ``ROWS`` outputs of ``y [N]`` from ``x [K]`` and ``w [N, K / 4]`` int32 (four codes each)."""
-    n = tl.program_id(0) * (ROWS * GROUPS) + tl.arange(0, ROWS)
-    k = tl.arange(0, B4)
-    inside = (k < K4)[None, :]
-    row = tl.minimum(n, N - 1).to(tl.int64)
+def _weights(W, n, k, inside, N, K4, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr):
+    """Words ``[ROWS, B4]``; rows past the end read the last one again."""
+    row = (n if EVEN_N else tl.minimum(n, N - 1)).to(tl.int64)
     at = W + row[:, None] * K4 + k[None, :]
-    # The weight does not depend on the kernel before: its first part is on the way while that one ends.
-    if EVEN:
+    if EVEN_K:
         w = tl.load(at, eviction_policy="evict_first")
     else:
-        w = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
+        w = tl.load(at, mask=inside[None, :], other=0, eviction_policy="evict_first")
+    return w
+
+
+@triton.jit
+def gemv_kernel(
+    X, SX, W, Y, SW, BIAS, PRE, N, K, K4, stride_xk,
+    QMAX: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, B4: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    NATIVE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``GROUPS`` times ``ROWS`` outputs of ``y [N]`` from ``w [N, K4]`` int32, four codes each, and x: float, or words too."""
+    n = tl.program_id(0) * (ROWS * GROUPS) + tl.arange(0, ROWS)
+    k = tl.arange(0, B4)
+    inside = k < K4
+    # The weight does not depend on the kernel before: its first part is on the way while that one ends.
+    w = _weights(W, n, k, inside, N, K4, EVEN_N, EVEN_K)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    j = tl.arange(0, 4)
-    source = k[:, None] * 4 + j[None, :]
-    x = tl.load(X + source * stride_xk, mask=source < K, other=0.0).to(tl.float32)
-    if PRE is not None:
-        x *= tl.load(PRE + source, mask=source < K, other=0.0)
-    top = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
-    finite = top < 0x7F800000
-    absmax = tl.maximum(tl.where(finite, top, 0).to(tl.float32, bitcast=True), FLOOR)
-    limit = absmax * 0.0 + QMAX
-    sx = tl.where(finite, tl.div_rn(absmax, limit), float("nan"))
-    q = (tl.where(finite, x, 0.0) * tl.div_rn(limit, absmax) + ROUND).to(tl.int32, bitcast=True) & 255
-    xq = tl.broadcast_to(tl.sum(q << (8 * j)[None, :], 1)[None, :], (ROWS, B4))
+    if SX is not None:
+        xq = tl.load(X + k, mask=inside, other=0)
+        sx = tl.load(SX)
+    else:
+        j = tl.arange(0, 4)
+        source = k[:, None] * 4 + j[None, :]
+        x = tl.load(X + source * stride_xk, mask=source < K, other=0.0).to(tl.float32)
+        if PRE is not None:
+            x *= tl.load(PRE + source, mask=source < K, other=0.0)
+        top = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
+        absmax = tl.maximum(top.to(tl.float32, bitcast=True), FLOOR)
+        limit = absmax * 0.0 + QMAX
+        # Where a value is not finite the codes mean nothing, and the scale makes NaN of them.
+        sx = tl.where(top < 0x7F800000, tl.div_rn(absmax, limit), float("nan"))
+        q = (x * tl.div_rn(limit, absmax) + ROUND).to(tl.int32, bitcast=True) & 255
+        xq = tl.sum(q << (8 * j)[None, :], 1)
+    xq = tl.broadcast_to(xq[None, :], (ROWS, B4))
     for g in tl.static_range(GROUPS):
         if g + 1 < GROUPS:
-            later = tl.minimum(n + ROWS, N - 1).to(tl.int64)
-            at = W + later[:, None] * K4 + k[None, :]
-            if EVEN:
-                ahead = tl.load(at, eviction_policy="evict_first")
-            else:
-                ahead = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
+            ahead = _weights(W, n + ROWS, k, inside, N, K4, EVEN_N, EVEN_K)
         acc = tl.sum(_dot4(w, xq, NATIVE), 1)
         y = acc.to(tl.float32) * sx * tl.load(SW + n, mask=n < N, other=0.0)
         if BIAS is not None:
@@ -82,18 +89,26 @@ def gemv(
     weight: Tensor,
     sw: Tensor,
     *,
+    sx: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     bits: int = 8,
     bias: Tensor | None = None,
     pre_scale: Tensor | None = None,
     config: tuple[int, int, int],
 ) -> Tensor:
-    """``[1, N]`` in the dtype of ``x [1, K]``, for ``weight [N, K]`` int8 K a multiple of 4; config: ROWS, GROUPS, warps."""
+    """``[1, N]`` in the dtype of ``x [1, K]``, for ``weight [N, padded(K)]`` int8.
+
+    Args:
+        sx: ``[1, 1]``, with codes ``x [1, padded(K)]`` in place of floats; the result is then of ``dtype``.
+        config: ROWS, GROUPS and warps of the kernel.
+    """
     (n, words), (rows, groups, warps) = (len(weight), weight.shape[1] // 4), config
-    y = x.new_empty((1, n))
+    y = x.new_empty((1, n), dtype=dtype)
     pdl, block = hopper(x.device), triton.next_power_of_2(words)
     gemv_kernel[(triton.cdiv(n, rows * groups),)](
-        x, weight.view(dtype=torch.int32), y, sw, bias, pre_scale, n, x.shape[1], words, x.stride(1),
-        qmax(bits), rows, groups, block, block == words, x.device.type == "cuda", pdl,
+        x if sx is None else x.view(torch.int32), sx, weight.view(torch.int32), y, sw, bias, pre_scale,
+        n, x.shape[1], words, x.stride(1),
+        qmax(bits), rows, groups, block, n % (rows * groups) == 0, block == words, x.device.type == "cuda", pdl,
         num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return y

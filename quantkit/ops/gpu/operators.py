@@ -28,6 +28,9 @@ def matmul(
 ) -> Tensor:
     """``[M, N]`` of ``dtype``; arguments as :func:`quantkit.ops.gpu.matmul.matmul`, with the kernel chosen by the shape."""
     (m, k), n, arch = q.shape, len(weight), configs.capability(q.device)
+    plain = zero is None and side is None and borders is None
+    if m == 1 and plain and k % 16 == 0:
+        return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, config=configs.vector(k, given=True))
     two_sums = side is not None or borders is not None
     tma = k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0 and not two_sums
     tma = tma and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))

@@ -196,6 +196,7 @@ def quantize(
     side_index: Tensor | None = None,
     in_scale: Tensor | None = None,
     in_zero: Tensor | None = None,
+    warps: int = 0,
 ) -> list[Tensor]:
     """INT8 codes of rows in one launch.
 
@@ -208,6 +209,7 @@ def quantize(
         shift, pre_scale, permutation, rotation, signs, side_index: as :class:`quantkit.W8A8Linear` keeps them; ``pre_scale``
             is 0 at outlier columns, which go to the side product.
         in_scale, in_zero: ``[1]``, static scale and zero point; left out, every token gets its own.
+        warps: of each program; 0 decides by K.
 
     Returns:
         codes ``[M, padded(K)]`` int8 (the weight must be 0 beyond K) and scale ``[M, 1]`` float32; then, where asked for,
@@ -230,7 +232,7 @@ def quantize(
         side_index, in_scale, in_zero, q, scale, zero, side, kept, m, k, padded(k), *x.stride(), *strides2,
         sides, eps, offset, source, qmax(bits), symmetric, rotation, triton.next_power_of_2(sides) if sides else 0,
         rows, block, rows == 1 and block == k, pdl,
-        num_warps=min(max(rows * block // 512, 4), 32), enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
+        num_warps=warps or min(max(rows * block // 512, 4), 32), enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return done
 
