@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantkit.errors import CheckpointError, ModelError, QuantkitError
+from quantkit.experts import put_back, unfuse
 from quantkit.linear import W8A8Linear
 from quantkit.modules import linears_of, replace_module, weight_of
 from quantkit.report import RECORD, Report, report
@@ -114,9 +115,14 @@ def load(
         model = _empty_transformers_model(folder, body)
     elif any(isinstance(m, W8A8Linear) for m in model.modules()):
         raise ModelError("model= is quantized already: pass a fresh floating-point instance")
-    layers = _empty_layers(model, body["layers"], stored)
-    _check_fit(model, layers, stored, body["tied"])
-    record = _report_of(folder, body)
+    taken_apart = unfuse(model, only=body["layers"])
+    try:
+        layers = _empty_layers(model, body["layers"], stored)
+        _check_fit(model, layers, stored, body["tied"])
+        record = _report_of(folder, body)
+    except BaseException:
+        put_back(model, taken_apart)
+        raise
     tensors = {name: _read(folder / file, name, device) for name, (file, _, _) in stored.items()}
     tensors |= {alias: tensors[name] for alias, name in body["tied"].items()}
     for name, layer in layers.items():

@@ -17,6 +17,7 @@ from quantkit.discovery import discover
 from quantkit.discovery.discover import NEVER_RAN
 from quantkit.discovery.verify import outputs_of, relative_error, scaled_by_hooks, tolerance_for
 from quantkit.errors import CalibrationError, EquivalenceError, MethodError, ModelError
+from quantkit.experts import put_back, unfuse
 from quantkit.fold import Fold, restore_norms, row_factors, snap, split, store_norms
 from quantkit.linear import W8A8Linear, check_exact
 from quantkit.modules import linears_of, replace_module, weight_of
@@ -70,7 +71,26 @@ def quantize(
         QuantkitError: a subclass that says what is wrong, before the model is changed.
     """
     calibrators, number_format = resolve(method), None if scheme is None else Scheme.parse(scheme)
-    linears = _check(model, calibrators, number_format, ignore, targets)
+    _check(model, calibrators, number_format)
+    taken_apart = [] if number_format is None else unfuse(model)
+    try:
+        return _quantize(model, calibrators, calibration, tokenizer, number_format, ignore, targets, seed, progress)
+    finally:
+        put_back(model, taken_apart)
+
+
+def _quantize(
+    model: M,
+    calibrators: Sequence[Calibrator],
+    calibration: Iterable[Any] | None,
+    tokenizer: Any,
+    number_format: Scheme | None,
+    ignore: Sequence[str | type],
+    targets: Sequence[str | type] | None,
+    seed: int,
+    progress: bool | None,
+) -> M:
+    linears = _linears(model, ignore, targets)
     static = number_format is not None and number_format.is_static
     kinds = dict.fromkeys([kind for c in calibrators for kind in c.statistics] + ([Range] if static else []))
     data = calibration_batches(model, calibration, tokenizer=tokenizer, needed=bool(kinds), seed=seed, progress=progress)
@@ -108,13 +128,7 @@ def quantize(
     return model
 
 
-def _check(
-    model: nn.Module,
-    calibrators: Sequence[Calibrator],
-    scheme: Scheme | None,
-    ignore: Sequence[Any],
-    targets: Sequence[Any] | None,
-) -> dict[str, nn.Module]:
+def _check(model: nn.Module, calibrators: Sequence[Calibrator], scheme: Scheme | None) -> None:
     """Everything that can be refused without running the model."""
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -124,11 +138,6 @@ def _check(
         raise ModelError("an earlier conversion of this model was interrupted half way: load the model again")
     if any(isinstance(module, W8A8Linear) for module in model.modules()):
         raise ModelError("the model is quantized already: load the floating-point model again to quantize it in another way")
-    linears = linears_of(model)
-    if not linears:
-        raise ModelError(
-            f"{type(model).__name__} has no linear to quantize: quantkit replaces nn.Linear and transformers' Conv1D"
-        )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ModelError(
@@ -138,13 +147,21 @@ def _check(
         raise MethodError(
             "scheme=None leaves the model in floating point, so there is nothing to round: drop RTN, or pass a scheme"
         )
-    check_patterns(ignore, linears, "ignore")
-    if targets is not None:
-        check_patterns(targets, linears, "targets")
     if scheme is not None and scheme.is_simulation:
         log.warning(
             "scheme %s is a simulation: codes of fewer bits, stored and multiplied as INT8, no smaller or faster", scheme.name
         )
+
+
+def _linears(model: nn.Module, ignore: Sequence[Any], targets: Sequence[Any] | None) -> dict[str, nn.Module]:
+    linears = linears_of(model)
+    if not linears:
+        raise ModelError(
+            f"{type(model).__name__} has no linear to quantize: quantkit replaces nn.Linear and transformers' Conv1D"
+        )
+    check_patterns(ignore, linears, "ignore")
+    if targets is not None:
+        check_patterns(targets, linears, "targets")
     return linears
 
 

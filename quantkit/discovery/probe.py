@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from quantkit.experts import running_everywhere
 from quantkit.modules import call, evaluating, tensors_in, weight_of
 
 
@@ -54,6 +55,7 @@ class Probe:
         trace = Trace()
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
+            stack.enter_context(running_everywhere(self.model))
             for name, linear in self.linears.items():
                 stack.enter_context(_forward_replaced(linear, self._answer(name, linear, trace, multipliers.get(name), mode)))
             for name, norm in self.norms.items():
