@@ -19,7 +19,7 @@ ROOMS = [
     {"numerics", "scheme", "transform", "sites", "modules", "targets"},
     {"statistics", "report"},
     {"ops"},
-    {"linear"},
+    {"linear", "experts"},
     {"discovery", "data"},
     {"fold", "observe", "calibrators"},
     {"pipeline", "checkpoint", "evaluate"},
