@@ -109,7 +109,9 @@ def main() -> None:
                 print(f"{name}: not installed ({error})")
                 continue
             prefills[name], decodes[name] = prefill(model, ids), decode(model, ids[:, :PROMPT], model)
+        facts = {"model": "SmolLM2-135M-Instruct", "prefill_tokens": PREFILL, "prompt_tokens": PROMPT}
         rows = measure(prefills, decodes, args.rounds)
+        print("written", record("cpu", rows, **facts), flush=True)  # the compiled rows take a quarter of an hour
         if not args.no_compile:
             prefills.clear(), decodes.clear(), gc.collect()
             for name in ("fp32", "bf16", "torchao int8 dynamic", "torchao int8 dynamic, bf16", "quantkit", "quantkit, bf16"):
@@ -124,7 +126,7 @@ def main() -> None:
                 prefills[label]()
                 print("compiled", label, flush=True)
             rows += measure(prefills, decodes, args.rounds)
-    print("written", record("cpu", rows, model="SmolLM2-135M-Instruct", prefill_tokens=PREFILL, prompt_tokens=PROMPT))
+            print("written", record("cpu", rows, **facts))
 
 
 def measure(
