@@ -2,7 +2,8 @@
 
 Chosen by measurement (benchmarks/cpu.py, docs/cpu.md): ``torch._int_mm`` needs no second copy of the weight, costs about
 two microseconds to call, and is the fastest or close to it for most shapes; what surrounds it is ours. One token runs in
-a single fused call. Under ``torch.compile`` the surroundings are plain torch, which Inductor fuses.
+a single fused call. Under ``torch.compile`` all of it is one opaque operator, but for a single token, whose surroundings are
+plain torch that Inductor fuses: a call from compiled code costs more than they do.
 """
 
 from __future__ import annotations
@@ -111,7 +112,14 @@ class CPU(Plain):
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed = layer.packed
-        if not packed.fused or torch.compiler.is_compiling() or x.dtype not in TYPES or not x.numel():
+        if not packed.fused or x.dtype not in TYPES:
+            return super().linear(layer, x)
+        if torch.compiler.is_compiling():
+            if x.shape[0] <= 1:
+                return super().linear(layer, x)
+            parts = (packed.pre_scale, packed.high, packed.low, packed.sums, packed.scale, packed.bias)
+            return torch.ops.quantkit.cpu_linear(x, *parts, packed.top)
+        if not x.numel():
             return super().linear(layer, x)
         return _fused(packed, x.contiguous())
 
@@ -136,6 +144,33 @@ _library.impl("int_matmul", int_matmul, "CPU")
 @torch.library.register_fake("quantkit::int_matmul")
 def _(q: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
     return q.new_empty(q.shape[0], high.shape[0], dtype=torch.int32)
+
+
+_library.define(
+    "cpu_linear(Tensor x, Tensor? pre_scale, Tensor high, Tensor? low, Tensor sums, Tensor scale, Tensor? bias, float top) "
+    "-> Tensor"
+)
+
+
+def _cpu_linear(
+    x: Tensor,
+    pre_scale: Tensor | None,
+    high: Tensor,
+    low: Tensor | None,
+    sums: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    top: float,
+) -> Tensor:
+    return _fused(CPUPacked(None, x.device, high, high, low, sums, scale, bias, pre_scale, top, True), x.contiguous())
+
+
+_library.impl("cpu_linear", _cpu_linear, "CPU")
+
+
+@torch.library.register_fake("quantkit::cpu_linear")
+def _(x: Tensor, pre_scale: Any, high: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], high.shape[0])
 
 
 def _fused(packed: CPUPacked, x: Tensor) -> Tensor:
