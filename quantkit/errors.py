@@ -2,7 +2,7 @@
 
 QuantkitError (ValueError)
 ├── ModelError          the model cannot be quantized as it is (no linears, meta weights, quantized already)
-├── MethodError         unknown or wrongly composed calibrators
+├── MethodError         unknown or wrongly composed calibrators, or a plan that cannot be carried out
 ├── SchemeError         a number format that does not exist
 ├── CalibrationError    missing, empty, mistyped or non-finite calibration data
 ├── TargetError         an ``ignore`` or ``targets`` pattern that matches nothing
@@ -21,7 +21,7 @@ class ModelError(QuantkitError):
 
 
 class MethodError(QuantkitError):
-    """An unknown calibrator, or calibrators in an order that makes no sense."""
+    """An unknown calibrator, calibrators in an order that makes no sense, or an answer that cannot be carried out."""
 
 
 class SchemeError(QuantkitError):

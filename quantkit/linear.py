@@ -36,7 +36,7 @@ class W8A8Linear(nn.Module):
         input_scale, input_zero_point: ``[1]`` float32 and int32, static schemes only.
         pre_scale: ``[K]`` float32 or None, ``1 / s`` of a scale that no producer could take, 0 at outlier columns.
         shift, permutation, rotation_signs: ``[K]`` or None, see :class:`quantkit.Transform`.
-        outlier_index ``[n]`` int64, outlier_weight ``[N, n]``, float: columns multiplied in 16 bit.
+        outlier_index ``[n]`` int64, outlier_weight ``[N, n]``, in the model's dtype: columns outside of the INT8 product.
 
     Raises:
         ModelError: K is beyond the exact range of an int32 accumulator.

@@ -6,7 +6,8 @@ codes                  symmetric: ``q in [-qmax, qmax]``, ``qmax = 2**(bits-1) -
                        asymmetric: ``q in [-qmax - 1, qmax]`` with an integer ``zero`` in that range
 rounding               half to even; ``q = rne(x * (qmax / absmax))``, ``scale = absmax / qmax``
 row of zeros           all codes 0; the output is exactly the bias
-NaN or Inf in a row    its scale is NaN, so that the whole output row is NaN, never a finite number
+NaN or Inf in a row    its scale is NaN, so that the whole output row is NaN, never a finite number; the same
+                       with an asymmetric range ``high - low`` beyond float32
 accumulator            int32, exact while ``K <= MAX_EXACT_K``
 =====================  ==========================================================================
 

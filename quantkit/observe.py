@@ -43,6 +43,8 @@ def observe(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_input(args, kwargs).detach()
             x = x.reshape(-1, x.shape[-1])
+            if not len(x):
+                return  # an expert that no token chose
             entry = statistics.setdefault(site.name, {})
             for kind in kinds:
                 if kind not in entry:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ from quantkit.scheme import Scheme
 from quantkit.sites import Site
 from quantkit.statistics import Range, TokenSample
 from quantkit.targets import check_patterns, chosen
-from quantkit.transform import Transform
+from quantkit.transform import Rotation, Transform
 
 log = logging.getLogger("quantkit")
 M = TypeVar("M", bound=nn.Module)
@@ -114,6 +115,10 @@ def _quantize(
         unreached = {name: "no calibration token reached it" for s in sites if s.name not in statistics for name in s.linears}
         kept |= unreached
         sites = [site for site in sites if site.name in statistics]
+        if not sites:
+            raise CalibrationError(
+                f"no calibration token reached a layer to quantize ({', '.join(unreached)}): pass more data, or other targets="
+            )
     views = _views(sites, linears, kept, statistics, number_format)
     codes, notes = _plan(model, calibrators, views, data, calibration is not None, seed, progress)
     record = Report(
@@ -143,9 +148,10 @@ def _check(model: nn.Module, calibrators: Sequence[Calibrator], scheme: Scheme |
             raise ModelError(
                 f"parameter {name!r} is on the meta device (offloaded, or never loaded): load the whole model into memory first"
             )
-    if scheme is None and any(c.stage == Stage.ROUND for c in calibrators):
+    rounder = next((c.name for c in calibrators if c.stage == Stage.ROUND), None)
+    if scheme is None and rounder:
         raise MethodError(
-            "scheme=None leaves the model in floating point, so there is nothing to round: drop RTN, or pass a scheme"
+            f"scheme=None leaves the model in floating point, so there is nothing to round: drop {rounder}, or pass a scheme"
         )
     if scheme is not None and scheme.is_simulation:
         log.warning(
@@ -209,7 +215,9 @@ def _plan(
                 "or name a statistic in its `statistics`"
             )
         if iter(data) is data:
-            raise CalibrationError("this method reads the calibration data more than once: pass a list or a DataLoader")
+            raise CalibrationError(
+                f"{calibrator.name} reads the calibration data more than once: pass a list or a DataLoader, not a generator"
+            )
         return data
 
     def bar(items: Sequence[Any], what: str) -> Iterable[Any]:
@@ -230,63 +238,120 @@ def _plan(
 
 def _check_plan(calibrator: Calibrator, plan: Plan, views: Sequence[SiteView]) -> None:
     """Raises MethodError for an answer that cannot be carried out, while nothing has changed."""
-    name = calibrator.name
-    if not isinstance(plan, Plan):
-        raise MethodError(f"{name}.plan() returned a {type(plan).__name__}: return a quantkit.Plan")
-    sites = {view.name: view for view in views}
-    unknown = plan.transforms.keys() - sites.keys()
+    name, sites = calibrator.name, {view.name: view for view in views}
+    if not isinstance(plan, Plan) or not all(isinstance(part, dict) for part in vars(plan).values()):
+        raise MethodError(f"{name}.plan() returned {_kind(plan)}: return a quantkit.Plan, which holds dicts")
+    unknown = [str(site) for site in (*plan.transforms, *plan.notes) if site not in sites]
     if unknown:
-        raise MethodError(f"{name} planned for sites that do not exist: {', '.join(sorted(unknown))}")
+        raise MethodError(f"{name} planned for sites that do not exist: {', '.join(unknown)}; use the `name` of a site")
     for site, transform in plan.transforms.items():
-        if not isinstance(transform, Transform):
-            raise MethodError(f"{name} planned a {type(transform).__name__} for {site!r}: a plan holds quantkit.Transform")
-        reason = _refused(transform, sites[site])
-        if reason:
-            raise MethodError(f"{name} planned {reason} for {site!r}, which has {sites[site].site.channels} channels")
+        fault = _transform_fault(transform, sites[site], calibrator.stage)
+        if fault:
+            raise MethodError(
+                f"{name} planned what cannot be done to the {sites[site].site.channels} channels of {site!r}: {fault}"
+            )
+    for site, notes in plan.notes.items():
+        try:
+            json.dumps({**notes})
+        except TypeError as error:
+            raise MethodError(
+                f"{name} noted {notes!r} for {site!r}: notes are a dict of plain numbers and strings ({error})"
+            ) from None
     if plan.codes and calibrator.stage != Stage.ROUND:
         raise MethodError(
             f"{name} chose integers in stage {calibrator.stage.name}: scales may still change until Stage.ROUND; "
             "split it into a calibrator that scales and one that rounds"
         )
-    weights = {linear: (w.shape, view.scheme) for view in views for linear, w in view.weights()} if plan.codes else {}
+    owners = {linear: view for view in views for linear in view.linears}
     for linear, codes in plan.codes.items():
-        if linear not in weights:
+        if linear not in owners:
             raise MethodError(f"{name} rounded {linear!r}, which is not among the layers to quantize")
-        if not isinstance(codes, Codes):
-            raise MethodError(f"{name} rounded {linear!r} to a {type(codes).__name__}: a plan holds quantkit.Codes")
-        shape, scheme = weights[linear]
-        if codes.codes.dtype != torch.int8 or codes.codes.shape != shape or codes.scale.shape != (shape[0], 1):
-            raise MethodError(f"{name} rounded {linear!r} to other than int8 codes {list(shape)} and scales [{shape[0]}, 1]")
-        if codes.codes.numel() and int(codes.codes.short().abs().max()) > qmax(scheme.weight_bits):
-            raise MethodError(f"{name} rounded {linear!r} to codes beyond +-{qmax(scheme.weight_bits)}")
+        fault = _codes_fault(codes, owners[linear], linear)
+        if fault:
+            raise MethodError(f"{name} rounded {linear!r} to what cannot be: {fault}")
 
 
-def _refused(transform: Transform, view: SiteView) -> str | None:
-    """What about ``transform`` does not fit the site, in words that follow "planned"."""
-    k, rotation = view.site.channels, transform.rotation
-    signs = None if rotation is None else rotation.signs
-    for what, vector in (("shift", transform.shift), ("scale", transform.scale), ("signs", signs)):
-        if vector is None:
-            continue
-        if vector.shape != (k,) or not vector.is_floating_point():
-            return f"a {what} of {list(vector.shape)} {vector.dtype}, not [{k}] of a floating dtype,"
-        if not bool(vector.isfinite().all()) or (what == "scale" and not bool((vector > 0).all())):
-            return f"a {what} that is not {'positive and ' if what == 'scale' else ''}finite"
-    for what, index in (("permutation", transform.permutation), ("outliers", transform.outliers)):
-        if index is None:
-            continue
-        if index.dtype != torch.int64 or index.ndim != 1:
-            return f"{what} of {list(index.shape)} {index.dtype}, not one dimension of int64,"
-        values = index.sort().values.tolist()
-        if what == "permutation" and values != list(range(k)):
-            return "a permutation that is none"
-        if what == "outliers" and (len(set(values)) < len(values) or any(not 0 <= v < k for v in values)):
-            return "outliers that are twice the same or out of range"
+def _transform_fault(transform: Transform, view: SiteView, stage: Stage) -> str | None:
+    if not isinstance(transform, Transform):
+        return f"{_kind(transform)} is no quantkit.Transform"
+    if transform.is_identity:
+        return None
+    if stage == Stage.ROUND:
+        return "Stage.ROUND only chooses integers, for weights that change no more; transform in a calibrator before it"
+    if view.transform.rotation is not None:
+        return "an earlier rotation has mixed them; put the rotation last"
+    k, device, rotation = view.site.channels, view.device, transform.rotation
+    if not isinstance(rotation, Rotation | None):
+        return f"rotation is {_kind(rotation)}, not a quantkit.Rotation"
     if rotation is not None and k % rotation.block:
-        return f"rotations of {rotation.block}"
+        return f"a rotation of {rotation.block} does not divide them; take a smaller power of two"
     if rotation is not None and view.scheme.is_static:
-        return "a rotation under a static scheme, whose range nothing has measured (take scheme='w8a8', scales per token),"
+        return "a rotation leaves no range for a static scheme; take scales per token, such as scheme='w8a8'"
+
+    def exists(index: Tensor) -> Tensor:
+        return (index >= 0) & (index < k)
+
+    signs, outliers = None if rotation is None else rotation.signs, transform.outliers
+    count = outliers.numel() if isinstance(outliers, Tensor) else "n"
+    vector, index = f"[{k}] torch.float32 on {device}", f"torch.int64 on {device}"
+    for what, value, wanted, holds, rule in (
+        ("shift", transform.shift, vector, torch.isfinite, "finite"),
+        ("scale", transform.scale, vector, _invertible, "positive and finite, like 1 / scale"),
+        ("signs", signs, vector, lambda v: v.abs() == 1, "1 or -1"),
+        ("permutation", transform.permutation, f"[{k}] {index}", exists, f"0 to {k - 1}"),
+        ("outliers", outliers, f"[{count}] {index}", exists, f"0 to {k - 1}"),
+    ):
+        fault = None if value is None else _tensor_fault(what, value, wanted, holds, rule)
+        if fault:
+            return fault
+        if value is not None and what in ("permutation", "outliers") and len(value.unique()) < len(value):
+            return f"{what} names a channel twice"
     return None
+
+
+def _codes_fault(codes: Codes, view: SiteView, linear: str) -> str | None:
+    if not isinstance(codes, Codes):
+        return f"{_kind(codes)} is no quantkit.Codes"
+    (rows, channels), top, device = weight_of(view.linears[linear]).shape, qmax(view.scheme.weight_bits), view.device
+    return _tensor_fault(
+        "codes",
+        codes.codes,
+        f"[{rows}, {channels}] torch.int8 on {device}",
+        lambda q: (q >= -top) & (q <= top),
+        f"-{top} to {top}",
+    ) or _tensor_fault("scale", codes.scale, f"[{rows}, 1] torch.float32 on {device}", _invertible, "positive and finite")
+
+
+def _tensor_fault(what: str, value: Any, wanted: str, holds: Callable[[Tensor], Tensor], rule: str) -> str | None:
+    """Unless ``value`` reads as ``wanted`` and all its elements hold to the rule, what is wrong with it."""
+    if _kind(value) != wanted:
+        return f"{what} is {_kind(value)}, not {wanted}"
+    bad = value[~holds(value)]
+    return f"{what} holds {bad[0].item()}, not {rule}" if len(bad) else None
+
+
+def _invertible(scale: Tensor) -> Tensor:
+    return (scale > 0) & scale.isfinite() & (1 / scale).isfinite()
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    gradient = " with a gradient (detach it)" if value.requires_grad else ""
+    return f"{list(value.shape)} {value.dtype} on {value.device}{gradient}"
+
+
+def _static_range(view: SiteView) -> tuple[Tensor, Tensor]:
+    """Least and largest value of a site. Raises CalibrationError where float32 holds no scale for them."""
+    seen = view.statistic(Range)
+    low, high = seen.low.min(), seen.high.max()
+    reach = torch.maximum(-low, high) if view.scheme.symmetric else high.clamp_min(0) - low.clamp_max(0)
+    if not bool(reach.isfinite()):
+        raise CalibrationError(
+            f"the input of {view.name!r} goes from {low:.1e} to {high:.1e} in calibration, too far apart for one scale in "
+            "float32: look at the data, or take a symmetric scheme"
+        )
+    return low, high
 
 
 def _convert(
@@ -305,6 +370,7 @@ def _convert(
     for view in views:
         fold, leftovers[view.name] = split(model, view.site, view.transform)
         folds += [fold] if fold else []
+    ranges = {view.name: _static_range(view) for view in views if scheme is not None and scheme.is_static}
     _store_and_prove(model, folds, piece, record)
     setattr(model, BROKEN, True)
     try:
@@ -321,7 +387,7 @@ def _convert(
                     _scale_float(linear, folded.get(view.name), factors.pop(name, None))
                 else:
                     factor = factors.pop(name, None)
-                    new = _to_int8(linear, view, leftovers[view.name], factor, codes.get(name), scheme)
+                    new = _to_int8(linear, view, leftovers[view.name], factor, codes.get(name), scheme, ranges.get(view.name))
                     layer.sqnr_db = _output_sqnr(view, linear, new, folded.get(view.name), factor)
                     layer.kind = "int8"
                     layer.at_run_time = leftovers[view.name].steps
@@ -374,7 +440,13 @@ def _scale_float(linear: Any, scale: Tensor | None, factor: Tensor | None) -> No
 
 
 def _to_int8(
-    linear: Any, view: SiteView, leftover: Transform, factor: Tensor | None, codes: Codes | None, scheme: Scheme
+    linear: Any,
+    view: SiteView,
+    leftover: Transform,
+    factor: Tensor | None,
+    codes: Codes | None,
+    scheme: Scheme,
+    input_range: tuple[Tensor, Tensor] | None,
 ) -> W8A8Linear:
     weight = weight_of(linear).float()
     bias = None if linear.bias is None else linear.bias.detach().float()
@@ -393,10 +465,6 @@ def _to_int8(
         scale = scale * rows[:, None]
         bias = None if bias is None else bias * rows
         side = None if side is None else side * rows[:, None]
-    input_range = None
-    if scheme.is_static:
-        ranges = view.statistic(Range)
-        input_range = (ranges.low.min(), ranges.high.max())
     return W8A8Linear.from_float(
         linear, scheme=scheme, codes=codes.codes, weight_scale=scale, bias=bias, leftover=leftover,
         outlier_weight=side, input_range=input_range,

@@ -87,7 +87,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "scaled after a choice": ({"method": [Choose(Stage.PARTITION), "smoothquant"]}, MethodError, ["before choose"]),
     "twice": ({"method": [SmoothQuant(), SmoothQuant(0.5)]}, MethodError, ["smoothquant twice"]),
     "two that round": ({"method": [Fixed(Stage.ROUND), RTN()]}, MethodError, ["fixed and rtn"]),
-    "rounding to nothing": ({"method": ["smoothquant", "rtn"], "scheme": None}, MethodError, ["scheme=None", "drop RTN"]),
+    "rounding to nothing": ({"method": ["smoothquant", "rtn"], "scheme": None}, MethodError, ["scheme=None", "drop rtn"]),
     "unknown site": ({"method": Fixed(transforms={"upp": Transform()})}, MethodError, ["fixed", "upp"]),
     "tensor": ({"calibration": DATA[0]}, CalibrationError, ["Tensor", "list"]),
     "string": ({"calibration": "abc"}, CalibrationError, ["str"]),
@@ -266,6 +266,13 @@ CODES = {
     "wrong type": Codes(torch.zeros(24, 16), torch.ones(24, 1)),
     "wrong scale": Codes(torch.zeros(24, 16, dtype=torch.int8), torch.ones(1, 1)),
     "-128": Codes(torch.full((24, 16), -128, dtype=torch.int8), torch.ones(24, 1)),
+    "list": Codes([[0] * 16] * 24, torch.ones(24, 1)),  # type: ignore[arg-type]
+    "no scale": Codes(torch.zeros(24, 16, dtype=torch.int8), None),  # type: ignore[arg-type]
+    "nan": Codes(torch.zeros(24, 16, dtype=torch.int8), torch.full((24, 1), math.nan)),
+    "negative": Codes(torch.zeros(24, 16, dtype=torch.int8), -torch.ones(24, 1)),
+    "whole": Codes(torch.zeros(24, 16, dtype=torch.int8), torch.ones(24, 1, dtype=torch.int32)),
+    "elsewhere": Codes(torch.zeros(24, 16, dtype=torch.int8), torch.ones(24, 1, device="meta")),
+    "gradient": Codes(torch.zeros(24, 16, dtype=torch.int8), torch.ones(24, 1, requires_grad=True)),
 }
 
 
@@ -276,26 +283,38 @@ def test_codes_that_cannot_be(codes: Codes) -> None:
         quantize(model, Fixed(Stage.ROUND, codes={"up": codes}))
 
 
-@pytest.mark.parametrize(
-    "transform",
-    [
-        Transform(scale=torch.ones(7)),
-        Transform(scale=torch.zeros(16)),
-        Transform(scale=torch.full((16,), math.nan)),
-        Transform(rotation=Rotation(32)),
-        Transform(scale=torch.ones(16, dtype=torch.int64)),
-        Transform(shift=torch.ones(16, dtype=torch.bool)),
-        Transform(permutation=torch.arange(16.0)),
-        Transform(permutation=torch.zeros(16, dtype=torch.int64)),
-        Transform(outliers=torch.tensor([3, 16])),
-        Transform(outliers=torch.tensor([-1])),
-        Transform(outliers=torch.tensor([3, 3])),
-        Transform(outliers=torch.tensor([[3]])),
-        Transform(outliers=torch.ones(16, dtype=torch.bool)),
-        3.0,
-    ],
-    ids=str,
-)
+TRANSFORMS: dict[str, Any] = {
+    "short scale": Transform(scale=torch.ones(7)),
+    "scale of zeros": Transform(scale=torch.zeros(16)),
+    "nan scale": Transform(scale=torch.full((16,), math.nan)),
+    "rotation too large": Transform(rotation=Rotation(32)),
+    "whole scale": Transform(scale=torch.ones(16, dtype=torch.int64)),
+    "bool shift": Transform(shift=torch.ones(16, dtype=torch.bool)),
+    "float permutation": Transform(permutation=torch.arange(16.0)),
+    "permutation of zeros": Transform(permutation=torch.zeros(16, dtype=torch.int64)),
+    "outlier beyond": Transform(outliers=torch.tensor([3, 16])),
+    "outlier before": Transform(outliers=torch.tensor([-1])),
+    "outlier twice": Transform(outliers=torch.tensor([3, 3])),
+    "outliers in two dimensions": Transform(outliers=torch.tensor([[3]])),
+    "outliers as a mask": Transform(outliers=torch.ones(16, dtype=torch.bool)),
+    "outliers elsewhere": Transform(outliers=torch.tensor([3], device="meta")),
+    "outliers in a list": Transform(outliers=[3]),  # type: ignore[arg-type]
+    "scale as a number": Transform(scale=2.0),  # type: ignore[arg-type]
+    "double scale": Transform(scale=torch.ones(16).double()),
+    "scale elsewhere": Transform(scale=torch.ones(16, device="meta")),
+    "scale with a gradient": Transform(scale=torch.ones(16, requires_grad=True)),
+    "scale without an inverse": Transform(scale=torch.full((16,), 1e-45)),
+    "inf shift": Transform(shift=torch.full((16,), math.inf)),
+    "permutation in a list": Transform(permutation=list(range(16))),  # type: ignore[arg-type]
+    "int32 permutation": Transform(permutation=torch.arange(16, dtype=torch.int32)),
+    "rotation as a number": Transform(rotation=16),  # type: ignore[arg-type]
+    "signs of two": Transform(rotation=Rotation(16, torch.full((16,), 2.0))),
+    "short signs": Transform(rotation=Rotation(16, torch.ones(8))),
+    "no transform": 3.0,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_transforms_that_cannot_be(transform: Transform) -> None:
     model = mlp()
     with refused(model, MethodError, "fixed", "'up'"):
@@ -315,6 +334,31 @@ def test_integers_are_chosen_last() -> None:
         quantize(model, Fixed(Stage.SCALE, codes={"up": codes}))
     with refused(model, MethodError, "fixed", "'up'", "tuple"):
         quantize(model, Fixed(Stage.ROUND, codes={"up": (codes.codes, codes.scale)}))
+    with refused(model, MethodError, "fixed", "'up'", "Stage.ROUND"):
+        quantize(model, Fixed(Stage.ROUND, codes={"up": codes}, transforms={"up": Transform(scale=torch.full((16,), 2.0))}))
+
+
+@pytest.mark.parametrize("later", [Rotation(8), None], ids=["rotation", "scale"])
+def test_a_rotation_is_last(later: Rotation | None) -> None:
+    model, first = mlp(), Rotate(Stage.ROTATE, transforms={"up": Transform(rotation=Rotation(8))})
+    second = Transform(rotation=later) if later else Transform(scale=torch.ones(16))
+    with refused(model, MethodError, "fixed", "'up'", "put the rotation last"):
+        quantize(model, [first, Fixed(Stage.ROTATE, transforms={"up": second})])
+
+
+NOTES = {
+    "none": {"up": None},
+    "tensor": {"up": {"scale": torch.ones(2)}},
+    "unknown site": {"upp": {"alpha": 1.0}},
+    "a list": ["up"],
+}
+
+
+@pytest.mark.parametrize("notes", NOTES.values(), ids=NOTES)
+def test_notes_that_cannot_be_saved(notes: Any) -> None:
+    model = mlp()
+    with refused(model, MethodError, "fixed"):
+        quantize(model, Fixed(notes=notes))
 
 
 class Odd(quantkit.PerSite):
@@ -340,6 +384,45 @@ def test_a_statistic_that_was_not_asked_for() -> None:
     with refused(model, MethodError, "Range", "'up'", "statistics"):
         quantize(model, Odd(lambda site: site.statistic(Range)))
 
+    with refused(model := llama(), MethodError, "TokenSample", "q_proj", "statistics"):
+        quantize(model, Odd(lambda site: site.sampled()), calibration=None)
+
+
+class Narrow(Range):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+
+
+ATTRIBUTES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "no name": ({"name": None}, ["Fixed", "name"]),
+    "stage as a word": ({"stage": "scale"}, ["fixed", "'scale'", "Stage.SCALE"]),
+    "stage as a number": ({"stage": 1}, ["fixed", "Stage.SCALE"]),
+    "no tuple": ({"statistics": Range}, ["fixed", "Range", "tuple"]),
+    "none": ({"statistics": None}, ["fixed", "None", "tuple"]),
+    "an instance": ({"statistics": (Range(3),)}, ["fixed", "Range", "class"]),
+    "a word": ({"statistics": ("Range",)}, ["fixed", "'Range'", "class"]),
+    "no statistic": ({"statistics": (dict,)}, ["fixed", "dict", "update, merge, after"]),
+    "built otherwise": ({"statistics": (Narrow,)}, ["fixed", "Narrow", "(channels, device, seed)"]),
+}
+
+
+@pytest.mark.parametrize("case", ATTRIBUTES)
+def test_attributes_of_another_type(case: str) -> None:
+    attributes, words = ATTRIBUTES[case]
+    model, method = mlp(), Fixed()
+    vars(method).update(attributes)
+    with refused(model, MethodError, *words):
+        quantize(model, method)
+
+
+def test_a_site_that_nobody_plans() -> None:
+    class Forgotten(quantkit.PerSite):
+        name, stage = "forgotten", Stage.SCALE
+
+    model = mlp()
+    with refused(model, MethodError, "Forgotten", "plan_site"):
+        quantize(model, Forgotten())
+
 
 def test_no_plan() -> None:
     model, method = mlp(), Odd(None)
@@ -353,6 +436,41 @@ def test_data_that_nobody_gave() -> None:
     method.plan = lambda view: list(view.batches())  # type: ignore[method-assign]
     with refused(model, CalibrationError, "odd", "calibration="):
         quantize(model, method, calibration=None)
+    with refused(model, CalibrationError, "odd", "list or a DataLoader"):
+        quantize(model, method, calibration=iter([tokens()]))
+
+
+def test_a_range_that_no_scale_holds() -> None:
+    """Each end is a float32, but not their distance."""
+    model = nn.Sequential(nn.Identity(), nn.Linear(2, 2), nn.Linear(2, 2))
+    data = [torch.tensor([[3e38, -3e38]])]
+    for linear in (model[1], model[2]):
+        nn.init.constant_(linear.weight, 0.0)
+    with refused(model, CalibrationError, "'1'", "-3.0e+38", "symmetric"):
+        quantize(model, "rtn", calibration=data, scheme="w8a8-static-asym")
+    assert quantize(model, "rtn", calibration=data, scheme="w8a8-static")[1].input_scale.isfinite()
+
+
+class Experts(nn.Module):
+    """The second expert is called, but on no tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b, self.head = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x).flatten(0, -2)
+        return self.head(torch.cat([self.a(h), self.b(h[:0])]))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
+def test_an_expert_that_no_token_chose(scheme: str) -> None:
+    model = quantize(Experts(), scheme=scheme)
+    reasons = {layer.name: layer.reason for layer in quantkit.report(model).layers if layer.kind == "float"}
+    assert reasons == {"b": "no calibration token reached it", "head": "output head"}
+    model = Experts()
+    with refused(model, CalibrationError, "no calibration token", "b", "targets="):
+        quantize(model, scheme=scheme, targets=["b"])
 
 
 def test_weights_are_copies() -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +22,7 @@ from quantkit.numerics import (
     range_scale,
     sqnr_db,
 )
+from quantkit.ops.reference import quantize_rows
 
 EPS = 2.0**-24  # of one float32 rounding
 BITS = range(2, 9)
@@ -116,6 +118,18 @@ def test_rows_that_are_not_finite(bad: float) -> None:
     assert not encode_asymmetric(x, scale, zero)[0].any()
 
 
+@pytest.mark.parametrize("ends", [(-3e38, 3e38), (-3.4e38, 1e38), (-2e38, 1.5e38)])
+def test_ends_too_far_apart(ends: tuple[float, float]) -> None:
+    """Each is a float32 but not their distance: such a row is treated as one that is not finite; symmetric codes hold it."""
+    x = torch.tensor([ends, (-1.0, 2.0)])
+    codes, scale, zero = quantize_rows(x, symmetric=False)
+    assert zero is not None
+    assert scale.isnan().squeeze().tolist() == [True, False]
+    assert not codes[0].any()
+    assert_same([codes[1:], scale[1:], zero[1:]], list(quantize_rows(x[1:], symmetric=False)))
+    assert quantize_rows(x)[1].isfinite().all()
+
+
 @pytest.mark.parametrize("absmax", [1e-45, 2.0**-126, ABSMAX_FLOOR / 2, ABSMAX_FLOOR, 1.0, 3.4e38])
 def test_extreme_magnitudes(absmax: float) -> None:
     x = torch.tensor([absmax, -absmax, 0.0])
@@ -157,3 +171,4 @@ def test_sqnr() -> None:
     x = torch.ones(100)
     assert sqnr_db(x, x) == math.inf
     assert sqnr_db(x, x * 0.9) == pytest.approx(20, abs=1e-4)
+    assert sqnr_db(x.clone().requires_grad_(), x * torch.tensor(0.9, requires_grad=True)) == pytest.approx(20, abs=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quantkit.calibrators.base import Calibrator, Codes, PerSite, Plan, SiteView, Stage, View, check_order
+from quantkit.calibrators.base import Calibrator, Codes, PerSite, Plan, SiteView, Stage, View, check_attributes, check_order
 from quantkit.calibrators.rtn import RTN
 from quantkit.calibrators.smoothquant import SmoothQuant
 from quantkit.errors import MethodError
@@ -17,7 +17,7 @@ def resolve(method: Any) -> list[Calibrator]:
     """The calibrators of a name, an instance, or a sequence of both, checked for their order.
 
     Raises:
-        MethodError: an unknown name, something that is no calibrator, or an order that makes no sense.
+        MethodError: an unknown name, something that is no calibrator or a mistyped one, or an order that makes no sense.
     """
     parts: Sequence[Any] = method if isinstance(method, (list, tuple)) else [method]
     if not parts:
@@ -35,6 +35,7 @@ def resolve(method: Any) -> list[Calibrator]:
             raise MethodError(
                 f"method holds {part!r}, which is no calibrator: it needs name, stage, statistics and plan(view){hint}"
             )
+        check_attributes(part)
         calibrators.append(part)
     check_order(calibrators)
     return calibrators

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class Stage(IntEnum):
     """What a calibrator decides. A list of calibrators runs in this order, never backwards."""
 
     SCALE = 1  # scales and shifts of channels
-    PARTITION = 2  # which channels go together, which stay in 16 bit
+    PARTITION = 2  # which channels go together, which stay out of the INT8 product
     ROTATE = 3  # orthogonal mixing of channels
     ROUND = 4  # the integers themselves
 
@@ -62,18 +63,24 @@ class SiteView:
         scheme: the number format that is aimed at.
         transform: what earlier calibrators decided; statistics and weights below include it.
         fold_only: the model stays in floating point, so that only what folds into the producer can be applied.
+        linears: those to be quantized, by name; read only.
     """
 
     site: Site
     scheme: Scheme
     fold_only: bool
     transform: Transform
-    _linears: Mapping[str, nn.Module]
+    linears: Mapping[str, nn.Module]
     _statistics: Mapping[type[Statistic], Statistic]
 
     @property
     def name(self) -> str:
         return self.site.name
+
+    @property
+    def device(self) -> torch.device:
+        """Of its weights; every tensor of a plan has to be there too."""
+        return weight_of(next(iter(self.linears.values()))).device
 
     def has(self, kind: type[Statistic]) -> bool:
         """Whether this statistic was collected."""
@@ -81,17 +88,21 @@ class SiteView:
 
     def statistic(self, kind: type[S]) -> S:
         """The site's statistic of one ``kind`` that the calibrator asked for."""
-        if kind not in self._statistics:
-            raise MethodError(f"{kind.__name__} was not collected for {self.name!r}: list it in the calibrator's `statistics`")
-        return self._statistics[kind].after(self.transform)  # type: ignore[return-value]
+        return self._collected(kind).after(self.transform)
 
     def sampled(self) -> tuple[Tensor, Tensor]:
         """Sampled tokens ``[n, K]`` float32 of the original activation and how many each stands for, ``[n]``."""
-        return self._statistics[TokenSample].weighted()  # type: ignore[attr-defined]
+        return self._collected(TokenSample).weighted()
+
+    def _collected(self, kind: type[S]) -> S:
+        if kind not in self._statistics:
+            what = getattr(kind, "__name__", kind)
+            raise MethodError(f"{what} was not collected for {self.name!r}: list the class in the calibrator's `statistics`")
+        return self._statistics[kind]  # type: ignore[return-value]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """``(name, W' [N, K] float32)`` of each linear to be quantized, one at a time."""
-        for name, linear in self._linears.items():
+        """``(name, W' [N, K] float32)`` of each linear to be quantized, one at a time, as copies."""
+        for name, linear in self.linears.items():
             weight = weight_of(linear)
             changed = self.transform.weight(weight.float())[0]
             yield name, changed.clone() if changed.data_ptr() == weight.data_ptr() else changed
@@ -143,7 +154,7 @@ class PerSite:
 
     def plan_site(self, site: SiteView) -> tuple[Transform, dict[str, Any]]:
         """The transform of this site and notes for the report."""
-        raise NotImplementedError
+        raise MethodError(f"{self.name}: {type(self).__name__} has to override plan_site(site)")
 
     def plan(self, view: View) -> Plan:
         plan = Plan()
@@ -154,6 +165,26 @@ class PerSite:
                     raise MethodError(f"{self.name}.plan_site() returned a {type(answer).__name__}: return (Transform, notes)")
                 plan.transforms[site.name], plan.notes[site.name] = answer
         return plan
+
+
+def check_attributes(calibrator: Calibrator) -> None:
+    """Raises MethodError for a name, stage or statistics of another type than :class:`Calibrator` says."""
+    name, stage, kinds = calibrator.name, calibrator.stage, calibrator.statistics
+    if not isinstance(name, str):
+        raise MethodError(f"{type(calibrator).__name__}: name is {name!r}, not a string")
+    if not isinstance(stage, Stage):
+        raise MethodError(f"{name}: stage is {stage!r}, not one of {', '.join(f'Stage.{s.name}' for s in Stage)}")
+    if not isinstance(kinds, (tuple, list)):
+        raise MethodError(f"{name}: statistics is {kinds!r}, not a tuple of classes such as (quantkit.Range,)")
+    for kind in kinds:
+        if not isinstance(kind, type) or not issubclass(kind, Statistic):
+            raise MethodError(
+                f"{name}: statistics holds {kind!r}, not a class with update, merge, after and tensors (quantkit.Statistic)"
+            )
+        try:
+            inspect.signature(kind).bind(1, "cpu", 0)
+        except TypeError as error:
+            raise MethodError(f"{name}: {kind.__name__} is to be built from (channels, device, seed): {error}") from None
 
 
 REASONS = {

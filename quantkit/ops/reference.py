@@ -63,7 +63,7 @@ def epilogue(
         x_scale: ``[M, 1]`` float32.
         weight_scale: ``[N]`` float32.
         zero, weight_sum: ``[M, 1]`` (or ``[1]``) int32 and ``[N]`` int32, for asymmetric activations.
-        extra: bias ``[N]``, or bias and 16-bit side product ``[M, N]``, float.
+        extra: bias ``[N]``, or bias and side product ``[M, N]``, float.
         dtype: of the result.
     """
     if zero is not None:

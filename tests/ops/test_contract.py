@@ -89,6 +89,7 @@ def hostile(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
         torch.zeros(k), torch.full((k,), 1e-44), torch.arange(k) % 255 - 127.0, torch.full((k,), 3e38), torch.full((k,), -5.0),
         torch.full((k,), math.nan), torch.ones(k).index_fill(0, torch.tensor(k - 1), math.inf),
         torch.ones(k).index_fill(0, torch.tensor(0), -math.inf), (torch.arange(k) % 127) / 2, torch.full((k,), -0.0),
+        torch.full((k,), 3e38).index_fill(0, torch.tensor(0), -3e38),
     ]  # fmt: skip
     for i, row in enumerate(rows[: max(m - 2, 0)]):
         x[1 + i] = row
