@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 import time
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -66,8 +67,12 @@ def llmcompressor(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
     data = Dataset.from_dict(
         {"input_ids": [b[0].tolist() for b in batches], "attention_mask": [[1] * b.shape[1] for b in batches]}
     )
-    oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=batches[0].shape[1], num_calibration_samples=len(batches))
-    return model
+    _, tokenizer = load_float(SMOLLM2)
+    length, count = batches[0].shape[1], len(batches)
+    with tempfile.TemporaryDirectory() as folder:  # it wants a model with a name, and a tokenizer for data that needs none
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
+        return oneshot(model=folder, dataset=data, recipe=recipe, max_seq_length=length, num_calibration_samples=count)
 
 
 CANDIDATES: dict[str, Quantizer] = {
