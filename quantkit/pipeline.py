@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
@@ -211,8 +212,8 @@ def _plan(
     def again(calibrator: Calibrator) -> Iterable[Any]:
         if not calibrator.statistics and not given:
             raise CalibrationError(
-                f"{calibrator.name} reads calibration data but asks for no statistics, so there is none: pass calibration=, "
-                "or name a statistic in its `statistics`"
+                f"{calibrator.name} reads calibration data but asks for no statistics, so none was sampled for it: pass "
+                "calibration=, or name a statistic in its `statistics`"
             )
         if iter(data) is data:
             raise CalibrationError(
@@ -226,11 +227,15 @@ def _plan(
     codes: dict[str, Codes] = {}
     notes: dict[str, dict[str, Any]] = {}
     for calibrator in calibrators:
-        plan = calibrator.plan(View(model, views, functools.partial(again, calibrator), seed, bar))
+        try:
+            plan = calibrator.plan(View(model, views, functools.partial(again, calibrator), seed, bar))
+        except MethodError as error:
+            raise MethodError(f"{calibrator.name}: {error}") from error
         _check_plan(calibrator, plan, views)
         for view in views:
             if view.name in plan.transforms:
-                view.transform = snap(model, view.site, view.transform.then(plan.transforms[view.name]))
+                later = copy.deepcopy(plan.transforms[view.name])  # it may hold a parameter, which a fold would change
+                view.transform = snap(model, view.site, view.transform.then(later))
             notes.setdefault(view.name, {}).update(plan.notes.get(view.name, {}))
         codes |= plan.codes
     return codes, notes
@@ -253,7 +258,7 @@ def _check_plan(calibrator: Calibrator, plan: Plan, views: Sequence[SiteView]) -
     for site, notes in plan.notes.items():
         try:
             json.dumps({**notes})
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise MethodError(
                 f"{name} noted {notes!r} for {site!r}: notes are a dict of plain numbers and strings ({error})"
             ) from None

@@ -63,7 +63,7 @@ class Range:
 
     def after(self, transform: Transform) -> Range:
         if transform.rotation is not None:
-            raise MethodError("a per-channel range cannot be carried through a rotation, which mixes channels")
+            raise MethodError("a rotation mixes channels: a per-channel range cannot be carried through it, a TokenSample can")
         out = Range(len(self.low), self.low.device)
         ends, _ = transform.activation(torch.stack([self.low, self.high]))
         out.low, out.high = ends[0], ends[1]

@@ -32,8 +32,8 @@ class Rotation:
     signs: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.block & (self.block - 1):
-            raise MethodError(f"Rotation(block={self.block}): a Hadamard block is a power of two")
+        if not isinstance(self.block, int) or self.block < 1 or self.block & (self.block - 1):
+            raise MethodError(f"Rotation(block={self.block!r}): a Hadamard block is a power of two, as an int")
 
     def apply(self, x: Tensor) -> Tensor:
         """``x R`` for ``x [..., K]``, in the dtype of ``x``."""

@@ -351,7 +351,9 @@ NOTES = {
     "tensor": {"up": {"scale": torch.ones(2)}},
     "unknown site": {"upp": {"alpha": 1.0}},
     "a list": ["up"],
+    "circular": {"up": (circle := {})},
 }
+circle["up"] = circle
 
 
 @pytest.mark.parametrize("notes", NOTES.values(), ids=NOTES)
@@ -381,11 +383,21 @@ def test_a_bare_transform() -> None:
 
 def test_a_statistic_that_was_not_asked_for() -> None:
     model = mlp()
-    with refused(model, MethodError, "Range", "'up'", "statistics"):
+    with refused(model, MethodError, "odd", "Range", "'up'", "statistics"):
         quantize(model, Odd(lambda site: site.statistic(Range)))
 
-    with refused(model := llama(), MethodError, "TokenSample", "q_proj", "statistics"):
+    with refused(model := llama(), MethodError, "odd", "TokenSample", "q_proj", "statistics"):
         quantize(model, Odd(lambda site: site.sampled()), calibration=None)
+
+
+def test_a_range_after_a_rotation() -> None:
+    class Late(Fixed):
+        def plan(self, view: Any) -> Plan:
+            return Plan(notes={site.name: {"top": site.statistic(Range).absmax.max().item()} for site in view.sites})
+
+    model = mlp()
+    with refused(model, MethodError, "fixed", "rotation", "TokenSample"):
+        quantize(model, [Rotate(Stage.ROTATE, transforms={"up": Transform(rotation=Rotation(8))}), Late(Stage.ROUND)])
 
 
 class Narrow(Range):
@@ -420,7 +432,7 @@ def test_a_site_that_nobody_plans() -> None:
         name, stage = "forgotten", Stage.SCALE
 
     model = mlp()
-    with refused(model, MethodError, "Forgotten", "plan_site"):
+    with refused(model, MethodError, "forgotten", "Forgotten", "plan_site"):
         quantize(model, Forgotten())
 
 
@@ -485,6 +497,20 @@ def test_weights_are_copies() -> None:
 
     quantize(model, Odd(scribble), scheme=None)
     assert_same(dict(model.state_dict()), before)
+
+
+def test_plans_are_copied() -> None:
+    """A plan may hold a parameter that its own fold changes."""
+
+    def shifted(model: nn.Module, take: Any) -> Any:
+        def plan(site: Any) -> Any:
+            return Transform(shift=take(model.norm.bias.detach()), scale=torch.full((site.site.channels,), 4.0)), {}
+
+        return quantize(model, Odd(plan), ignore=["down"]).state_dict()
+
+    model = mlp()
+    nn.init.normal_(model.norm.bias)
+    assert_same(shifted(copy.deepcopy(model), lambda bias: bias), shifted(model, Tensor.clone))
 
 
 def test_a_head_alone() -> None:

@@ -101,7 +101,7 @@ def test_rotation_is_orthogonal(block: int) -> None:
 
 
 def test_rotation_refuses() -> None:
-    for block in (0, 3, -4):
+    for block in (0, 3, -4, 2.0, "2"):
         with pytest.raises(MethodError, match=str(block)):
             Rotation(block)
     with pytest.raises(MethodError, match="does not divide 6"):

@@ -97,7 +97,7 @@ class SiteView:
     def _collected(self, kind: type[S]) -> S:
         if kind not in self._statistics:
             what = getattr(kind, "__name__", kind)
-            raise MethodError(f"{what} was not collected for {self.name!r}: list the class in the calibrator's `statistics`")
+            raise MethodError(f"{what} was not collected for {self.name!r}: list the class in `statistics`")
         return self._statistics[kind]  # type: ignore[return-value]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -154,7 +154,7 @@ class PerSite:
 
     def plan_site(self, site: SiteView) -> tuple[Transform, dict[str, Any]]:
         """The transform of this site and notes for the report."""
-        raise MethodError(f"{self.name}: {type(self).__name__} has to override plan_site(site)")
+        raise MethodError(f"{type(self).__name__} has to override plan_site(site)")
 
     def plan(self, view: View) -> Plan:
         plan = Plan()
@@ -162,7 +162,7 @@ class PerSite:
             with torch.no_grad():
                 answer = self.plan_site(site)
                 if not isinstance(answer, tuple) or len(answer) != 2:
-                    raise MethodError(f"{self.name}.plan_site() returned a {type(answer).__name__}: return (Transform, notes)")
+                    raise MethodError(f"plan_site() returned a {type(answer).__name__}: return (Transform, notes)")
                 plan.transforms[site.name], plan.notes[site.name] = answer
         return plan
 

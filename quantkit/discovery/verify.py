@@ -87,7 +87,10 @@ def verify_equivalence(
             formats), and never below ten times the difference between two runs of the reference.
 
     Returns:
-        An :class:`Equivalence`; its ``holds`` says whether the models agree. Nothing is raised.
+        An :class:`Equivalence`; its ``holds`` says whether the models agree. Models that differ raise nothing.
+
+    Raises:
+        EquivalenceError: the reference returns no floating-point tensor.
     """
     if isinstance(reference, nn.Module):
         wanted = outputs_of(reference, batch)
@@ -96,7 +99,7 @@ def verify_equivalence(
         wanted = list(reference)
         noise = 0.0
     if not wanted:
-        raise EquivalenceError("the model returns no floating-point tensor, so there is nothing to compare")
+        raise EquivalenceError("the reference returns no floating-point tensor, so there is nothing to compare")
     error = relative_error(wanted, outputs_of(model, batch))
     return Equivalence(error, noise, tolerance_for(wanted, noise, model) if tolerance is None else tolerance)
 
