@@ -104,7 +104,7 @@ def check_gemms() -> None:
         (64, 8, 4, False),
         (32, 4, 8, True),
     ):
-        config = hopper.Gemm(columns, stages, group, early)
+        config = configs.Gemm(columns, stages, group, early)
         against_exact(functools.partial(hopper.multiply, config=config), config)
 
 
@@ -116,14 +116,13 @@ def check_decodes() -> None:
         (64, 6, 256, True),
         (128, 8, 128, True),
     ):
-        config = hopper.Decode(tokens, stages, block, early)
+        config = configs.Decode(tokens, stages, block, early)
         against_exact(functools.partial(hopper.multiply, config=config), config)
 
 
 def check_tiles() -> None:
     for tile in (*configs.TILES.values(), *(t for a, t in configs.LARGE.items() if a <= 90)):
-        config = (tile.m, tile.n, tile.k, tile.group, tile.warps, tile.stages)
-        against_exact(functools.partial(matmul, config=config), tile)
+        against_exact(functools.partial(matmul, config=tile), tile)
 
 
 def check_segments_and_sides() -> None:

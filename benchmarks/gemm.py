@@ -28,15 +28,13 @@ from common import record
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.ops.gpu import configs, hopper, operators
+from quantkit.ops.gpu import configs, hopper, operators, tune
 from quantkit.ops.gpu.gemv import gemv
+from quantkit.ops.gpu.tune import COLD_BYTES, Call, graph_of, interleaved, seconds
 
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 4096, 8192)
 SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "8192x8192", "57344x8192", "8192x28672")
-COLD_BYTES = 200 * 2**20  # four times the L2 of an H100
 DEVICE = torch.device("cuda")
-Call = Callable[[int], Any]
-"""Runs on the copy with this index."""
 
 
 class Inputs:
@@ -113,7 +111,7 @@ def fp8(a: Inputs) -> Call:
 
 
 def cutlass(path: Path) -> dict[str, Callable[[Inputs], Call | None]]:
-    """The peer of shared/peers: seven tiles."""
+    """A library that wraps CUTLASS in seven tiles, built for this comparison; see docs/gpu.md."""
     library = ctypes.CDLL(str(path))
     workspace = torch.empty(64 << 20, dtype=torch.uint8, device=DEVICE)
 
@@ -138,7 +136,7 @@ def cutlass(path: Path) -> dict[str, Callable[[Inputs], Call | None]]:
 
 
 def probe(folder: Path) -> dict[str, Callable[[Inputs], Call | None]]:
-    """What our throw-away probe did, at the settings that its notes name."""
+    """The feasibility study that came before these kernels, at its best settings."""
     sys.path.insert(0, str(folder))
     import dec
     import gws
@@ -187,65 +185,27 @@ def probe(folder: Path) -> dict[str, Callable[[Inputs], Call | None]]:
 
 
 def variants() -> dict[str, Callable[[Inputs], Call | None]]:
-    """Our kernels at other settings, for choosing the table."""
+    """Our kernels at every setting that ``quantkit tune`` tries."""
 
-    def with_config(config: Any) -> Callable[[Inputs], Call | None]:
+    def with_config(config: configs.Config) -> Callable[[Inputs], Call | None]:
         def candidate(a: Inputs) -> Call | None:
-            if isinstance(config, hopper.Decode) and not config.tokens // 4 < a.m <= 2 * config.tokens:
+            if config not in tune.candidates(DEVICE, a.m, a.n, a.k):
                 return None
-            if isinstance(config, hopper.Gemm) and a.m <= 64:
-                return None
-            if isinstance(config, hopper.Gemm) and a.m > 512 and config.columns < 128:
-                return None
+            if isinstance(config, configs.Vector):
+                return lambda i: gemv(at(a.x, i), at(a.w, i), a.sw, config=config)
             return lambda i: hopper.multiply(at(a.q, i), a.sx, at(a.w, i), a.sw, torch.bfloat16, config=config)
 
         return candidate
 
-    def with_vector(config: tuple[int, int, int]) -> Callable[[Inputs], Call | None]:
-        return lambda a: (lambda i: gemv(at(a.x, i), at(a.w, i), a.sw, config=config)) if a.m == 1 else None
-
-    def given_vector(config: tuple[int, int, int]) -> Callable[[Inputs], Call | None]:
-        def candidate(a: Inputs) -> Call | None:
-            if a.m > 1:
-                return None
-            return lambda i: gemv(at(a.q, i), at(a.w, i), a.sw, sx=a.sx, dtype=torch.bfloat16, config=config)
-
-        return candidate
-
-    some: list[Any] = [hopper.Gemm(256, 4, g, e) for g in (4, 8, 16) for e in (False, True)]
-    some += [hopper.Gemm(128, s, 8, e) for s in (5, 6) for e in (False, True)] + [
-        hopper.Gemm(64, 8, 8, e) for e in (False, True)
-    ]
-    some += [hopper.Gemm(32, 8, 8, True)]
-    some += [
-        hopper.Decode(8, 10),
-        hopper.Decode(16, 10),
-        hopper.Decode(32, 8),
-        hopper.Decode(64, 6),
-        hopper.Decode(128, 8, 128),
-    ]
-    some += [hopper.Decode(8, 20, 128), hopper.Decode(16, 20, 128), hopper.Decode(64, 12, 128)]
-    some += [hopper.Gemm(32, 8, 8, False), hopper.Decode(128, 10, 128), hopper.Decode(64, 8, 128)]
-    found = {f"given: {c}": with_config(c) for c in some}
-    vectors = [
-        (8, 2, 4),
-        (8, 1, 4),
-        (4, 2, 4),
-        (4, 2, 8),
-        (2, 2, 16),
-        (4, 1, 8),
-        (2, 2, 8),
-        (4, 2, 16),
-        (8, 2, 8),
-        (8, 4, 4),
-        (16, 1, 8),
-    ]
-    found |= {f"quantize: {w} warps": lambda a, w=w: lambda i: operators.quantize(at(a.x, i), warps=w) for w in (4, 8, 16, 32)}
-    return (
-        found
-        | {f"bf16: vector {v}": with_vector(v) for v in vectors}
-        | {f"given: vector {v}": given_vector(v) for v in vectors}
+    every = dict.fromkeys(
+        c
+        for m, k in itertools.product((1, 8, 16, 32, 64, 128, 256, 4096), (4096, 14336))
+        for c in tune.candidates(DEVICE, m, 4096, k)
     )
+    found = {f"{'bf16' if isinstance(c, configs.Vector) else 'given'}: {c}": with_config(c) for c in every}
+    return found | {
+        f"quantize: {w} warps": lambda a, w=w: lambda i: operators.quantize(at(a.x, i), warps=w) for w in (4, 8, 16, 32)
+    }
 
 
 def peers() -> dict[str, Callable[[Inputs], Call | None]]:
@@ -265,7 +225,7 @@ def peers() -> dict[str, Callable[[Inputs], Call | None]]:
 
             return candidate
 
-        found |= {"bf16: bitsandbytes": bnb_with(0.0)}
+        found |= {f"bf16: bitsandbytes, threshold {t:g}": bnb_with(t) for t in (0.0, 6.0)}
     except ImportError as error:
         print("bitsandbytes:", error)
     try:
@@ -306,26 +266,6 @@ CANDIDATES: dict[str, Callable[[Inputs], Call | None]] = {
 }  # fmt: skip
 
 
-def graph_of(call: Call, indices: list[int]) -> torch.cuda.CUDAGraph:
-    for i in indices[:2]:
-        call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in indices:
-            call(i)
-    return graph
-
-
-def seconds(graph: torch.cuda.CUDAGraph) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
 def measure(
     a: Inputs, candidates: dict[str, Callable[[Inputs], Call | None]], rounds: int, hot: bool
 ) -> dict[str, dict[str, float]]:
@@ -344,13 +284,9 @@ def measure(
         except Exception as error:  # noqa: BLE001  a peer that cannot run this shape
             print(f"  {name}: {type(error).__name__}: {str(error)[:100]}", flush=True)
             torch.cuda.synchronize()
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in graphs}
-    for r in range(rounds + 1):
-        for key in list(graphs) if r % 2 else list(graphs)[::-1]:
-            times[key].append(seconds(graphs[key]) / calls)
     out: dict[str, dict[str, float]] = {}
-    for (name, kind), values in times.items():
-        out.setdefault(name, {})[kind] = round(median(values[1:]) * 1e6, 2)
+    for (name, kind), time in interleaved(graphs, rounds).items():
+        out.setdefault(name, {})[kind] = round(time / calls * 1e6, 2)
     return out
 
 
@@ -419,7 +355,7 @@ def main() -> None:
             n, k = map(int, shape.split("x"))
             times = measure(Inputs(m, n, k), candidates, args.rounds, args.hot)
             torch.cuda.empty_cache()
-            rows.append({"m": m, "n": n, "k": k, "config": str(configs.choose(90, m, n, k, tma=True)), "us": times})
+            rows.append({"m": m, "n": n, "k": k, "config": str(configs.choose(DEVICE, m, n, k, tma=True)), "us": times})
             best = sorted(times, key=lambda name: times[name]["cold"])
             print(f"{m} {shape}: " + "; ".join(f"{name} {times[name]['cold']}" for name in best), flush=True)
             path = record(args.name, rows, **facts)  # each time: whoever interrupts keeps what there is

@@ -1,4 +1,4 @@
-"""The command line: quantkit quantize | eval | inspect | demo. Knows only the public names of the library."""
+"""The command line: quantkit quantize | eval | inspect | tune | demo. Knows only the public names of the library."""
 
 from __future__ import annotations
 
@@ -166,6 +166,40 @@ def inspect(
     console.print(table)
     for name, reason in found.kept.items():
         console.print(f"stays in floating point: {name} ({reason})")
+
+
+@app.command(epilog="Example: quantkit tune ./my-llama-int8, or quantkit tune --shape 4096x4096 --shape 4096x14336")
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint, a folder with a transformers model, a .gguf file, or 'smollm2'.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Output x input channels of a weight, as in 4096x14336; repeatable.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens at a time; repeatable.  [default: 1 to 8192]")] = None,
+    device: Annotated[str, typer.Option(help="The GPU.")] = "cuda",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write the table.  [default: where quantkit looks for it]")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Find the fastest kernel settings for a model on this GPU, once.
+
+    A minute or a few for each shape. quantkit has a table for every architecture and works well without this; the results
+    of a model do not change by a bit. The table is kept in ~/.cache/quantkit (or QUANTKIT_CACHE) by device, Triton and version.
+    """
+    from quantkit.integrations.transformers import without_weights
+    from quantkit.ops.gpu import tunable
+
+    if not model and not shape:
+        raise typer.BadParameter("name a model or a --shape")
+    on = tunable(device)
+    from quantkit.ops.gpu import tune as tuner  # needs Triton
+
+    shapes = list(tuner.parse_shapes(shape or []))
+    shapes += tuner.shapes_of(without_weights(model)) if model else []
+    path = tuner.tune(shapes, sorted(tokens or tuner.TOKENS), on, path=output, progress=not quiet)
+    console.print(f"{len(shapes)} shapes tuned: [bold]{path}[/]")
 
 
 @app.command()

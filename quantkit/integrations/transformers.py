@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint import RECORD_FILE
+from quantkit.checkpoint import RECORD_FILE, load
 from quantkit.errors import ModelError
 
 SMOLLM2 = "smollm2"
@@ -54,6 +54,18 @@ def load_float(path: str, *, dtype: str = "float32") -> tuple[Any, Any]:
     where: dict[str, Any] = {"gguf_file": file.name}
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=DTYPES[dtype], **where)
     return _plain(model).eval(), AutoTokenizer.from_pretrained(file.parent, **where)
+
+
+def without_weights(path: str) -> Any:
+    """The architecture of a model, on the meta device where transformers can build it there."""
+    if is_checkpoint(path):
+        return load(path, verify=False)
+    if path == SMOLLM2 or path.endswith(".gguf"):
+        return load_float(path)[0]
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
 
 
 def _plain(model: Any) -> Any:

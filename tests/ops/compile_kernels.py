@@ -72,30 +72,30 @@ def matmul(arch: int, tile: configs.Tile, **features: str | int) -> dict[str, An
 
 
 def gemv(arch: int, k: int, given: bool) -> dict[str, Any]:
-    rows, groups, warps = configs.vector(k, given=given)
+    config = configs.vector(k, given=given)
     types = {"X": "*bf16", "W": "*i32", "Y": "*bf16", "SW": "*fp32", "N": "i32", "K": "i32", "K4": "i32"}
     types |= {"X": "*i32", "SX": "*fp32"} if given else {}
     block = triton.next_power_of_2(k // 4)
     constants = {
         "stride_xk": 1,
         "QMAX": 127,
-        "ROWS": rows,
-        "GROUPS": groups,
+        "ROWS": config.rows,
+        "GROUPS": config.groups,
         "B4": block,
         "EVEN_N": True,
         "EVEN_K": block == k // 4,
     }
-    return compiled(gemv_kernel, arch, types, constants | {"NATIVE": True, "PDL": arch >= 90}, {"num_warps": warps})
+    return compiled(gemv_kernel, arch, types, constants | {"NATIVE": True, "PDL": arch >= 90}, {"num_warps": config.warps})
 
 
 def described(rows: int, columns: int, dtype: torch.dtype = torch.int8) -> str:
     return f"tensordesc<{NAMES[dtype]}[{rows}, {columns}],{hopper.box(rows, columns, dtype)!r}>"
 
 
-def gluon(config: hopper.Gemm | hopper.Decode, dtype: torch.dtype = torch.bfloat16, **extra: str) -> dict[str, Any]:
+def gluon(config: configs.Gemm | configs.Decode, dtype: torch.dtype = torch.bfloat16, **extra: str) -> dict[str, Any]:
     types = dict.fromkeys(("M", "N", "K", "zero_stride"), "i32") | {"SX": "*fp32", "SW": "*fp32"} | extra
     options: dict[str, Any] = {"num_warps": 4, "launch_pdl": config.early}
-    if isinstance(config, hopper.Gemm):
+    if isinstance(config, configs.Gemm):
         types |= {
             "q_desc": described(64, 128),
             "w_desc": described(config.columns, 128),
@@ -115,7 +115,7 @@ def gluon(config: hopper.Gemm | hopper.Decode, dtype: torch.dtype = torch.bfloat
 def chosen() -> list[Any]:
     """Every Hopper kernel that the table can choose."""
     sizes = [(m, n) for m in (1, 8, 16, 32, 64, 100, 128, 256, 512, 4096) for n in (1024, 4096, 28672)]
-    return sorted({configs.choose(90, m, n, 4096, tma=True) for m, n in sizes}, key=str)
+    return sorted({configs.hopper(m, n) for m, n in sizes}, key=str)
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,12 +23,14 @@ from torch.nn import functional as F
 
 from quantkit.ops import reference
 from quantkit.ops.gpu import configs
+from quantkit.ops.gpu.configs import Decode, Gemm, Tile, Vector
 from quantkit.ops.gpu.gemv import gemv
 from quantkit.ops.gpu.matmul import matmul
 from quantkit.ops.gpu.quantize import padded, quantize
 from quantkit.transform import Rotation
 
-SMALL = (16, 32, 64, 4, 4, 2)
+SMALL = Tile(16, 32, 64, 4, 4, 2)
+SOME = (SMALL, Tile(32, 16, 32, 1, 4, 2), Tile(64, 64, 128, 8, 4, 4))
 
 
 def codes(*shape: int) -> Tensor:
@@ -38,9 +39,9 @@ def codes(*shape: int) -> Tensor:
 
 @given(
     st.integers(1, 40), st.integers(1, 70), st.integers(1, 200), st.booleans(), st.booleans(),
-    st.sampled_from([torch.float32, torch.float16]), st.sampled_from([SMALL, (32, 16, 32, 1, 4, 2), (64, 64, 128, 8, 4, 4)]),
+    st.sampled_from([torch.float32, torch.float16]), st.sampled_from(SOME),
 )  # fmt: skip
-def test_matmul(m: int, n: int, k: int, bias: bool, zero: bool, dtype: torch.dtype, config: Any) -> None:
+def test_matmul(m: int, n: int, k: int, bias: bool, zero: bool, dtype: torch.dtype, config: Tile) -> None:
     q, w = codes(m, k), codes(n, k)
     sx, sw, b = torch.rand(m, 1), torch.rand(n), torch.randn(n) if bias else None
     z, sums = (torch.randint(-128, 128, (m, 1), dtype=torch.int32), w.sum(1, dtype=torch.int32)) if zero else (None, None)
@@ -53,7 +54,7 @@ def test_the_largest_sum(sign: int) -> None:
     k = 133_136  # the largest multiple of 16 within numerics.MAX_EXACT_K
     q, w = torch.full((2, k), 127, dtype=torch.int8), torch.full((1, k), sign * 127, dtype=torch.int8)
     one = torch.ones(2, 1)
-    got = matmul(q, one, w, one[:1, 0], torch.float32, config=(16, 16, 4096, 1, 4, 2))
+    got = matmul(q, one, w, one[:1, 0], torch.float32, config=Tile(16, 16, 4096, 1, 4, 2))
     assert_same(got, torch.full((2, 1), float(sign * k * 127**2)))
 
 
@@ -97,8 +98,8 @@ def test_quantize(m: int, k: int, symmetric: bool, bits: int, strided: bool) -> 
     assert_same([got[0][:, :k], *got[1:]], wanted)
 
 
-@given(st.integers(1, 40), st.integers(1, 200), st.sampled_from([(8, 2, 4), (4, 1, 8), (16, 3, 4)]))
-def test_gemv(n: int, k: int, config: tuple[int, int, int]) -> None:
+@given(st.integers(1, 40), st.integers(1, 200), st.sampled_from([Vector(8, 2, 4), Vector(4, 1, 8), Vector(16, 3, 4)]))
+def test_gemv(n: int, k: int, config: Vector) -> None:
     x, w, sw, bias = torch.randn(1, k), codes(n, k), torch.rand(n), torch.randn(n)
     q, sx, _ = reference.quantize_rows(x)
     wide = F.pad(w, (0, padded(k) - k))
@@ -178,9 +179,9 @@ def test_compiled_for_every_architecture() -> None:
 
 
 def test_the_table_knows_every_shape() -> None:
-    for arch in (0, 80, 86, 89, 90, 100, 120):
-        for m in (1, 2, 16, 17, 64, 65, 128, 129, 1000, 100_000):
-            for n in (1, 64, 4096, 57344):
-                config = configs.choose(arch, m, n, 4096, tma=True)
-                assert isinstance(config, configs.Tile) == (arch != 90)
-                assert isinstance(configs.choose(arch, m, n, 4096, tma=False), configs.Tile)
+    for m in (1, 2, 16, 17, 64, 65, 128, 129, 1000, 100_000):
+        for n in (1, 64, 4096, 57344):
+            for arch in (0, 80, 86, 89, 90, 100, 120):
+                assert isinstance(configs.portable(arch, m, n), Tile)
+            assert isinstance(configs.hopper(m, n), Gemm | Decode)
+            assert isinstance(configs.choose(torch.device("cpu"), m, n, 4096, tma=True), Tile)

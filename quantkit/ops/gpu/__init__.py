@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quantkit.errors import BackendError
 from quantkit.ops.plain import Plain
 
 if TYPE_CHECKING:
@@ -78,6 +79,24 @@ class GPU(Plain):
         return ops.matmul(
             q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, side, layer.outlier_weight
         )
+
+
+def tunable(device: str | torch.device) -> torch.device:
+    """The GPU of this name, with its index.
+
+    Raises:
+        BackendError: there is none, or none that the kernels run on.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise BackendError(f"{device!r} is no device: {str(error).splitlines()[0]}") from None
+    if found.type != "cuda" or not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
+        raise BackendError(f"cannot tune for {device}: it is no NVIDIA GPU of this machine")
+    found = torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+    if reason := GPU().why_not(found):
+        raise BackendError(f"cannot tune for {device}: {reason}")
+    return found
 
 
 @torch.compiler.assume_constant_result

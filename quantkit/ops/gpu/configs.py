@@ -1,18 +1,27 @@
-"""Which kernel runs which shape: a small table for each architecture, which ``quantkit tune`` can refine for one device."""
+"""Which kernel runs which shape: a small table for each architecture, which ``quantkit tune`` refines for one device."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import json
+import logging
+import os
+import re
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from quantkit.ops.gpu.hopper import Decode, Gemm
+from quantkit._version import __version__
+
+log = logging.getLogger("quantkit")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The portable kernel: tiles of ``m x n``, ``k`` of K at a time."""
+    """The portable kernel (:mod:`.matmul`): tiles of ``m x n``, ``k`` of K at a time, ``group`` row tiles sharing columns."""
 
     m: int
     n: int
@@ -22,7 +31,50 @@ class Tile:
     stages: int
 
 
-Config = Tile | Gemm | Decode
+@dataclass(frozen=True)
+class Gemm:
+    """Many tokens on Hopper (:mod:`.hopper`): tiles of 128 x ``columns``; ``group`` row tiles share columns in L2."""
+
+    columns: int
+    stages: int
+    group: int = 8
+    early: bool = False
+    """Whether it may start before the kernel that it depends on has ended."""
+
+    block_k = 128
+
+    @property
+    def width(self) -> int:
+        """Columns of a staging tile."""
+        return min(self.columns // 2, 64)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Few tokens on Hopper: 64 weight rows by ``tokens`` tokens, ``block_k`` of K in each of ``stages``."""
+
+    tokens: int
+    stages: int
+    block_k: int = 256
+    early: bool = True
+
+    @property
+    def registers(self) -> int:
+        """For each thread; the accumulators alone take half a ``tokens``."""
+        return 128 if self.tokens < 128 else 192
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One token (:mod:`.gemv`): ``groups`` times ``rows`` outputs a program."""
+
+    rows: int
+    groups: int
+    warps: int
+
+
+Config = Tile | Gemm | Decode | Vector
+KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Tile, Gemm, Decode, Vector)}
 PROGRAMS = 120
 """As many tiles keep a Hopper GPU (132 processors) busy; with fewer, smaller tiles win."""
 
@@ -56,10 +108,8 @@ def portable(arch: int, m: int, n: int, *, two_sums: bool = False) -> Tile:
     return LARGE[max((a for a in LARGE if a <= arch), default=80)]
 
 
-def choose(arch: int, m: int, n: int, k: int, *, tma: bool) -> Config:
-    """The kernel for ``[m, k] x [n, k]^T``; ``tma`` says whether the operands obey its rules (see :mod:`.hopper`)."""
-    if arch != 90 or not tma:
-        return portable(arch, m, n)
+def hopper(m: int, n: int) -> Gemm | Decode:
+    """The kernel of :mod:`.hopper` for ``m`` tokens and ``n`` rows of the weight."""
     for tokens, stages in ((8, 10), (16, 10), (32, 8), (64, 6)):
         if m <= tokens:
             return Decode(tokens, stages)
@@ -71,8 +121,74 @@ def choose(arch: int, m: int, n: int, k: int, *, tma: bool) -> Config:
     return Gemm(64, 8)
 
 
-def vector(k: int, *, given: bool = False) -> tuple[int, int, int]:
-    """Rows at a time, groups and warps of the product with one token of ``k`` channels, quantized before or on the way in."""
+def vector(k: int, *, given: bool = False) -> Vector:
+    """The product with one token of ``k`` channels, quantized before (``given``) or on the way in."""
     if given:
-        return (8, 1, 4) if k <= 8192 else (2, 1, 16)
-    return (8, 2, 4) if k <= 8192 else (2, 2, 16)
+        return Vector(8, 1, 4) if k <= 8192 else Vector(2, 1, 16)
+    return Vector(8, 2, 4) if k <= 8192 else Vector(2, 2, 16)
+
+
+def choose(device: torch.device, m: int, n: int, k: int, *, tma: bool = False, two_sums: bool = False) -> Tile | Gemm | Decode:
+    """The kernel for ``[m, k] x [n, k]^T``, the same bits whichever it is.
+
+    Args:
+        tma: the operands obey the rules of :mod:`.hopper`, which is there.
+        two_sums: there are segments or a side product.
+    """
+    if not two_sums:
+        config = tuned_config(device, m, n, k)
+        if isinstance(config, Tile) or (tma and isinstance(config, Gemm | Decode)):
+            return config
+    arch = capability(device)
+    return hopper(m, n) if arch == 90 and tma else portable(arch, m, n, two_sums=two_sums)
+
+
+# ---- what quantkit tune found
+
+
+def cache_path(device: torch.device) -> Path:
+    """The file of tuned choices for this device, Triton and quantkit; under ``QUANTKIT_CACHE`` or ``~/.cache/quantkit``."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    parts = (name, f"triton-{version('triton')}", f"quantkit-{__version__}")
+    return Path(os.environ.get("QUANTKIT_CACHE") or home) / (re.sub(r"[^\w.-]+", "-", "_".join(parts)).lower() + ".json")
+
+
+@functools.cache
+def tuned(device: torch.device) -> dict[tuple[int, int], list[tuple[int, Config]]]:
+    """(N, K) -> (most tokens, choice), ascending. A file that cannot be read counts as none, and is named in the log."""
+    if device.type != "cuda":
+        return {}
+    path = cache_path(device)
+    try:
+        if not path.exists():
+            return {}
+        return parse(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning(
+            "%s is not a table of `quantkit tune` (%s): the built-in one is used. Tune again or delete it.", path, error
+        )
+        return {}
+
+
+def tuned_config(device: torch.device, m: int, n: int, k: int) -> Config | None:
+    """The tuned choice for the next larger number of tokens that was measured."""
+    return next((config for most, config in tuned(device).get((n, k), ()) if m <= most), None)
+
+
+def parse(table: dict[str, dict[str, dict[str, Any]]]) -> dict[tuple[int, int], list[tuple[int, Config]]]:
+    """``{"NxK": {"tokens": {"kernel": ..., ...}}}`` as the kernels' dataclasses."""
+    out = {}
+    for shape, rows in table.items():
+        n, k = map(int, shape.split("x"))
+        found = []
+        for tokens, fields in rows.items():
+            kind = KINDS[fields["kernel"]]
+            found.append((int(tokens), kind(**{name: value for name, value in fields.items() if name != "kernel"})))
+        out[n, k] = sorted(found, key=lambda row: row[0])
+    return out
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """What :func:`parse` reads."""
+    return {"kernel": type(config).__name__} | asdict(config)

@@ -9,7 +9,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.numerics import qmax
-from quantkit.ops.gpu.quantize import FLOOR, ROUND, hopper
+from quantkit.ops.gpu.configs import Vector
+from quantkit.ops.gpu.quantize import FLOOR, ROUND, hopper, reachable
 
 
 @triton.jit
@@ -94,21 +95,20 @@ def gemv(
     bits: int = 8,
     bias: Tensor | None = None,
     pre_scale: Tensor | None = None,
-    config: tuple[int, int, int],
+    config: Vector,
 ) -> Tensor:
     """``[1, N]`` in the dtype of ``x [1, K]``, for ``weight [N, padded(K)]`` int8.
 
     Args:
         sx: ``[1, 1]``, with codes ``x [1, padded(K)]`` in place of floats; the result is then of ``dtype``.
-        config: ROWS, GROUPS and warps of the kernel.
     """
-    (n, words), (rows, groups, warps) = (len(weight), weight.shape[1] // 4), config
-    y = x.new_empty((1, n), dtype=dtype)
+    n, words, rows = len(weight), weight.shape[1] // 4, config.rows * config.groups
+    x, y = reachable(x), x.new_empty((1, n), dtype=dtype)
     pdl, block = hopper(x.device), triton.next_power_of_2(words)
-    gemv_kernel[(triton.cdiv(n, rows * groups),)](
+    gemv_kernel[(triton.cdiv(n, rows),)](
         x if sx is None else x.view(torch.int32), sx, weight.view(torch.int32), y, sw, bias, pre_scale,
         n, x.shape[1], words, x.stride(1),
-        qmax(bits), rows, groups, block, n % (rows * groups) == 0, block == words, x.device.type == "cuda", pdl,
-        num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
+        qmax(bits), config.rows, config.groups, block, n % rows == 0, block == words, x.device.type == "cuda", pdl,
+        num_warps=config.warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return y

@@ -8,7 +8,6 @@ it needs 16-byte rows: K a multiple of 16, and N of 8 for a 16-bit result.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -25,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from quantkit.ops.gpu.configs import Decode, Gemm
 
 load = tma.async_copy_global_to_shared
 store = tma.async_copy_shared_to_global
@@ -273,39 +274,6 @@ def decode_kernel(q_desc, w_desc, Y, SX, SW, ZP, WSUM, B, M, N, K, zero_stride,
 
 
 # ---- launching
-
-
-@dataclass(frozen=True)
-class Gemm:
-    """Tile of 128 x ``columns``; ``group`` row tiles share columns in L2."""
-
-    columns: int
-    stages: int
-    group: int = 8
-    early: bool = False
-    """Whether it may start before the kernel that it depends on has ended."""
-
-    block_k = 128
-
-    @property
-    def width(self) -> int:
-        """Columns of a staging tile."""
-        return min(self.columns // 2, 64)
-
-
-@dataclass(frozen=True)
-class Decode:
-    """64 weight rows by ``tokens`` tokens, ``block_k`` of K in each of ``stages``."""
-
-    tokens: int
-    stages: int
-    block_k: int = 256
-    early: bool = True
-
-    @property
-    def registers(self) -> int:
-        """For each thread; the accumulators alone take half a ``tokens``."""
-        return 128 if self.tokens < 128 else 192
 
 
 @functools.cache

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit.ops.gpu.configs import Tile
+
 
 @triton.jit
 def tile_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):
@@ -84,7 +86,7 @@ def matmul(
     side: Tensor | None = None,
     side_weight: Tensor | None = None,
     borders: Tensor | None = None,
-    config: tuple[int, int, int, int, int, int],
+    config: Tile,
 ) -> Tensor:
     """``[M, N]`` of ``dtype``.
 
@@ -95,17 +97,16 @@ def matmul(
         bias: ``[N]`` float.
         side, side_weight: ``[M, n]`` and ``[N, n]`` in one float dtype: columns multiplied without rounding.
         borders: ``[G + 1]`` int32, where segments of K start and end: multiples of 16, from 0 to K.
-        config: BM, BN, BK, GROUP, warps, stages.
     """
     (m, k), n = q.shape, len(weight)
     y = q.new_empty((m, n), dtype=dtype)
     if not m or not n:
         return y
-    bm, bn, bk, group, warps, stages = config
     segments = 1 if borders is None else len(borders) - 1
-    matmul_kernel[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
+    matmul_kernel[(triton.cdiv(m, config.m) * triton.cdiv(n, config.n),)](
         q, weight, y, sx, sw, zero, wsum, bias, side, side_weight, borders, m, n, k,
         segments if zero is not None and zero.numel() > 1 else 0, 0 if side is None else side.shape[1],
-        segments, bm, bn, bk, group, k % bk == 0, num_warps=warps, num_stages=stages, enable_fp_fusion=False,
+        segments, config.m, config.n, config.k, config.group, k % config.k == 0,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
     )  # fmt: skip
     return y

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from quantkit.ops.gpu import configs, hopper
+from quantkit.ops.gpu import configs
 from quantkit.ops.gpu.gemv import gemv as _gemv
 from quantkit.ops.gpu.matmul import matmul as _matmul
-from quantkit.ops.gpu.quantize import padded, quantize
+from quantkit.ops.gpu.quantize import padded
+from quantkit.ops.gpu.quantize import quantize as _quantize
+
+try:
+    from quantkit.ops.gpu import hopper as hopper
+except (ImportError, AttributeError) as error:  # Gluon is experimental: its names move from one Triton to the next
+    hopper = None  # type: ignore[assignment]
+    logging.getLogger("quantkit").info("this Triton has another Gluon (%s): the portable kernels run instead", error)
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 
 
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device; make it that of the first argument."""
+
+    @functools.wraps(function)
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+            return function(x, *args, **kwargs)
+        with torch.cuda.device(x.device):
+            return function(x, *args, **kwargs)
+
+    return call
+
+
+quantize = on_its_device(_quantize)
+
+
+@on_its_device
 def matmul(
     q: Tensor,
     sx: Tensor,
@@ -27,28 +56,30 @@ def matmul(
     borders: Tensor | None = None,
 ) -> Tensor:
     """``[M, N]`` of ``dtype``; arguments as :func:`quantkit.ops.gpu.matmul.matmul`, with the kernel chosen by the shape."""
-    (m, k), n, arch = q.shape, len(weight), configs.capability(q.device)
+    (m, k), n = q.shape, len(weight)
     plain = zero is None and side is None and borders is None
     if m == 1 and plain and k % 16 == 0:
         return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, config=configs.vector(k, given=True))
     two_sums = side is not None or borders is not None
-    tma = k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0 and not two_sums
-    tma = tma and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
-    config = configs.choose(arch, m, n, k, tma=tma) if tma else configs.portable(arch, m, n, two_sums=two_sums)
+    tma = hopper is not None and k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0
+    tma = tma and not two_sums and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
+    config = configs.choose(q.device, m, n, k, tma=tma, two_sums=two_sums)
     if isinstance(config, configs.Tile):
-        tile = (config.m, config.n, config.k, config.group, config.warps, config.stages)
         return _matmul(
             q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight, borders=borders,
-            config=tile,
+            config=config,
         )  # fmt: skip
     return hopper.multiply(q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, config=config)
 
 
+@on_its_device
 def gemv(
     x: Tensor, weight: Tensor, sw: Tensor, bits: int = 8, bias: Tensor | None = None, pre_scale: Tensor | None = None
 ) -> Tensor:
     """``[1, N]`` from one float token ``x [1, K]``; see :func:`quantkit.ops.gpu.gemv.gemv`."""
-    return _gemv(x, weight, sw, bits=bits, bias=bias, pre_scale=pre_scale, config=configs.vector(x.shape[1]))
+    tuned = configs.tuned_config(x.device, 1, *weight.shape)
+    config = tuned if isinstance(tuned, configs.Vector) else configs.vector(x.shape[1])
+    return _gemv(x, weight, sw, bits=bits, bias=bias, pre_scale=pre_scale, config=config)
 
 
 _library = torch.library.Library("quantkit", "FRAGMENT")

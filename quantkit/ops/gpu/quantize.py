@@ -177,6 +177,11 @@ def padded(channels: int) -> int:
     return -(-channels // 16) * 16
 
 
+def reachable(x: Tensor) -> Tensor:
+    """``x``, copied where offsets along a row would leave the 32 bits in which the kernels count them."""
+    return x if x.stride(1) * x.shape[1] < 2**31 else x.contiguous()
+
+
 def quantize(
     x: Tensor,
     *,
@@ -214,8 +219,14 @@ def quantize(
     Returns:
         codes ``[M, padded(K)]`` int8 (the weight must be 0 beyond K) and scale ``[M, 1]`` float32; then, where asked for,
         zero ``[M, 1]`` int32, side columns ``[M, n]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x.
+
+    Raises:
+        ValueError: a source and side columns, which would be taken from before the norm or gate.
     """
+    if source and side_index is not None:
+        raise ValueError(f"source={source!r} cannot be fused where side columns are taken: apply it before quantize")
     m, k = x.shape
+    x, x2 = reachable(x), x2 if x2 is None else reachable(x2)
     q, scale = x.new_empty((m, padded(k)), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)
     zero = None if symmetric or in_scale is not None else x.new_empty((m, 1), dtype=torch.int32)
     sides = 0 if side_index is None else len(side_index)
