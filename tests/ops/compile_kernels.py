@@ -107,7 +107,7 @@ def gluon(config: configs.Gemm | configs.Decode, dtype: torch.dtype = torch.bflo
         "q_desc": described(config.tokens, config.block_k),
         "w_desc": described(64, config.block_k),
         "Y": f"*{NAMES[dtype]}",
-    }
+    } | ({"y_desc": described(config.tokens, 64, dtype)} if config.staged else {})
     constants = {"TOKENS": config.tokens, "BK": config.block_k, "STAGES": config.stages, "PDL": config.early}
     return compiled(hopper.decode_kernel, 90, types, constants, options | {"maxnreg": config.registers})
 

@@ -63,6 +63,11 @@ class Decode:
         """For each thread; the accumulators alone take half a ``tokens``."""
         return 128 if self.tokens < 128 else 192
 
+    @property
+    def staged(self) -> bool:
+        """Whether 16-bit results leave through shared memory, which pays from a hundred tokens."""
+        return self.tokens >= 128
+
 
 @dataclass(frozen=True)
 class Vector:
@@ -77,6 +82,11 @@ Config = Tile | Gemm | Decode | Vector
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Tile, Gemm, Decode, Vector)}
 PROGRAMS = 120
 """As many tiles keep a Hopper GPU (132 processors) busy; with fewer, smaller tiles win."""
+
+PROCESSORS = 132
+"""Of a Hopper GPU."""
+GEMMS = (Gemm(256, 4, group=16, early=True), Gemm(128, 6), Gemm(64, 8))
+RINGS = {d.tokens: d for d in (Decode(8, 12), Decode(16, 10), Decode(32, 8), Decode(64, 6), Decode(128, 8, 128))}
 
 TILES = {16: Tile(16, 64, 128, 8, 4, 6), 32: Tile(32, 64, 128, 8, 4, 5), 64: Tile(64, 64, 128, 8, 4, 4)}
 LARGE = {
@@ -109,23 +119,24 @@ def portable(arch: int, m: int, n: int, *, two_sums: bool = False) -> Tile:
 
 
 def hopper(m: int, n: int) -> Gemm | Decode:
-    """The kernel of :mod:`.hopper` for ``m`` tokens and ``n`` rows of the weight."""
-    for tokens, stages in ((8, 10), (16, 10), (32, 8), (64, 6)):
-        if m <= tokens:
-            return Decode(tokens, stages)
+    """The kernel of :mod:`.hopper` for ``m`` tokens and ``n`` rows of the weight.
+
+    Many tokens take the tile that gets through in the least time: rounds over the processors times the columns of a tile,
+    and what a tile costs besides.
+    """
     if m <= 128:
-        return Decode(128, 8, 128) if n <= 8192 else Gemm(128, 6, early=True)
-    for config in (Gemm(256, 4, group=16, early=True), Gemm(128, 6)):
-        if -(-m // 128) * -(-n // config.columns) >= PROGRAMS:
-            return config
-    return Gemm(64, 8)
+        tokens = next(t for t in RINGS if m <= t)
+        if m > 8 and 2 * -(-n // 64) <= PROCESSORS:
+            tokens //= 2  # two groups of tokens run side by side
+        return RINGS[tokens]
+    return min(GEMMS, key=lambda c: -(-(-(-m // 128) * -(-n // c.columns)) // PROCESSORS) * (c.columns + 32))
 
 
 def vector(k: int, *, given: bool = False) -> Vector:
     """The product with one token of ``k`` channels, quantized before (``given``) or on the way in."""
     if given:
         return Vector(8, 1, 4) if k <= 8192 else Vector(2, 1, 16)
-    return Vector(8, 2, 4) if k <= 8192 else Vector(2, 2, 16)
+    return Vector(8, 2, 4) if k <= 4096 else Vector(4, 2, 8) if k <= 8192 else Vector(2, 2, 8)
 
 
 def choose(device: torch.device, m: int, n: int, k: int, *, tma: bool = False, two_sums: bool = False) -> Tile | Gemm | Decode:

@@ -42,6 +42,13 @@ def tile_of(t, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def first_row(tile, M, HEIGHT: gl.constexpr):
+    """Where a tile of tokens starts. The last one moves up to end at M: TMA is slow at filling with zeros, and a token that
+    is computed twice gets the same bits twice."""
+    return gl.minimum(tile * HEIGHT, gl.maximum(M - HEIGHT, 0))
+
+
+@gluon.jit
 def following(stage, phase, STAGES: gl.constexpr):
     """The next slot of the ring, and the parity to wait for there."""
     stage += 1
@@ -67,7 +74,7 @@ def gemm_producer(q_desc, w_desc, q_ring, w_ring, full, empty, M, N, KT,
             mbarrier.expect(bar, (2 * ROWS + BN) * BK)
             load(w_desc, [tn * BN, k * BK], bar, w_ring.index(stage))
             for c in gl.static_range(2):
-                load(q_desc, [tm * 2 * ROWS + c * ROWS, k * BK], bar, q_ring.index(stage * 2 + c))
+                load(q_desc, [first_row(tm, M, 2 * ROWS) + c * ROWS, k * BK], bar, q_ring.index(stage * 2 + c))
             stage, phase = following(stage, phase, STAGES)
 
 
@@ -111,7 +118,7 @@ def gemm_consumer(c: gl.constexpr, q_ring, w_ring, full, empty, staging, columns
     stage, phase = 0, 0
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tm, tn = tile_of(t, tiles_m, tiles_n, GROUP)
-        first, row = tn * BN, tm * 2 * ROWS + c * ROWS
+        first, row = tn * BN, first_row(tm, M, 2 * ROWS) + c * ROWS
         m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         n = first + gl.arange(0, BN, flat)
         sx = gl.load(SX + m, mask=m < M, other=0.0)
@@ -190,14 +197,14 @@ def gemm_kernel(q_desc, w_desc, y_desc, SX, SW, ZP, WSUM, B, M, N, K, zero_strid
 
 
 @gluon.jit
-def decode_producer(q_desc, w_desc, q_ring, w_ring, full, empty, N, KT,
+def decode_producer(q_desc, w_desc, q_ring, w_ring, full, empty, M, N, KT,
                     TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
-    token = gl.program_id(1) * TOKENS
+    token = first_row(gl.program_id(0), M, TOKENS)
     stage, phase = 0, 1
     fetched = 0
     if PDL:
         # The weight does not depend on the kernel before: fill the ring with it, then wait, then fetch the tokens.
-        row = gl.program_id(0) * ROWS
+        row = gl.program_id(1) * ROWS
         fetched = gl.minimum(KT, STAGES)
         for k in range(fetched):
             mbarrier.expect(full.index(k), (ROWS + TOKENS) * BK)
@@ -209,9 +216,9 @@ def decode_producer(q_desc, w_desc, q_ring, w_ring, full, empty, N, KT,
             phase ^= 1
         else:
             stage = fetched
-    for t in range(gl.program_id(0), gl.cdiv(N, ROWS), gl.num_programs(0)):
+    for t in range(gl.program_id(1), gl.cdiv(N, ROWS), gl.num_programs(1)):
         # (a plain 0 assigned to ``fetched`` here would be lost: the compiler does not carry it into the next tile)
-        for k in range(fetched * (t == gl.program_id(0)).to(gl.int32), KT):
+        for k in range(fetched * (t == gl.program_id(1)).to(gl.int32), KT):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, (ROWS + TOKENS) * BK)
@@ -221,16 +228,17 @@ def decode_producer(q_desc, w_desc, q_ring, w_ring, full, empty, N, KT,
 
 
 @gluon.jit
-def decode_consumer(q_ring, w_ring, full, empty, Y, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride,
+def decode_consumer(q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride,
                     TOKENS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
-    m = gl.program_id(1) * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
+    token = first_row(gl.program_id(0), M, TOKENS)
+    m = token + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
     stage, phase = 0, 0
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     sx = gl.load(SX + m, mask=m < M, other=0.0)
-    for t in range(gl.program_id(0), gl.cdiv(N, ROWS), gl.num_programs(0)):
+    for t in range(gl.program_id(1), gl.cdiv(N, ROWS), gl.num_programs(1)):
         n = t * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         sw = gl.load(SW + n, mask=n < N, other=0.0)
         acc = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.int32, layout))
@@ -250,13 +258,20 @@ def decode_consumer(q_ring, w_ring, full, empty, Y, SX, SW, ZP, WSUM, B, M, N, K
         y = (total.to(gl.float32) * sx[None, :]) * sw[:, None]
         if B is not None:
             y = y + gl.load(B + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-        gl.store(
-            Y + m[None, :].to(gl.int64) * N + n[:, None], y.to(Y.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :]
-        )
+        y = y.to(Y.dtype.element_ty)
+        if y_desc is not None:
+            tma.store_wait(0)
+            staging.store(y.permute((1, 0)))
+            fence_async_shared()
+            store(y_desc, [token, t * ROWS], staging)
+        else:
+            gl.store(Y + m[None, :].to(gl.int64) * N + n[:, None], y, mask=(n < N)[:, None] & (m < M)[None, :])
+    if y_desc is not None:
+        tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
-def decode_kernel(q_desc, w_desc, Y, SX, SW, ZP, WSUM, B, M, N, K, zero_stride,
+def decode_kernel(q_desc, w_desc, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, K, zero_stride,
                   TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """``y [M, N]`` from descriptors of ``q [M, K]`` (boxes of TOKENS x BK) and ``w [N, K]`` (64 x BK)."""
     q_ring = gl.allocate_shared_memory(gl.int8, [STAGES, TOKENS, BK], q_desc.layout)
@@ -266,10 +281,14 @@ def decode_kernel(q_desc, w_desc, Y, SX, SW, ZP, WSUM, B, M, N, K, zero_stride,
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=1)
+    if y_desc is None:
+        staging: gl.constexpr = None
+    else:
+        staging = gl.allocate_shared_memory(y_desc.dtype, [TOKENS, ROWS], y_desc.layout)
     KT = gl.cdiv(K, BK)
     gl.warp_specialize([
-        (decode_consumer, (q_ring, w_ring, full, empty, Y, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride, TOKENS, STAGES, PDL)),
-        (decode_producer, (q_desc, w_desc, q_ring, w_ring, full, empty, N, KT, TOKENS, BK, STAGES, PDL)),
+        (decode_consumer, (q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride, TOKENS, STAGES, PDL)),
+        (decode_producer, (q_desc, w_desc, q_ring, w_ring, full, empty, M, N, KT, TOKENS, BK, STAGES, PDL)),
     ], [1], [40])  # fmt: skip
 
 
@@ -317,8 +336,10 @@ def multiply(
         )  # fmt: skip
     else:
         groups = triton.cdiv(m, config.tokens)
-        decode_kernel[(max(1, min(processors(q.device) // groups, triton.cdiv(n, 64))), groups)](
+        staged = config.staged and n % 8 == 0 and dtype in TYPES
+        decode_kernel[(groups, max(1, min(processors(q.device) // groups, triton.cdiv(n, 64))))](
             described(q, config.tokens, config.block_k), described(weight, 64, config.block_k),
+            described(y, config.tokens, 64) if staged else None,
             y, sx, sw, zero, wsum, bias, m, n, k, zero_stride,
             config.tokens, config.block_k, config.stages, config.early, maxnreg=config.registers, **options,
         )  # fmt: skip

@@ -243,7 +243,7 @@ def quantize(
         side_index, in_scale, in_zero, q, scale, zero, side, kept, m, k, padded(k), *x.stride(), *strides2,
         sides, eps, offset, source, qmax(bits), symmetric, rotation, triton.next_power_of_2(sides) if sides else 0,
         rows, block, rows == 1 and block == k, pdl,
-        num_warps=warps or min(max(rows * block // 512, 4), 32), enable_fp_fusion=False,
+        num_warps=warps or min(max(rows * block // 512, 4), 16), enable_fp_fusion=False,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return done

@@ -44,10 +44,9 @@ def candidates(device: torch.device, m: int, n: int, k: int) -> list[Config]:
     found: list[Config] = []
     if arch == 90 and operators.hopper and k % 16 == 0 and n % 8 == 0:
         found = [configs.hopper(m, n)]
-        if m <= 128:
-            tokens = next(t for t in (8, 16, 32, 64, 128) if m <= t)
-            depths = {8: (10, 20), 16: (10, 20), 32: (8, 14), 64: (6, 12), 128: (4, 8)}[tokens]
-            found += [Decode(tokens, depths[0], 256), Decode(tokens, depths[1], 128)]
+        rings = {8: (12, 24), 16: (10, 20), 32: (8, 16), 64: (6, 12), 128: (4, 8)}  # stages of 256 and of 128 channels
+        for width in [w for w in rings if m <= 2 * w][:2]:  # all tokens in one group, or in two
+            found += [Decode(width, rings[width][0], 256), Decode(width, rings[width][1], 128)]
         if m > 64:
             columns = (32, 64, 128, 256) if m <= 512 else (128, 256)
             depth = {32: 10, 64: 8, 128: 6, 256: 4}
