@@ -273,11 +273,13 @@ def measure(
     floor = max(2e-6, a.m * a.n * a.k / 700e12, a.n * a.k / 3e12)
     calls = max(a.copies, min(40, int(400e-6 / floor)))
     graphs: dict[tuple[str, str], torch.cuda.CUDAGraph] = {}
+    kept = []  # what a call holds must live as long as its graph
     for name, make in candidates.items():
         try:
             call = make(a)
             if call is None:
                 continue
+            kept.append(call)
             graphs[name, "cold"] = graph_of(call, list(range(calls)))
             if hot:
                 graphs[name, "hot"] = graph_of(call, [0] * calls)

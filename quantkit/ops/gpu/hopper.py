@@ -287,7 +287,8 @@ def decode_kernel(q_desc, w_desc, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, K, zero_
         staging = gl.allocate_shared_memory(y_desc.dtype, [TOKENS, ROWS], y_desc.layout)
     KT = gl.cdiv(K, BK)
     gl.warp_specialize([
-        (decode_consumer, (q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride, TOKENS, STAGES, PDL)),
+        (decode_consumer, (q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride,
+                           TOKENS, STAGES, PDL)),
         (decode_producer, (q_desc, w_desc, q_ring, w_ring, full, empty, M, N, KT, TOKENS, BK, STAGES, PDL)),
     ], [1], [40])  # fmt: skip
 
