@@ -30,10 +30,12 @@ def record(name: str, rows: Any, **facts: Any) -> Path:
     """Write ``results/NAME.json``: the rows, and everything needed to read them."""
     body = {
         "benchmark": name,
-        "command": " ".join(["python", *(str(Path(a).name) if a == sys.argv[0] else a for a in sys.argv)]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "quantkit", "benchmarks/*.py")),
+        # a machine that only has a copy of the tree is told the commit
+        "commit": os.environ.get("QUANTKIT_COMMIT") or _git("rev-parse", "HEAD"),
+        "dirty": "QUANTKIT_COMMIT" not in os.environ
+        and bool(_git("status", "--porcelain", "--", "quantkit", "benchmarks/*.py")),
         "device": ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
         | {"cpu": _cpu(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
@@ -61,10 +63,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def _git(*args: str) -> str:
-    try:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:  # a machine that only has a copy of the tree
-        return os.environ.get("QUANTKIT_COMMIT", "")
+    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _version(package: str) -> str | None:

@@ -4,7 +4,7 @@
                               [--probe FOLDER] [--only PATTERN ...]
 
 Every candidate is captured in a CUDA graph of a few calls over rotating copies of the weight (cold: beyond the L2 cache) or one
-copy (hot). Graphs are replayed in turn, in alternating order, and the median over rounds is kept. Random data. "given" takes
+copy (hot). Graphs are replayed in turn, in an order drawn for every round, and the median is kept. Random data. "given" takes
 INT8 activations and their scales; "bf16" starts from bf16 activations and includes their quantization.
 """
 

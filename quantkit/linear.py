@@ -79,6 +79,7 @@ class W8A8Linear(nn.Module):
         for name in ("pre_scale", "shift", "permutation", "rotation_signs", "outlier_index", "outlier_weight"):
             self.register_buffer(name, None)
         self._packed: Any = None
+        self._packed_for: str | None = None
         self._register_load_state_dict_pre_hook(self._make_room)
 
     @classmethod
@@ -194,8 +195,9 @@ class W8A8Linear(nn.Module):
     def packed(self) -> Any:
         """The weight as the backend of its device wants it, made at first use."""
         # not self.weight: Module.__getattr__ costs a microsecond, of which a token has few
-        if self._packed is None or self._packed.weight is not self._buffers["weight"]:
-            self._packed = ops.pack(self)
+        forced = ops.forced()
+        if self._packed is None or self._packed.weight is not self._buffers["weight"] or self._packed_for != forced:
+            self._packed, self._packed_for = ops.pack(self), forced
         return self._packed
 
     def __getstate__(self) -> dict[str, Any]:

@@ -61,6 +61,11 @@ def choose(device: torch.device) -> Backend:
     return next(b for b in BACKENDS if b.why_not(device) is None)
 
 
+def forced() -> str | None:
+    """The backend that :func:`use_backend` asks for now."""
+    return _forced[-1] if _forced else None
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend for every layer, as ``"reference"`` in tests.
@@ -90,7 +95,7 @@ def linear(layer: W8A8Linear, x: Tensor) -> Tensor:
 
 
 def _run(layer: W8A8Linear, x: Tensor) -> Tensor:
-    backend: Backend = choose(x.device) if _forced else layer.packed.backend
+    backend: Backend = layer.packed.backend
     return backend.linear(layer, x)
 
 

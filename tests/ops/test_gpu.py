@@ -23,10 +23,10 @@ from torch.nn import functional as F
 
 from quantkit.ops import reference
 from quantkit.ops.gpu import configs
-from quantkit.ops.gpu.configs import Decode, Gemm, Tile, Vector
+from quantkit.ops.gpu.configs import Decode, Gemm, Tile, Vector, padded
 from quantkit.ops.gpu.gemv import gemv
 from quantkit.ops.gpu.matmul import matmul
-from quantkit.ops.gpu.quantize import padded, quantize
+from quantkit.ops.gpu.quantize import quantize
 from quantkit.transform import Rotation
 
 SMALL = Tile(16, 32, 64, 4, 4, 2)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import BackendError
+from quantkit.ops.gpu.configs import padded
 from quantkit.ops.plain import Plain
 
 if TYPE_CHECKING:
@@ -33,26 +34,33 @@ class GPUPacked:
     vector: bool
 
 
+@torch.compiler.assume_constant_result  # the search for Triton cannot be traced
+def why_not(device: torch.device) -> str | None:
+    """None if the kernels run on ``device``, else the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton: pip install triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # Triton's own interpreter: any device, very slow, for tests
+    if device.type != "cuda" or torch.version.hip:
+        return "needs an NVIDIA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs compute capability 8.0 (A100) or newer"
+    return None
+
+
 class GPU(Plain):
     """See the module."""
 
     name = "triton"
 
     def why_not(self, device: torch.device) -> str | None:
-        if importlib.util.find_spec("triton") is None:
-            return "needs Triton: pip install triton"
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return None  # Triton's own interpreter: any device, very slow, for tests
-        if device.type != "cuda" or torch.version.hip:
-            return "needs an NVIDIA GPU"
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "needs compute capability 8.0 (A100) or newer"
-        return None
+        return why_not(device)
 
     def pack(self, layer: W8A8Linear) -> GPUPacked:
+        k = layer.in_features
         weight = layer.weight.contiguous()
-        if kernels().padded(layer.in_features) != layer.in_features:
-            weight = torch.nn.functional.pad(weight, (0, kernels().padded(layer.in_features) - layer.in_features))
+        if padded(k) != k:
+            weight = torch.nn.functional.pad(weight, (0, padded(k) - k))
         rest = (layer.shift, layer.permutation, layer.outlier_index)
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block
         return GPUPacked(
@@ -65,7 +73,9 @@ class GPU(Plain):
         packed, scheme = layer.packed, layer.scheme
         if x.dtype not in DTYPES or not packed.codes.numel():
             return super().linear(layer, x)
-        ops = torch.ops.quantkit if torch.compiler.is_compiling() else kernels()
+        ops = kernels()  # also under torch.compile: it registers the operators
+        if torch.compiler.is_compiling():
+            ops = torch.ops.quantkit
         if x.shape[0] == 1 and packed.vector:
             return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, layer.pre_scale)
         out = ops.quantize(
@@ -94,7 +104,7 @@ def tunable(device: str | torch.device) -> torch.device:
     if found.type != "cuda" or not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
         raise BackendError(f"cannot tune for {device}: it is no NVIDIA GPU of this machine")
     found = torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
-    if reason := GPU().why_not(found):
+    if reason := why_not(found):
         raise BackendError(f"cannot tune for {device}: {reason}")
     return found
 

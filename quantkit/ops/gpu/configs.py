@@ -78,6 +78,11 @@ class Vector:
     warps: int
 
 
+def padded(channels: int) -> int:
+    """Codes in a row: 16 bytes at a time is what wide loads and TMA move."""
+    return -(-channels // 16) * 16
+
+
 Config = Tile | Gemm | Decode | Vector
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Tile, Gemm, Decode, Vector)}
 PROGRAMS = 120

@@ -41,6 +41,14 @@ def _weights(W, n, k, inside, N, K4, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr)
 
 
 @triton.jit
+def _scale_and_bias(SW, BIAS, n, N):
+    bias = 0.0
+    if BIAS is not None:
+        bias = tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)
+    return tl.load(SW + n, mask=n < N, other=0.0), bias
+
+
+@triton.jit
 def gemv_kernel(
     X, SX, W, Y, SW, BIAS, PRE, N, K, K4, stride_xk,
     QMAX: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, B4: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
@@ -52,6 +60,7 @@ def gemv_kernel(
     inside = k < K4
     # The weight does not depend on the kernel before: its first part is on the way while that one ends.
     w = _weights(W, n, k, inside, N, K4, EVEN_N, EVEN_K)
+    sw, bias = _scale_and_bias(SW, BIAS, n, N)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -75,14 +84,15 @@ def gemv_kernel(
     for g in tl.static_range(GROUPS):
         if g + 1 < GROUPS:
             ahead = _weights(W, n + ROWS, k, inside, N, K4, EVEN_N, EVEN_K)
+            ahead_sw, ahead_bias = _scale_and_bias(SW, BIAS, n + ROWS, N)
         acc = tl.sum(_dot4(w, xq, NATIVE), 1)
-        y = acc.to(tl.float32) * sx * tl.load(SW + n, mask=n < N, other=0.0)
+        y = acc.to(tl.float32) * sx * sw
         if BIAS is not None:
-            y += tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)
+            y += bias
         tl.store(Y + n, y.to(Y.dtype.element_ty), mask=n < N)
         n += ROWS
         if g + 1 < GROUPS:
-            w = ahead
+            w, sw, bias = ahead, ahead_sw, ahead_bias
 
 
 def gemv(

@@ -13,7 +13,6 @@ from torch import Tensor
 from quantkit.ops.gpu import configs
 from quantkit.ops.gpu.gemv import gemv as _gemv
 from quantkit.ops.gpu.matmul import matmul as _matmul
-from quantkit.ops.gpu.quantize import padded
 from quantkit.ops.gpu.quantize import quantize as _quantize
 
 try:
@@ -101,7 +100,7 @@ for _name, _function in (("quantize", quantize), ("matmul", matmul), ("gemv", ge
 @torch.library.register_fake("quantkit::quantize")
 def _(x, *, symmetric=True, source="", x2=None, side_index=None, in_scale=None, **_):
     m, k = x.shape
-    out = [x.new_empty((m, padded(k)), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)]
+    out = [x.new_empty((m, configs.padded(k)), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)]
     out += [] if symmetric or in_scale is not None else [x.new_empty((m, 1), dtype=torch.int32)]
     out += [] if side_index is None else [x.new_empty((m, len(side_index)))]
     return out + ([x.new_empty((m, k))] if x2 is not None and source in ("rms", "layer") else [])

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.numerics import ABSMAX_FLOOR, qmax
+from quantkit.ops.gpu.configs import padded
 from quantkit.transform import hadamard
 
 FLOOR = tl.constexpr(ABSMAX_FLOOR)
@@ -170,11 +171,6 @@ def quantize_kernel(
     else:
         tl.store(out, q, mask=(row < M)[:, None] & (k < padded)[None, :])
     tl.store(S + row, s, mask=row < M)
-
-
-def padded(channels: int) -> int:
-    """Codes in a row: 16 bytes at a time is what wide loads and TMA move."""
-    return -(-channels // 16) * 16
 
 
 def reachable(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,6 @@ from quantkit.ops.gpu import configs, operators, tunable
 from quantkit.ops.gpu.configs import Config, Decode, Gemm, Tile, Vector
 from quantkit.ops.gpu.gemv import gemv
 from quantkit.ops.gpu.matmul import matmul
-from quantkit.ops.gpu.quantize import padded
 
 TOKENS = (1, 2, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 COLD_BYTES = 200 * 2**20  # four times the L2 of an H100
@@ -86,10 +86,15 @@ def seconds(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def interleaved(graphs: dict[Any, torch.cuda.CUDAGraph], rounds: int) -> dict[Any, float]:
-    """Median seconds of each graph, replayed in turn and in alternating order after one round to warm up."""
+    """Median seconds of each graph after one round to warm up, replayed in turn.
+
+    The order is drawn anew for every round: at its power limit a GPU clocks down after the hungrier neighbour.
+    """
     times: dict[Any, list[float]] = {key: [] for key in graphs}
-    for r in range(rounds + 1):
-        for key in list(graphs) if r % 2 else list(graphs)[::-1]:
+    order, draw = list(graphs), random.Random(0)
+    for _ in range(rounds + 1):
+        draw.shuffle(order)
+        for key in order:
             times[key].append(seconds(graphs[key]))
     return {key: median(values[1:]) for key, values in times.items()}
 
@@ -166,7 +171,7 @@ def tune(
     path = path or configs.cache_path(device)
     table = _read(path)
     with torch.cuda.device(device), torch.inference_mode():
-        work = list(itertools.product([(n, padded(k)) for n, k in shapes], tokens))
+        work = list(itertools.product([(n, configs.padded(k)) for n, k in shapes], tokens))
         for (n, k), m in tqdm(work, desc="tuning", disable=not progress):
             config, _ = fastest(device, m, n, k)
             table.setdefault(f"{n}x{k}", {})[str(m)] = configs.as_json(config)
