@@ -173,12 +173,13 @@ def main() -> None:
         for kind, batch, length in work:
             tokens = torch.randint(VOCABULARY, (batch, length), device=device)
             row: dict[str, Any] = {"kind": kind, "batch": batch, "length": length, "s": {}, "kernels_us": {}}
-            graphs = {}
+            graphs, kept = {}, []  # what a call reads must live as long as its graph
             for name, model in models.items():
                 extra: tuple[Any, ...] = ()
                 if kind == "decode":
                     extra = (caches_for(model, batch, args.context), torch.tensor([args.context - 1], device=device))
                 call = lambda m=model, t=tokens, e=extra: m(t, *e)  # noqa: E731
+                kept.append(call)
                 row["s"][f"{name}, eager"] = wall(call, args.rounds)
                 graphs[f"{name}, eager, graphed"] = graphed(call)
                 for block in model.blocks:
@@ -193,7 +194,7 @@ def main() -> None:
                 print("no profile:", error)
             rows.append(row)
             print(kind, batch, length, {n: f"{t * 1e3:.2f} ms" for n, t in row["s"].items()}, flush=True)
-            del graphs
+            del graphs, kept, call
             gc.collect()
             torch.cuda.empty_cache()
             path = record(args.name, rows, **facts)

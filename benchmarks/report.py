@@ -101,11 +101,120 @@ def cpu(result: Result) -> str:
     return table(head, map(row, result["rows"]))
 
 
+def least(row: Result, start: str, kind: str = "cold", but: str = "quantkit") -> tuple[float, str]:
+    """Microseconds and name of the fastest candidate whose name starts so."""
+    found = [(us[kind], name) for name, us in row["us"].items() if name.startswith(start) and not name.endswith(but)]
+    return min(found, default=(float("nan"), ""))
+
+
+def floor(row: Result, result: Result) -> float:
+    """Microseconds in which this GPU reads the operands and writes the result, or multiplies, whichever takes longer."""
+    m, n, k = row["m"], row["n"], row["k"]
+    return max((n * k + m * k + 2 * m * n) / result["read_bytes_per_s"], 2 * m * n * k / peak(result)) * 1e6
+
+
+def peak(result: Result) -> float:
+    """The most operations a second that any INT8 candidate reached."""
+    return max(2e6 * r["m"] * r["n"] * r["k"] / least(r, "given", but="_scaled_mm")[0] for r in result["rows"])
+
+
+def gemm(result: Result) -> str:
+    head = ("tokens", "bf16 `F.linear`", "quantkit from bf16", "faster", "quantkit from INT8", "of the floor")
+    head += ("best CUTLASS tile", "`torch._int_mm`", "fp8 `_scaled_mm`")
+    parts = []
+    for n, k in dict.fromkeys((r["n"], r["k"]) for r in result["rows"]):
+        rows = []
+        for r in result["rows"]:
+            if (r["n"], r["k"]) == (n, k):
+                us = {name: times["cold"] for name, times in r["us"].items()}
+                whole, given = us["bf16: quantkit"], us["given: quantkit"]
+                cells = [us["bf16: F.linear"], whole, given, least(r, "given: CUTLASS")[0]]
+                cells += [us.get(f"given: {name}", float("nan")) for name in ("torch._int_mm", "fp8 _scaled_mm")]
+                base, whole_, given_, *others = ("" if c != c else f"{c:.1f}" if c < 1000 else f"{c:.0f}" for c in cells)
+                share = f"{floor(r, result) / given:.0%}"
+                rows.append((str(r["m"]), base, whole_, f"{cells[0] / whole:.2f}x", given_, share, *others))
+        parts.append(f"Weight {n} x {k} (microseconds, weight read from memory):\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def ahead(result: Result) -> str:
+    """Where something else is faster."""
+    lines = []
+    for r in result["rows"]:
+        for kind in ("given", "bf16"):
+            ours, (other, name) = r["us"][f"{kind}: quantkit"]["cold"], least(r, kind)
+            if other < ours and "probe" not in name:
+                lines.append((str(r["m"]), f"{r['n']} x {r['k']}", name.split(": ")[1], f"{ours / other - 1:.1%}"))
+    if not lines:
+        return "None of the measured candidates is faster at any of these shapes."
+    return table(("tokens", "weight", "faster candidate", "by"), lines)
+
+
+def roofline(result: Result) -> None:
+    """A picture: operations a second over operations a byte, under the ceilings that this GPU was measured to have."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    bandwidth, top = result["read_bytes_per_s"], peak(result)
+    ends = [1.0, top / bandwidth, 2e4]
+    axes.plot(ends, [min(top, bandwidth * x) / 1e12 for x in ends], color="black", linewidth=1)
+    axes.text(1.2, bandwidth * 1.6 / 1e12, f"memory, {bandwidth / 1e12:.2f} TB/s", rotation=33, fontsize=8)
+    axes.text(2e3, top * 1.08 / 1e12, f"fastest product, {top / 1e12:.0f} TOPS", fontsize=8)
+    for name, label, marker, bytes_each in (
+        ("given: quantkit", "quantkit, INT8 activations given", "o", 1), ("bf16: F.linear", "bf16 F.linear", "x", 2)
+    ):  # fmt: skip
+        points = []
+        for r in result["rows"]:
+            m, n, k = r["m"], r["n"], r["k"]
+            work = 2 * m * n * k
+            points.append((work / (bytes_each * (n * k + m * k) + 2 * m * n), work / r["us"][name]["cold"] * 1e6 / 1e12))
+        axes.scatter(*zip(*points, strict=True), label=label, marker=marker, s=16)
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TOPS", title=result["device"]["gpu"])
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "images" / "roofline.png", dpi=110)
+
+
+def model(result: Result) -> str:
+    """Tokens a second of a whole model."""
+    rows = []
+    for r in result["rows"]:
+        tokens = r["batch"] * r["length"]
+        what = f"prefill {r['batch']} x {r['length']}" if r["kind"] == "prefill" else f"decode, batch {r['batch']}"
+        base = r["s"]["bf16, compiled"]
+        rows += [(what, name, f"{t * 1e3:.2f}", f"{tokens / t:.0f}", f"{base / t:.2f}x") for name, t in r["s"].items()]
+    memory = result["memory"]
+    lines = [
+        f"Weights {memory[name]['weights'] / 2**30:.2f} GiB, peak in a prefill of 2048 tokens "
+        f"{memory[name]['prefill_peak'] / 2**30:.2f} GiB ({name})."
+        for name in memory
+    ]
+    return table(("", "", "ms", "tokens/s", "against bf16 compiled"), rows) + "\n\n" + "\n".join(lines)
+
+
+def kernels(result: Result) -> str:
+    """Where the time of a compiled model goes."""
+    parts = []
+    for r in result["rows"]:
+        title = f"prefill {r['batch']} x {r['length']}" if r["kind"] == "prefill" else f"decode, batch {r['batch']}"
+        for name, times in r["kernels_us"].items():
+            rows = [(f"`{kernel[:60]}`", f"{us / 1e3:.2f}", f"{us / sum(times.values()):.0%}") for kernel, us in times.items()]
+            parts.append(f"{title}, {name}:\n\n{table(('kernel', 'ms', 'share'), rows[:9])}")
+    return "\n\n".join(parts)
+
+
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "demo": ("demo", demo),
     "accuracy": ("accuracy", accuracy),
     "sites": ("accuracy", sites),
     "cpu": ("cpu", cpu),
+    "gemm": ("gemm", gemm),
+    "ahead": ("gemm", ahead),
+    "model": ("model", model),
+    "kernels": ("model", kernels),
 }
 
 
@@ -132,6 +241,8 @@ def main() -> None:
             stale.append(str(page.relative_to(ROOT)))
             if not check:
                 page.write_text(filled, encoding="utf-8")
+    if not check:
+        roofline(json.loads((ROOT / "benchmarks" / "results" / "gemm.json").read_text(encoding="utf-8")))
     print(*stale or ["every table is up to date"], sep="\n")
     sys.exit(bool(stale) if check else 0)
 
