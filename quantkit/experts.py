@@ -7,6 +7,7 @@ putting the original back undoes it. It is used only where it computes the same,
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.modules import linears_of, replace_module, weight_of
+
+log = logging.getLogger("quantkit")
 
 
 class Experts(nn.Module):
@@ -97,6 +100,8 @@ def unfuse(model: nn.Module, *, only: Collection[str] | None = None) -> list[tup
             if only is not None or _computes_the_same(stand_in, module):
                 replace_module(model, name, stand_in)
                 replaced.append((name, module))
+            else:
+                log.warning("experts %s stay in floating point: taken apart, they would compute something else", name)
     except BaseException:
         put_back(model, replaced)
         raise

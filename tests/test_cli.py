@@ -132,11 +132,26 @@ def test_inspect(folder: Path, int8: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["quantize"], ["nonsense"], ["eval", "x"], ["inspect", "x", "--nonsense"], ["eval", "x", "-t", "y", "--windows", "0"]],
+    [
+        ["quantize"],
+        ["nonsense"],
+        ["eval", "x"],
+        ["inspect", "x", "--nonsense"],
+        ["eval", "x", "-t", "y", "--windows", "0"],
+        ["tune"],
+        ["tune", "--shape", "8x8", "--tokens", "0"],
+    ],
     ids=" ".join,
 )
 def test_misuse(arguments: list[str]) -> None:
     invoke(*arguments, code=2)
+
+
+def test_tune_without_a_gpu() -> None:
+    refused = shell("tune", "--shape", "64x64")
+    assert refused.returncode == 1
+    assert "cannot tune for cuda" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_exit_codes(folder: Path, int8: Path) -> None:
