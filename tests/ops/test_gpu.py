@@ -21,10 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from triton.compiler.errors import CompilationError
 
 from quantkit.errors import BackendError
 from quantkit.ops import reference
-from quantkit.ops.gpu import configs, tune
+from quantkit.ops.gpu import configs, operators, tune
 from quantkit.ops.gpu.configs import Decode, Gemm, Tile, Vector, padded
 from quantkit.ops.gpu.gemv import gemv
 from quantkit.ops.gpu.matmul import matmul
@@ -277,3 +278,20 @@ def test_shapes_of_a_model() -> None:
 def test_side_columns_of_a_fused_source_are_refused() -> None:
     with pytest.raises(ValueError, match="side columns"):
         quantize(torch.ones(1, 16), source="rms", side_index=torch.tensor([0]))
+
+
+def test_a_triton_with_another_gluon(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Hopper's kernels fail to compile: the portable one takes over, and that is said once."""
+
+    class Broken:
+        def multiply(self, *args: object, **kwargs: object) -> Tensor:
+            raise CompilationError(None, None, "async_load has been removed")
+
+    monkeypatch.setattr(operators, "hopper", Broken())
+    monkeypatch.setattr(configs, "capability", lambda device: 90)
+    q, w, sx, sw = codes(20, 64), codes(16, 64), torch.rand(20, 1), torch.rand(16)
+    for _ in range(2):
+        got = operators.matmul(q, sx, w, sw, torch.float16)
+        assert_same(got, reference.epilogue(reference.int_matmul(q, w), sx, sw, None, None, None, torch.float16))
+    assert len(caplog.records) == 1
+    assert "async_load has been removed" in caplog.text
