@@ -209,6 +209,7 @@ def kernels(result: Result) -> str:
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "demo": ("demo", demo),
     "accuracy": ("accuracy", accuracy),
+    "accuracy-llmcompressor": ("accuracy-llmcompressor", accuracy),
     "sites": ("accuracy", sites),
     "cpu": ("cpu", cpu),
     "gemm": ("gemm", gemm),

@@ -82,7 +82,7 @@ def test_api_reference_has_nothing_else() -> None:
 def test_generated_tables_are_marked() -> None:
     """``benchmarks/report.py`` fills what stands between these comments."""
     for page in PAGES:
-        marks = re.findall(r"<!-- (/?)results:(\w+) -->", prose(page))
+        marks = re.findall(r"<!-- (/?)results:([\w-]+) -->", prose(page))
         opened = [name for close, name in marks if not close]
         assert marks == [mark for name in opened for mark in (("", name), ("/", name))], page.name
 
