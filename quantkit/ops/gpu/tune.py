@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from quantkit.errors import BackendError
-from quantkit.linear import W8A8Linear
 from quantkit.modules import is_linear, weight_of
 from quantkit.ops.gpu import configs, operators, tunable
 from quantkit.ops.gpu.configs import Config, Decode, Gemm, Tile, Vector
@@ -144,7 +143,8 @@ def shapes_of(model: nn.Module) -> list[tuple[int, int]]:
     """(N, K) of the linears that are INT8, or would be, each once; they may be on the meta device."""
     embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = embeddings()
-    found = {(m.out_features, m.in_features) for m in model.modules() if isinstance(m, W8A8Linear)}
+    int8: list[Any] = [m for m in model.modules() if hasattr(m, "weight_scale")]
+    found = {(m.out_features, m.in_features) for m in int8}
     return sorted(found or {tuple(weight_of(m).shape) for m in model.modules() if is_linear(m) and m is not head})
 
 
