@@ -217,6 +217,16 @@ def test_tuned_choices_come_back(table: Path) -> None:
     assert configs.tuned_config(device, 1, 64, 48) is None
 
 
+def test_few_tokens_never_take_the_kernel_tuned_for_many(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes 16-bit results only, and would be slow: with nothing but 256 tokens tuned, 10 follow the built-in table."""
+    monkeypatch.setattr(configs, "capability", lambda device: 90)
+    tuned = Gemm(128, 5, early=True)
+    table.write_text(json.dumps({"64x32": {"256": configs.as_json(tuned)}}))
+    device = torch.device("cuda")
+    assert configs.choose(device, 256, 64, 32, tma=True) == tuned
+    assert configs.choose(device, 10, 64, 32, tma=True) == configs.hopper(10, 64)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"4096": {}}', '{"1x2": {"a": {}}}', '{"1x2": {"1": {"kernel": "Evil"}}}',
                                      '{"1x2": {"1": {"kernel": "Tile", "m": 1}}}', '{"1x2": 3}'])  # fmt: skip
 def test_a_damaged_table_counts_as_none(table: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
