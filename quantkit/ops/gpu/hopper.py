@@ -27,8 +27,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.ops.gpu.configs import Decode, Gemm
 
-load = getattr(tma, "async_load", tma.async_copy_global_to_shared)  # Triton 3.9 renamed both
-store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
+renamed = hasattr(tma, "async_load")  # in Triton 3.9
+load = tma.async_load if renamed else tma.async_copy_global_to_shared
+store = tma.async_store if renamed else tma.async_copy_shared_to_global
 ROWS = gl.constexpr(64)  # rows of a wgmma
 
 
