@@ -243,8 +243,13 @@ def check_layers() -> None:
                 assert same(layer(x[:size]), got[:size]), f"batch of {size}: {name} {scheme}"
             assert layer(x[:0]).shape == (0, n)
             if scheme == "w8a8":
+                torch.compiler.reset()
                 compiled = torch.compile(layer, fullgraph=True)
-                assert same(compiled(x), got), f"compiled {name}"
+                # Inductor rounds a scale its own way: one code in some thousand falls on the other side of a tie
+                assert relative(compiled(x), got) < 1e-3, f"compiled {name} {relative(compiled(x), got)}"
+                hostile = x.clone()
+                hostile[1], hostile[2, 5], hostile[3, 6] = 0, torch.nan, torch.inf
+                assert same(compiled(hostile).isnan().any(1), layer(hostile).isnan().any(1)), f"compiled {name}, NaN"
                 graph, out = captured(layer, x)
                 x.copy_(rand(40, k))
                 graph.replay()

@@ -39,15 +39,17 @@ class Plain:
         """``q [M, K] @ weight [N, K]^T`` to int32, exact."""
         return reference.int_matmul(q, layer.weight)
 
+    def codes(self, layer: W8A8Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes ``[M, K]`` int8, scale ``[M, 1]`` float32 and zero point of the rewritten activation."""
+        scheme, zero = layer.scheme, layer.input_zero_point
+        if layer.input_scale is None:
+            return reference.quantize_rows(x, bits=scheme.activation_bits, symmetric=scheme.symmetric)
+        return *reference.quantize_static(x, layer.input_scale, zero, bits=scheme.activation_bits), zero
+
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
-        scheme, dtype = layer.scheme, x.dtype
+        dtype = x.dtype
         x, side = layer.prepare_input(x)
-        zero: Tensor | None
-        if layer.input_scale is not None:
-            zero = layer.input_zero_point
-            q, scale = reference.quantize_static(x, layer.input_scale, zero, bits=scheme.activation_bits)
-        else:
-            q, scale, zero = reference.quantize_rows(x, bits=scheme.activation_bits, symmetric=scheme.symmetric)
+        q, scale, zero = self.codes(layer, x)
         acc = self.matmul(layer, q)
         extra = layer.bias
         if side is not None:

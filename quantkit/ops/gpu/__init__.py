@@ -78,6 +78,13 @@ class GPU(Plain):
             ops = torch.ops.quantkit
         if x.shape[0] == 1 and packed.vector:
             return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, layer.pre_scale)
+        if torch.compiler.is_compiling() and not layer.rotation_block and layer.outlier_index is None:
+            # Plain torch that Inductor fuses with the norm or gate before it, and with the same for other linears; the
+            # kernel's arithmetic, but for a division that Triton may round another way (a scale off by one ulp).
+            q, scale, zero = self.codes(layer, layer.prepare_input(x)[0])
+            if padding := packed.codes.shape[1] - q.shape[1]:
+                q = torch.nn.functional.pad(q, (0, padding))
+            return ops.matmul(q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias)
         out = ops.quantize(
             x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=layer.pre_scale,
             permutation=layer.permutation, rotation=layer.rotation_block, signs=layer.rotation_signs,
