@@ -50,6 +50,12 @@ class Inputs:
         return [torch.randn(self.m, self.k, device=DEVICE).bfloat16() for _ in range(self.copies)]
 
     @functools.cached_property
+    def x_outliers(self) -> list[Tensor]:
+        """The same with 8 channels that reach the threshold of LLM.int8()."""
+        factor = torch.ones(self.k, device=DEVICE).index_fill(0, torch.arange(8, device=DEVICE) * (self.k // 8), 20)
+        return [(x * factor).bfloat16() for x in self.x]
+
+    @functools.cached_property
     def q(self) -> list[Tensor]:
         return [int8(self.m, self.k) for _ in range(self.copies)]
 
@@ -78,6 +84,18 @@ def at(values: list[Any], i: int) -> Any:
     return values[i % len(values)]
 
 
+class Calls:
+    """In place of a CUDA graph, for peers that read results back on the host: their launches count."""
+
+    def __init__(self, call: Call, indices: list[int]) -> None:
+        self.call, self.indices = call, indices
+        self.replay()
+
+    def replay(self) -> None:
+        for i in self.indices:
+            self.call(i)
+
+
 def ours_given(a: Inputs) -> Call:
     return lambda i: operators.matmul(at(a.q, i), a.sx, at(a.w, i), a.sw, torch.bfloat16)
 
@@ -91,6 +109,23 @@ def ours(a: Inputs) -> Call:
         return operators.matmul(q, s, at(a.w, i), a.sw, torch.bfloat16)
 
     return call
+
+
+def ours_with_columns(n: int) -> Callable[[Inputs], Call | None]:
+    """``n`` outlier columns beside the INT8 product, as LLMInt8 leaves them."""
+
+    def candidate(a: Inputs) -> Call | None:
+        index = torch.arange(n, device=DEVICE) * (a.k // n)
+        side = torch.randn(a.n, n, device=DEVICE, dtype=torch.bfloat16)
+        kept = torch.ones(a.k, device=DEVICE).index_fill(0, index, 0)
+
+        def call(i: int) -> Tensor:
+            q, s, x = operators.quantize(at(a.x_outliers, i), pre_scale=kept, side_index=index)
+            return operators.matmul(q, s, at(a.w, i), a.sw, torch.bfloat16, side=x, side_weight=side)
+
+        return call
+
+    return candidate
 
 
 def ours_quantize(a: Inputs) -> Call:
@@ -221,7 +256,7 @@ def peers() -> dict[str, Callable[[Inputs], Call | None]]:
                     layer = bnb.nn.Linear8bitLt(a.k, a.n, bias=False, has_fp16_weights=False, threshold=threshold)
                     layer.weight = bnb.nn.Int8Params(w.half(), requires_grad=False, has_fp16_weights=False)
                     layers.append(layer.to(DEVICE))
-                return lambda i: at(layers, i)(at(a.x, i))
+                return lambda i: at(layers, i)(at(a.x_outliers if threshold else a.x, i))
 
             return candidate
 
@@ -260,6 +295,8 @@ def peers() -> dict[str, Callable[[Inputs], Call | None]]:
     return found
 
 
+UNCAPTURABLE = {"bf16: bitsandbytes, threshold 6"}
+
 CANDIDATES: dict[str, Callable[[Inputs], Call | None]] = {
     "given: quantkit": ours_given, "bf16: quantkit": ours, "quantize: quantkit": ours_quantize,
     "bf16: F.linear": bf16, "given: torch._int_mm": int_mm, "given: fp8 _scaled_mm": fp8,
@@ -272,7 +309,7 @@ def measure(
     """Candidate -> cold (and hot) microseconds a call."""
     floor = max(2e-6, a.m * a.n * a.k / 700e12, a.n * a.k / 3e12)
     calls = max(a.copies, min(40, int(400e-6 / floor)))
-    graphs: dict[tuple[str, str], torch.cuda.CUDAGraph] = {}
+    graphs: dict[tuple[str, str], Any] = {}
     kept = []  # what a call holds must live as long as its graph
     for name, make in candidates.items():
         try:
@@ -280,9 +317,10 @@ def measure(
             if call is None:
                 continue
             kept.append(call)
-            graphs[name, "cold"] = graph_of(call, list(range(calls)))
+            prepare = Calls if name in UNCAPTURABLE else graph_of
+            graphs[name, "cold"] = prepare(call, list(range(calls)))
             if hot:
-                graphs[name, "hot"] = graph_of(call, [0] * calls)
+                graphs[name, "hot"] = prepare(call, [0] * calls)
         except Exception as error:  # noqa: BLE001  a peer that cannot run this shape
             print(f"  {name}: {type(error).__name__}: {str(error)[:100]}", flush=True)
             torch.cuda.synchronize()
@@ -329,6 +367,7 @@ def main() -> None:
     parser.add_argument("--variants", action="store_true", help="our kernels at other settings")
     parser.add_argument("--peers", action="store_true", help="bitsandbytes, torchao, gemlite, those that are installed")
     parser.add_argument("--hot", action="store_true", help="one copy of the weight as well")
+    parser.add_argument("--columns", nargs="*", type=int, default=[], help="outlier columns beside the INT8 product")
     parser.add_argument("--only", nargs="*", default=["*"], help="globs over the names of candidates")
     parser.add_argument("--name", default="gemm", help="of the result")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile kernels before the measurement")
@@ -339,6 +378,7 @@ def main() -> None:
     candidates |= probe(args.probe) if args.probe else {}
     candidates |= variants() if args.variants else {}
     candidates |= peers() if args.peers else {}
+    candidates |= {f"bf16: quantkit, {n} columns": ours_with_columns(n) for n in args.columns}
     candidates = {name: c for name, c in candidates.items() if any(fnmatch(name, pattern) for pattern in args.only)}
     if args.compile is not None:
         run_once(dict(list(candidates.items())[args.compile :: args.jobs]), args)

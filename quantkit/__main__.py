@@ -1,0 +1,5 @@
+"""``python -m quantkit`` is ``quantkit``."""
+
+from quantkit.cli import run
+
+run()
