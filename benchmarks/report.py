@@ -137,6 +137,16 @@ def gemm(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+def peers(result: Result) -> str:
+    """Libraries, all from bf16 activations."""
+    names = list(dict.fromkeys(n for r in result["rows"] for n in r["us"] if n.startswith("bf16: ") and "columns" not in n))
+    rows = [
+        (str(r["m"]), f"{r['n']} x {r['k']}", *(f"{r['us'][n]['cold']:.1f}" if n in r["us"] else "refused" for n in names))
+        for r in result["rows"]
+    ]
+    return table(("tokens", "weight", *(n.removeprefix("bf16: ") for n in names)), rows)
+
+
 def ahead(result: Result) -> str:
     """Where something else is faster."""
     lines = []
@@ -214,6 +224,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "cpu": ("cpu", cpu),
     "gemm": ("gemm", gemm),
     "ahead": ("gemm", ahead),
+    "peers": ("peers", peers),
     "model": ("model", model),
     "kernels": ("model", kernels),
 }
