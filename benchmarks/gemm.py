@@ -116,7 +116,7 @@ def ours_with_columns(n: int) -> Callable[[Inputs], Call | None]:
 
     def candidate(a: Inputs) -> Call | None:
         index = torch.arange(n, device=DEVICE) * (a.k // n)
-        side = torch.randn(a.n, n, device=DEVICE, dtype=torch.bfloat16)
+        side = torch.randn(a.n, configs.padded_side(n), device=DEVICE, dtype=torch.bfloat16)
         kept = torch.ones(a.k, device=DEVICE).index_fill(0, index, 0)
 
         def call(i: int) -> Tensor:

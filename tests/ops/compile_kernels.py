@@ -51,7 +51,7 @@ def compiled(
 
 
 def quantize(arch: int, **features: Any) -> dict[str, Any]:
-    types = dict.fromkeys(("M", "K", "padded", "stride_xm", "stride_2m", "stride_2k", "side_count"), "i32") | {
+    types = dict.fromkeys(("M", "K", "padded", "stride_xm", "stride_2m", "stride_2k", "side_count", "side_stride"), "i32") | {
         "X": "*bf16",
         "Q": "*i8",
         "S": "*fp32",
@@ -92,8 +92,13 @@ def described(rows: int, columns: int, dtype: torch.dtype = torch.int8) -> str:
     return f"tensordesc<{NAMES[dtype]}[{rows}, {columns}],{hopper.box(rows, columns, dtype)!r}>"
 
 
-def gluon(config: configs.Gemm | configs.Decode, dtype: torch.dtype = torch.bfloat16, **extra: str) -> dict[str, Any]:
+def gluon(
+    config: configs.Gemm | configs.Decode, dtype: torch.dtype = torch.bfloat16, sides: int = 0, **extra: str
+) -> dict[str, Any]:
     types = dict.fromkeys(("M", "N", "K", "zero_stride"), "i32") | {"SX": "*fp32", "SW": "*fp32"} | extra
+    tokens, rows = (64, config.columns) if isinstance(config, configs.Gemm) else (config.tokens, 64)
+    if sides:
+        types |= {"x_desc": described(tokens, configs.SIDE, dtype), "v_desc": described(rows, configs.SIDE, dtype)}
     options: dict[str, Any] = {"num_warps": 4, "launch_pdl": config.early}
     if isinstance(config, configs.Gemm):
         types |= {
@@ -102,13 +107,14 @@ def gluon(config: configs.Gemm | configs.Decode, dtype: torch.dtype = torch.bflo
             "y_desc": described(64, config.width, dtype),
         }
         constants = {"GROUP": config.group, "BN": config.columns, "BK": 128, "STAGES": config.stages, "WIDTH": config.width}
-        return compiled(hopper.gemm_kernel, 90, types, constants | {"SLOTS": 1 if extra else 2, "PDL": config.early}, options)
+        constants |= {"SLOTS": 1 if extra else 2, "SIDES": sides, "PDL": config.early}
+        return compiled(hopper.gemm_kernel, 90, types, constants, options)
     types |= {
         "q_desc": described(config.tokens, config.block_k),
         "w_desc": described(64, config.block_k),
         "Y": f"*{NAMES[dtype]}",
     } | ({"y_desc": described(config.tokens, 64, dtype)} if config.staged else {})
-    constants = {"TOKENS": config.tokens, "BK": config.block_k, "STAGES": config.stages, "PDL": config.early}
+    constants = {"TOKENS": config.tokens, "BK": config.block_k, "STAGES": config.stages, "SIDES": sides, "PDL": config.early}
     return compiled(hopper.decode_kernel, 90, types, constants, options | {"maxnreg": config.registers})
 
 
@@ -132,13 +138,17 @@ def main() -> None:
         tiles = sorted({configs.portable(arch, m, n) for m in (1, 32, 64, 128, 256, 8192) for n in (4096, 28672)}, key=astuple)
         for tile in tiles:
             out[f"matmul {arch} {tile}"] = matmul(arch, tile)
-        for tile in (tiles[0], configs.portable(arch, 8192, 4096, two_sums=True)):
+        for tile in (tiles[0], configs.portable(arch, 8192, 4096, segments=True)):
             out[f"matmul {arch} {tile} zero bias"] = matmul(arch, tile, **zero, **bias)
             out[f"matmul {arch} {tile} segments"] = matmul(arch, tile, BORDERS="*i32", SEGMENTS=4)
+        for tile in tiles:
             out[f"matmul {arch} {tile} side"] = matmul(arch, tile, SIDE="*bf16", SIDEW="*bf16")
     for config in chosen():
         out[f"hopper 90 {config}"] = gluon(config)
         out[f"hopper 90 {config} zero bias"] = gluon(config, torch.float16, ZP="*i32", WSUM="*i32", B="*fp32")
+        for sides in (1, 2):
+            out[f"hopper 90 {config} {sides} sides"] = gluon(config, sides=sides)
+        out[f"hopper 90 {config} side zero bias"] = gluon(config, sides=1, ZP="*i32", WSUM="*i32", B="*bf16")
     json.dump(out, sys.stdout, indent=1)
 
 

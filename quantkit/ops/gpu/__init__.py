@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import BackendError
-from quantkit.ops.gpu.configs import padded
+from quantkit.ops.gpu.configs import padded, padded_side
 from quantkit.ops.plain import Plain
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class GPUPacked:
     codes: Tensor
     scale: Tensor
     sums: Tensor | None
+    side_weight: Tensor | None
     vector: bool
 
 
@@ -61,11 +62,14 @@ class GPU(Plain):
         weight = layer.weight.contiguous()
         if padded(k) != k:
             weight = torch.nn.functional.pad(weight, (0, padded(k) - k))
+        side = layer.outlier_weight
+        if side is not None:
+            side = torch.nn.functional.pad(side, (0, padded_side(side.shape[1]) - side.shape[1])).contiguous()
         rest = (layer.shift, layer.permutation, layer.outlier_index)
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block
         return GPUPacked(
             self, layer.weight.device, layer.weight, weight, layer.weight_scale.reshape(-1).float().contiguous(),
-            None if layer.scheme.symmetric else weight.sum(dim=1, dtype=torch.int32),
+            None if layer.scheme.symmetric else weight.sum(dim=1, dtype=torch.int32), side,
             vector and all(v is None for v in rest),
         )  # fmt: skip
 
@@ -92,10 +96,12 @@ class GPU(Plain):
         )  # fmt: skip
         q, scale = out[:2]
         zero = out[2] if not scheme.symmetric and not scheme.is_static else layer.input_zero_point
-        side = None if layer.outlier_index is None else out[-1]
+        if packed.side_weight is None:
+            return ops.matmul(q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias)
         return ops.matmul(
-            q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, side, layer.outlier_weight
-        )
+            q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, out[-1],
+            packed.side_weight.to(x.dtype),
+        )  # fmt: skip
 
 
 def tunable(device: str | torch.device) -> torch.device:

@@ -83,6 +83,15 @@ def padded(channels: int) -> int:
     return -(-channels // 16) * 16
 
 
+SIDE = 64
+"""Outlier columns come in steps of so many: 128 bytes in 16 bit, as wide as a row of codes in a slot of the ring."""
+
+
+def padded_side(columns: int) -> int:
+    """Outlier columns as the kernels take them."""
+    return -(-columns // SIDE) * SIDE
+
+
 Config = Tile | Gemm | Decode | Vector
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Tile, Gemm, Decode, Vector)}
 PROGRAMS = 120
@@ -111,14 +120,14 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def portable(arch: int, m: int, n: int, *, two_sums: bool = False) -> Tile:
-    """A tile of the kernel that runs everywhere; segments and side products hold a second accumulator in registers."""
+def portable(arch: int, m: int, n: int, *, segments: bool = False) -> Tile:
+    """A tile of the kernel that runs everywhere; segments hold a second accumulator in registers."""
     for limit, tile in TILES.items():
         if m <= limit:
             return tile
     if m <= 128 or -(-m // 128) * -(-n // 256) < PROGRAMS:
         return Tile(128, 64, 128, 8, 4, 4) if arch != 89 else Tile(128, 64, 64, 8, 4, 4)
-    if two_sums:
+    if segments:
         return LARGE[89]
     return LARGE[max((a for a in LARGE if a <= arch), default=80)]
 
@@ -144,20 +153,20 @@ def vector(k: int, *, given: bool = False) -> Vector:
     return Vector(8, 2, 4) if k <= 4096 else Vector(4, 2, 8) if k <= 8192 else Vector(2, 2, 8)
 
 
-def choose(device: torch.device, m: int, n: int, k: int, *, tma: bool = False, two_sums: bool = False) -> Tile | Gemm | Decode:
+def choose(device: torch.device, m: int, n: int, k: int, *, tma: bool = False, segments: bool = False) -> Tile | Gemm | Decode:
     """The kernel for ``[m, k] x [n, k]^T``, the same bits whichever it is.
 
     Args:
         tma: the operands obey the rules of :mod:`.hopper`, which is there.
-        two_sums: there are segments or a side product.
+        segments: K comes in segments.
     """
-    if not two_sums:
+    if not segments:
         config = tuned_config(device, m, n, k)
         # few tokens in a Gemm: the next larger number that was tuned is far away, and the table knows better
         if isinstance(config, Tile) or (tma and isinstance(config, Decode if m <= 64 else Gemm | Decode)):
             return config
     arch = capability(device)
-    return hopper(m, n) if arch == 90 and tma else portable(arch, m, n, two_sums=two_sums)
+    return hopper(m, n) if arch == 90 and tma else portable(arch, m, n, segments=segments)
 
 
 # ---- what quantkit tune found

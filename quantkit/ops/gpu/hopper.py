@@ -25,12 +25,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quantkit.ops.gpu import configs
 from quantkit.ops.gpu.configs import Decode, Gemm
 
 renamed = hasattr(tma, "async_load")  # in Triton 3.9
 load = tma.async_load if renamed else tma.async_copy_global_to_shared
 store = tma.async_store if renamed else tma.async_copy_shared_to_global
 ROWS = gl.constexpr(64)  # rows of a wgmma
+SIDE = gl.constexpr(configs.SIDE)
 
 
 @gluon.jit
@@ -59,12 +61,18 @@ def following(stage, phase, STAGES: gl.constexpr):
     return stage, phase
 
 
+@gluon.jit
+def side_of(buffer, desc):
+    """A slot of the ring as a tile of 16-bit columns."""
+    return buffer._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+
+
 # ---- many tokens: y = q W^T, 128 tokens (64 for each of two consumers) by BN columns
 
 
 @gluon.jit
-def gemm_producer(q_desc, w_desc, q_ring, w_ring, full, empty, M, N, KT,
-                  GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def gemm_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, M, N, KT, GROUP: gl.constexpr,
+                  BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr):  # fmt: skip
     tiles_m, tiles_n = gl.cdiv(M, 2 * ROWS), gl.cdiv(N, BN)
     stage, phase = 0, 1
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -77,6 +85,15 @@ def gemm_producer(q_desc, w_desc, q_ring, w_ring, full, empty, M, N, KT,
             for c in gl.static_range(2):
                 load(q_desc, [first_row(tm, M, 2 * ROWS) + c * ROWS, k * BK], bar, q_ring.index(stage * 2 + c))
             stage, phase = following(stage, phase, STAGES)
+        for s in gl.static_range(SIDES):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            mbarrier.expect(bar, (2 * ROWS + BN) * 2 * SIDE)
+            load(v_desc, [tn * BN, s * SIDE], bar, side_of(w_ring.index(stage), v_desc))
+            for c in gl.static_range(2):
+                row = first_row(tm, M, 2 * ROWS) + c * ROWS
+                load(x_desc, [row, s * SIDE], bar, side_of(q_ring.index(stage * 2 + c), x_desc))
+            stage, phase = following(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -87,17 +104,23 @@ def halves(x, BN: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def put(acc, column: gl.constexpr, row, first, sx, zero, columns, y_desc, staging, slot: gl.constexpr,
-        WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
-    """Rescale ``acc [64, WIDTH]``, which starts at ``column`` of the tile, and send it out through a staging tile."""
-    layout: gl.constexpr = acc.type.layout
-    along: gl.constexpr = gl.SliceLayout(0, layout)
+def rescaled(acc, column: gl.constexpr, sx, zero, columns, WIDTH: gl.constexpr, ZERO: gl.constexpr):
+    """``acc [64, WIDTH]``, which starts at ``column`` of the tile, in float32."""
+    along: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
     if ZERO:
         sums = columns.index(2).slice(column, WIDTH).load(along).to(gl.int32, bitcast=True)
         acc = acc - zero[:, None] * sums[None, :]
-    y = (acc.to(gl.float32) * sx[:, None]) * columns.index(0).slice(column, WIDTH).load(along)[None, :]
+    return (acc.to(gl.float32) * sx[:, None]) * columns.index(0).slice(column, WIDTH).load(along)[None, :]
+
+
+@gluon.jit
+def put(y, column: gl.constexpr, row, first, sx, zero, columns, y_desc, staging, slot: gl.constexpr,
+        WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr, SIDES: gl.constexpr):  # fmt: skip
+    """Finish ``y [64, WIDTH]``, which starts at ``column`` of the tile, and send it out through a staging tile."""
+    if SIDES == 0:
+        y = rescaled(y, column, sx, zero, columns, WIDTH, ZERO)
     if BIAS:
-        y = y + columns.index(1).slice(column, WIDTH).load(along)[None, :]
+        y = y + columns.index(1).slice(column, WIDTH).load(gl.SliceLayout(0, y.type.layout))[None, :]
     tma.store_wait(SLOTS - 1)  # until this staging tile is free again
     buffer = staging.index(slot % SLOTS)
     buffer.store(y.to(y_desc.dtype))
@@ -106,11 +129,12 @@ def put(acc, column: gl.constexpr, row, first, sx, zero, columns, y_desc, stagin
 
 
 @gluon.jit
-def gemm_consumer(c: gl.constexpr, q_ring, w_ring, full, empty, staging, columns, y_desc, SX, SW, ZP, WSUM, B, M, N, KT,
-                  zero_stride, GROUP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
-                  SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, staging, columns, y_desc, SX, SW, ZP, WSUM, B,
+                  M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
+                  SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr, SIDES: gl.constexpr):  # fmt: skip
     # int8 wgmma with N = 256 aborts the compiler (Triton 3.6 and 3.9): two of 128 make up the tile
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 32])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 16])  # of the 16-bit product
     half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN // 2, 128), 32])
     quarter: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN // 4, 32])
     last: gl.constexpr = half if WIDTH * 2 == BN else quarter
@@ -146,26 +170,37 @@ def gemm_consumer(c: gl.constexpr, q_ring, w_ring, full, empty, staging, columns
         zero = m
         if ZERO:
             zero = gl.load(ZP + m * zero_stride, mask=m < M, other=0)
+        if SIDES > 0:
+            # The INT32 registers become float32 ones, and take the 16-bit product on top.
+            acc = gl.convert_layout(rescaled(acc, 0, sx, zero, columns, BN, ZERO), wide)
+            for _ in gl.static_range(SIDES):
+                mbarrier.wait(full.index(stage), phase)
+                x, v = side_of(q_ring.index(stage * 2 + c), x_desc), side_of(w_ring.index(stage), v_desc)
+                acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(x, v.permute((1, 0)), acc, is_async=True)])
+                mbarrier.arrive(empty.index(stage), count=1)
+                stage, phase = following(stage, phase, STAGES)
+            acc = gl.convert_layout(acc, layout)
         sx, zero = gl.convert_layout(sx, gl.SliceLayout(1, last)), gl.convert_layout(zero, gl.SliceLayout(1, last))
         left, right = halves(acc, BN, half)
         if WIDTH * 2 == BN:
-            put(left, 0, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS)
-            put(right, WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS)
+            put(left, 0, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS, SIDES)
+            put(right, WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS, SIDES)
         else:
             a, b = halves(left, BN // 2, quarter)
-            put(a, 0, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS)
-            put(b, WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS)
+            put(a, 0, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS, SIDES)
+            put(b, WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS, SIDES)
             a, b = halves(right, BN // 2, quarter)
-            put(a, 2 * WIDTH, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS)
-            put(b, 3 * WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS)
+            put(a, 2 * WIDTH, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS, SIDES)
+            put(b, 3 * WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS, SIDES)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
-def gemm_kernel(q_desc, w_desc, y_desc, SX, SW, ZP, WSUM, B, M, N, K, zero_stride,
+def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, M, N, K, zero_stride,
                 GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
-                SLOTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
-    """``y [M, N]`` in 16 bit from descriptors of ``q [M, K]`` (boxes of 64 x BK), ``w [N, K]`` (BN x BK) and y (64 x WIDTH)."""
+                SLOTS: gl.constexpr, SIDES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    """``y [M, N]`` in 16 bit from descriptors of ``q [M, K]`` (boxes of 64 x BK), ``w [N, K]`` (BN x BK) and y (64 x WIDTH); with
+    SIDES > 0 of ``x [M, 64 SIDES]`` (64 x 64) and ``v [N, 64 SIDES]`` (BN x 64) in 16 bit, whose product is added."""
     ZERO: gl.constexpr = ZP is not None
     BIAS: gl.constexpr = B is not None
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -186,11 +221,11 @@ def gemm_kernel(q_desc, w_desc, y_desc, SX, SW, ZP, WSUM, B, M, N, K, zero_strid
         gdc_launch_dependents()
         gdc_wait()
     gl.warp_specialize([
-        (gemm_consumer, (0, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride,
-                         GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS)),
-        (gemm_consumer, (1, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride,
-                         GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS)),
-        (gemm_producer, (q_desc, w_desc, q_ring, w_ring, full, empty, M, N, KT, GROUP, BN, BK, STAGES)),
+        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B, M, N, KT,
+                         zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
+        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B, M, N, KT,
+                         zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
+        (gemm_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, M, N, KT, GROUP, BN, BK, STAGES, SIDES)),
     ], [4, 1], [232, 24])  # fmt: skip
 
 
@@ -198,8 +233,8 @@ def gemm_kernel(q_desc, w_desc, y_desc, SX, SW, ZP, WSUM, B, M, N, K, zero_strid
 
 
 @gluon.jit
-def decode_producer(q_desc, w_desc, q_ring, w_ring, full, empty, M, N, KT,
-                    TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, M, N, KT, TOKENS: gl.constexpr,
+                    BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     token = first_row(gl.program_id(0), M, TOKENS)
     stage, phase = 0, 1
     fetched = 0
@@ -226,11 +261,19 @@ def decode_producer(q_desc, w_desc, q_ring, w_ring, full, empty, M, N, KT,
             load(w_desc, [t * ROWS, k * BK], bar, w_ring.index(stage))
             load(q_desc, [token, k * BK], bar, q_ring.index(stage))
             stage, phase = following(stage, phase, STAGES)
+        for s in gl.static_range(SIDES):
+            mbarrier.wait(empty.index(stage), phase)
+            bar = full.index(stage)
+            mbarrier.expect(bar, (ROWS + TOKENS) * 2 * SIDE)
+            load(v_desc, [t * ROWS, s * SIDE], bar, side_of(w_ring.index(stage), v_desc))
+            load(x_desc, [token, s * SIDE], bar, side_of(q_ring.index(stage), x_desc))
+            stage, phase = following(stage, phase, STAGES)
 
 
 @gluon.jit
-def decode_consumer(q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride,
-                    TOKENS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride,
+                    TOKENS: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])  # of the 16-bit product
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
     token = first_row(gl.program_id(0), M, TOKENS)
     m = token + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
@@ -257,6 +300,15 @@ def decode_consumer(q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP,
             zero = gl.load(ZP + m * zero_stride, mask=m < M, other=0)
             total = total - gl.load(WSUM + n, mask=n < N, other=0)[:, None] * zero[None, :]
         y = (total.to(gl.float32) * sx[None, :]) * sw[:, None]
+        if SIDES > 0:
+            y = gl.convert_layout(y, wide)
+            for _ in gl.static_range(SIDES):
+                mbarrier.wait(full.index(stage), phase)
+                x, v = side_of(q_ring.index(stage), x_desc), side_of(w_ring.index(stage), v_desc)
+                y = warpgroup_mma_wait(0, deps=[warpgroup_mma(v, x.permute((1, 0)), y, is_async=True)])
+                mbarrier.arrive(empty.index(stage), count=1)
+                stage, phase = following(stage, phase, STAGES)
+            y = gl.convert_layout(y, layout)
         if B is not None:
             y = y + gl.load(B + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
         y = y.to(Y.dtype.element_ty)
@@ -272,9 +324,10 @@ def decode_consumer(q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP,
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
-def decode_kernel(q_desc, w_desc, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, K, zero_stride,
-                  TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
-    """``y [M, N]`` from descriptors of ``q [M, K]`` (boxes of TOKENS x BK) and ``w [N, K]`` (64 x BK)."""
+def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, K, zero_stride, TOKENS: gl.constexpr,
+                  BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    """``y [M, N]`` from descriptors of ``q [M, K]`` (boxes of TOKENS x BK) and ``w [N, K]`` (64 x BK); with SIDES > 0 of
+    ``x [M, 64 SIDES]`` (TOKENS x 64) and ``v [N, 64 SIDES]`` (64 x 64) in 16 bit, whose product is added."""
     q_ring = gl.allocate_shared_memory(gl.int8, [STAGES, TOKENS, BK], q_desc.layout)
     w_ring = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, BK], w_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -288,9 +341,10 @@ def decode_kernel(q_desc, w_desc, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, K, zero_
         staging = gl.allocate_shared_memory(y_desc.dtype, [TOKENS, ROWS], y_desc.layout)
     KT = gl.cdiv(K, BK)
     gl.warp_specialize([
-        (decode_consumer, (q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride,
-                           TOKENS, STAGES, PDL)),
-        (decode_producer, (q_desc, w_desc, q_ring, w_ring, full, empty, M, N, KT, TOKENS, BK, STAGES, PDL)),
+        (decode_consumer, (x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, KT,
+                           zero_stride, TOKENS, STAGES, SIDES, PDL)),
+        (decode_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, M, N, KT, TOKENS, BK, STAGES, SIDES,
+                           PDL)),
     ], [1], [40])  # fmt: skip
 
 
@@ -321,29 +375,42 @@ def multiply(
     zero: Tensor | None = None,
     wsum: Tensor | None = None,
     bias: Tensor | None = None,
+    side: Tensor | None = None,
+    side_weight: Tensor | None = None,
     config: Gemm | Decode,
 ) -> Tensor:
-    """``[M, N]`` of a 16-bit ``dtype`` (any float with :class:`Decode`); arguments as those of the portable ``matmul``."""
+    """``[M, N]`` of a 16-bit ``dtype`` (any float with :class:`Decode`); arguments as those of the portable ``matmul``.
+
+    Side columns are in 16 bit, and a multiple of ``configs.SIDE``.
+    """
     (m, k), n = q.shape, len(weight)
     y = q.new_empty((m, n), dtype=dtype)
     zero_stride = 1 if zero is not None and zero.numel() > 1 else 0
+    sides = 0 if side is None else side.shape[1] // configs.SIDE
+
+    def described_sides(rows: int, weight_rows: int) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+        if side is None or side_weight is None:
+            return None, None
+        return described(side, rows, configs.SIDE), described(side_weight, weight_rows, configs.SIDE)
+
     options = {"num_warps": 4, "enable_fp_fusion": False, "launch_pdl": config.early}
     if isinstance(config, Gemm):
         tiles = triton.cdiv(m, 128) * triton.cdiv(n, config.columns)
         gemm_kernel[(min(processors(q.device), tiles),)](
-            described(q, 64, config.block_k), described(weight, config.columns, config.block_k), described(y, 64, config.width),
+            described(q, 64, config.block_k), described(weight, config.columns, config.block_k),
+            *described_sides(64, config.columns), described(y, 64, config.width),
             sx, sw, zero, wsum, bias, m, n, k, zero_stride,
             config.group, config.columns, config.block_k, config.stages, config.width,
-            2 if bias is None and zero is None else 1, config.early, **options,
+            2 if bias is None and zero is None else 1, sides, config.early, **options,
         )  # fmt: skip
     else:
         groups = triton.cdiv(m, config.tokens)
         staged = config.staged and n % 8 == 0 and dtype in TYPES
         decode_kernel[(groups, max(1, min(processors(q.device) // groups, triton.cdiv(n, 64))))](
             described(q, config.tokens, config.block_k), described(weight, 64, config.block_k),
-            described(y, config.tokens, 64) if staged else None,
+            *described_sides(config.tokens, 64), described(y, config.tokens, 64) if staged else None,
             y, sx, sw, zero, wsum, bias, m, n, k, zero_stride,
-            config.tokens, config.block_k, config.stages, config.early, maxnreg=config.registers, **options,
+            config.tokens, config.block_k, config.stages, sides, config.early, maxnreg=config.registers, **options,
         )  # fmt: skip
     return y
 

@@ -1,6 +1,6 @@
 """INT8 matrix product for any shape on any GPU that Triton knows: pointers, masks, ``tl.dot``.
 
-``y = (sum over segments g of (acc_g - zero * wsum) * sx[:, g] * sw[:, g]) + (side sidew^T + bias)``, in that order, in float32.
+``y = (sum over segments g of (acc_g - zero * wsum) * sx[:, g] * sw[:, g]) + side sidew^T + bias``, in that order, in float32.
 """
 
 from __future__ import annotations
@@ -59,16 +59,12 @@ def matmul_kernel(
             y += acc.to(tl.float32) * sx[:, None] * sw[None, :]
     if SIDE is not None:
         j = tl.arange(0, 16)
-        extra = tl.zeros((BM, BN), tl.float32)
-        for start in range(0, side_count, 16):
+        for start in range(0, side_count, 16):  # into the accumulators that held the integers
             real = start + j < side_count
             a = tl.load(SIDE + row[:, None] * side_count + (start + j)[None, :], mask=real[None, :], other=0.0)
             b = tl.load(SIDEW + column[None, :] * side_count + (start + j)[:, None], mask=real[:, None], other=0.0)
-            extra = tl.dot(a, b, extra, input_precision="ieee")
-        if BIAS is not None:
-            extra += tl.load(BIAS + column).to(tl.float32)[None, :]
-        y += extra
-    elif BIAS is not None:
+            y = tl.dot(a, b, y, input_precision="ieee")
+    if BIAS is not None:
         y += tl.load(BIAS + column).to(tl.float32)[None, :]
     tl.store(Y + m.to(tl.int64)[:, None] * N + n[None, :], y.to(Y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 

@@ -65,13 +65,16 @@ def matmul(
     plain = zero is None and side is None and borders is None
     if m == 1 and plain and k % 16 == 0:
         return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, config=configs.vector(k, given=True))
-    two_sums = side is not None or borders is not None
     tma = hopper is not None and k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0
-    tma = tma and not two_sums and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
-    config = configs.choose(q.device, m, n, k, tma=tma, two_sums=two_sums)
+    tma = tma and borders is None and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
+    if side is not None:
+        tma = tma and side.shape[1] % configs.SIDE == 0 and side.dtype in SIXTEEN
+    config = configs.choose(q.device, m, n, k, tma=tma, segments=borders is not None)
     if not isinstance(config, configs.Tile):
         try:
-            return hopper.multiply(q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, config=config)
+            return hopper.multiply(
+                q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight, config=config
+            )
         except CompilationError as error:
             _do_without_hopper(error)
             config = configs.portable(configs.capability(q.device), m, n)
@@ -118,7 +121,7 @@ def _(x, *, symmetric=True, source="", x2=None, side_index=None, in_scale=None, 
     m, k = x.shape
     out = [x.new_empty((m, configs.padded(k)), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)]
     out += [] if symmetric or in_scale is not None else [x.new_empty((m, 1), dtype=torch.int32)]
-    out += [] if side_index is None else [x.new_empty((m, len(side_index)))]
+    out += [] if side_index is None else [x.new_empty((m, configs.padded_side(len(side_index))))]
     return out + ([x.new_empty((m, k))] if x2 is not None and source in ("rms", "layer") else [])
 
 

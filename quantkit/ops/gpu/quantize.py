@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.numerics import ABSMAX_FLOOR, qmax
-from quantkit.ops.gpu.configs import padded
+from quantkit.ops.gpu.configs import padded, padded_side
 from quantkit.transform import hadamard
 
 FLOOR = tl.constexpr(ABSMAX_FLOOR)
@@ -92,7 +92,7 @@ def _rotate(x, hadamard, BLOCK: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def quantize_kernel(
     X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIGNS, HADAMARD, SIDE_INDEX, IN_SCALE, IN_ZERO,
-    Q, S, Z, SIDE, SUM, M, K, padded, stride_xm, stride_xk, stride_2m, stride_2k, side_count, eps, offset,
+    Q, S, Z, SIDE, SUM, M, K, padded, stride_xm, stride_xk, stride_2m, stride_2k, side_count, side_stride, eps, offset,
     SOURCE: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ROTATION: tl.constexpr, SIDES: tl.constexpr,
     R: tl.constexpr, B: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -137,13 +137,14 @@ def quantize_kernel(
         x = x - tl.load(SHIFT + source, mask=k < K, other=0.0)[None, :]
     if SIDES > 0:  # outlier columns leave in the dtype of x, before the scale
         n = tl.arange(0, SIDES)
-        real = n < side_count
+        real = n < side_count  # and zeros up to the width of a tile
         column = tl.load(SIDE_INDEX + n, mask=real, other=0)
         some = (row < M)[:, None] & real[None, :]
         side = tl.load(X + row[:, None] * stride_xm + column[None, :] * stride_xk, mask=some, other=0.0).to(tl.float32)
         if SHIFT is not None:
             side = side - tl.load(SHIFT + column, mask=real, other=0.0)[None, :]
-        tl.store(SIDE + row[:, None] * side_count + n[None, :], side.to(SIDE.dtype.element_ty), mask=some)
+        there = (row < M)[:, None] & (n < side_stride)[None, :]
+        tl.store(SIDE + row[:, None] * side_stride + n[None, :], side.to(SIDE.dtype.element_ty), mask=there)
     if PRE is not None:
         pre = tl.load(PRE + source, mask=k < K, other=0.0)
         x = tl.where((pre == 0.0)[None, :], 0.0, x * pre[None, :])  # 0 marks an outlier column: also where 0 * inf is NaN
@@ -214,7 +215,7 @@ def quantize(
 
     Returns:
         codes ``[M, padded(K)]`` int8 (the weight must be 0 beyond K) and scale ``[M, 1]`` float32; then, where asked for,
-        zero ``[M, 1]`` int32, side columns ``[M, n]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x.
+        zero ``[M, 1]`` int32, side columns ``[M, padded_side(n)]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x.
 
     Raises:
         ValueError: a source and side columns, which would be taken from before the norm or gate.
@@ -225,7 +226,8 @@ def quantize(
     x, x2 = reachable(x), x2 if x2 is None else reachable(x2)
     q, scale = x.new_empty((m, padded(k)), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)
     zero = None if symmetric or in_scale is not None else x.new_empty((m, 1), dtype=torch.int32)
-    sides = 0 if side_index is None else len(side_index)
+    count = 0 if side_index is None else len(side_index)
+    sides = padded_side(count)
     side = x.new_empty((m, sides)) if sides else None
     kept = x.new_empty((m, k)) if x2 is not None and source in ("rms", "layer") else None
     done = [t for t in (q, scale, zero, side, kept) if t is not None]
@@ -237,7 +239,7 @@ def quantize(
     quantize_kernel[(triton.cdiv(m, rows),)](
         x, x2, gain, bias, shift, pre_scale, permutation, signs, hadamard_on(rotation, x.device) if rotation else None,
         side_index, in_scale, in_zero, q, scale, zero, side, kept, m, k, padded(k), *x.stride(), *strides2,
-        sides, eps, offset, source, qmax(bits), symmetric, rotation, triton.next_power_of_2(sides) if sides else 0,
+        count, sides, eps, offset, source, qmax(bits), symmetric, rotation, triton.next_power_of_2(sides) if sides else 0,
         rows, block, rows == 1 and block == k, pdl,
         num_warps=warps or min(max(rows * block // 512, 4), 16), enable_fp_fusion=False,
         **({"launch_pdl": True} if pdl else {}),
