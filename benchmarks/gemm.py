@@ -117,10 +117,10 @@ def ours_with_columns(n: int) -> Callable[[Inputs], Call | None]:
     def candidate(a: Inputs) -> Call | None:
         index = torch.arange(n, device=DEVICE) * (a.k // n)
         side = torch.randn(a.n, configs.padded_side(n), device=DEVICE, dtype=torch.bfloat16)
-        kept = torch.ones(a.k, device=DEVICE).index_fill(0, index, 0)
+        mask = torch.zeros(a.k, device=DEVICE, dtype=torch.int8).index_fill(0, index, 1)
 
         def call(i: int) -> Tensor:
-            q, s, x = operators.quantize(at(a.x_outliers, i), pre_scale=kept, side_index=index)
+            q, s, x = operators.quantize(at(a.x_outliers, i), side_mask=mask, side_index=index)
             return operators.matmul(q, s, at(a.w, i), a.sw, torch.bfloat16, side=x, side_weight=side)
 
         return call

@@ -32,6 +32,8 @@ class GPUPacked:
     scale: Tensor
     sums: Tensor | None
     side_weight: Tensor | None
+    side_mask: Tensor | None
+    pre_scale: Tensor | None
     vector: bool
 
 
@@ -62,14 +64,16 @@ class GPU(Plain):
         weight = layer.weight.contiguous()
         if padded(k) != k:
             weight = torch.nn.functional.pad(weight, (0, padded(k) - k))
-        side = layer.outlier_weight
-        if side is not None:
+        side, mask, pre_scale = layer.outlier_weight, None, layer.pre_scale
+        if side is not None and pre_scale is not None:
+            if bool(((pre_scale == 0) | (pre_scale == 1)).all()):
+                mask, pre_scale = (pre_scale == 0).to(torch.int8), None
             side = torch.nn.functional.pad(side, (0, padded_side(side.shape[1]) - side.shape[1])).contiguous()
         rest = (layer.shift, layer.permutation, layer.outlier_index)
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block
         return GPUPacked(
             self, layer.weight.device, layer.weight, weight, layer.weight_scale.reshape(-1).float().contiguous(),
-            None if layer.scheme.symmetric else weight.sum(dim=1, dtype=torch.int32), side,
+            None if layer.scheme.symmetric else weight.sum(dim=1, dtype=torch.int32), side, mask, pre_scale,
             vector and all(v is None for v in rest),
         )  # fmt: skip
 
@@ -81,7 +85,7 @@ class GPU(Plain):
         if torch.compiler.is_compiling():
             ops = torch.ops.quantkit
         if x.shape[0] == 1 and packed.vector:
-            return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, layer.pre_scale)
+            return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, packed.pre_scale)
         if torch.compiler.is_compiling() and not layer.rotation_block and layer.outlier_index is None:
             # Plain torch that Inductor fuses with the norm or gate before it, and with the same for other linears; the
             # kernel's arithmetic, but for a division that Triton may round another way (a scale off by one ulp).
@@ -90,9 +94,9 @@ class GPU(Plain):
                 q = torch.nn.functional.pad(q, (0, padding))
             return ops.matmul(q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias)
         out = ops.quantize(
-            x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=layer.pre_scale,
+            x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=packed.pre_scale,
             permutation=layer.permutation, rotation=layer.rotation_block, signs=layer.rotation_signs,
-            side_index=layer.outlier_index, in_scale=layer.input_scale, in_zero=layer.input_zero_point,
+            side_index=layer.outlier_index, side_mask=packed.side_mask, in_scale=layer.input_scale, in_zero=layer.input_zero_point,
         )  # fmt: skip
         q, scale = out[:2]
         zero = out[2] if not scheme.symmetric and not scheme.is_static else layer.input_zero_point

@@ -91,7 +91,7 @@ def _rotate(x, hadamard, BLOCK: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def quantize_kernel(
-    X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIGNS, HADAMARD, SIDE_INDEX, IN_SCALE, IN_ZERO,
+    X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIGNS, HADAMARD, SIDE_INDEX, SIDE_MASK, IN_SCALE, IN_ZERO,
     Q, S, Z, SIDE, SUM, M, K, padded, stride_xm, stride_xk, stride_2m, stride_2k, side_count, side_stride, eps, offset,
     SOURCE: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ROTATION: tl.constexpr, SIDES: tl.constexpr,
     R: tl.constexpr, B: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
@@ -145,6 +145,8 @@ def quantize_kernel(
             side = side - tl.load(SHIFT + column, mask=real, other=0.0)[None, :]
         there = (row < M)[:, None] & (n < side_stride)[None, :]
         tl.store(SIDE + row[:, None] * side_stride + n[None, :], side.to(SIDE.dtype.element_ty), mask=there)
+    if SIDE_MASK is not None:  # a byte a channel: a scale of 0 and 1 would be as much to read as the row
+        x = tl.where((tl.load(SIDE_MASK + source, mask=k < K, other=0) != 0)[None, :], 0.0, x)
     if PRE is not None:
         pre = tl.load(PRE + source, mask=k < K, other=0.0)
         x = tl.where((pre == 0.0)[None, :], 0.0, x * pre[None, :])  # 0 marks an outlier column: also where 0 * inf is NaN
@@ -196,6 +198,7 @@ def quantize(
     rotation: int = 0,
     signs: Tensor | None = None,
     side_index: Tensor | None = None,
+    side_mask: Tensor | None = None,
     in_scale: Tensor | None = None,
     in_zero: Tensor | None = None,
     warps: int = 0,
@@ -210,6 +213,7 @@ def quantize(
         gain, bias, eps, offset: of the norm: ``norm(x) * (gain + offset) + bias``.
         shift, pre_scale, permutation, rotation, signs, side_index: as :class:`quantkit.W8A8Linear` keeps them; ``pre_scale``
             is 0 at outlier columns, which go to the side product.
+        side_mask: ``[K]`` int8, 1 at outlier columns, in place of a ``pre_scale`` of 0 and 1.
         in_scale, in_zero: ``[1]``, static scale and zero point; left out, every token gets its own.
         warps: of each program; 0 decides by K.
 
@@ -238,7 +242,7 @@ def quantize(
     pdl, strides2 = hopper(x.device), (0, 0) if x2 is None else x2.stride()
     quantize_kernel[(triton.cdiv(m, rows),)](
         x, x2, gain, bias, shift, pre_scale, permutation, signs, hadamard_on(rotation, x.device) if rotation else None,
-        side_index, in_scale, in_zero, q, scale, zero, side, kept, m, k, padded(k), *x.stride(), *strides2,
+        side_index, side_mask, in_scale, in_zero, q, scale, zero, side, kept, m, k, padded(k), *x.stride(), *strides2,
         count, sides, eps, offset, source, qmax(bits), symmetric, rotation, triton.next_power_of_2(sides) if sides else 0,
         rows, block, rows == 1 and block == k, pdl,
         num_warps=warps or min(max(rows * block // 512, 4), 16), enable_fp_fusion=False,
