@@ -96,7 +96,8 @@ class GPU(Plain):
         out = ops.quantize(
             x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=packed.pre_scale,
             permutation=layer.permutation, rotation=layer.rotation_block, signs=layer.rotation_signs,
-            side_index=layer.outlier_index, side_mask=packed.side_mask, in_scale=layer.input_scale, in_zero=layer.input_zero_point,
+            side_index=layer.outlier_index, side_mask=packed.side_mask, in_scale=layer.input_scale,
+            in_zero=layer.input_zero_point,
         )  # fmt: skip
         q, scale = out[:2]
         zero = out[2] if not scheme.symmetric and not scheme.is_static else layer.input_zero_point

@@ -199,8 +199,8 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
 def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, M, N, K, zero_stride,
                 GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
                 SLOTS: gl.constexpr, SIDES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
-    """``y [M, N]`` in 16 bit from descriptors of ``q [M, K]`` (boxes of 64 x BK), ``w [N, K]`` (BN x BK) and y (64 x WIDTH); with
-    SIDES > 0 of ``x [M, 64 SIDES]`` (64 x 64) and ``v [N, 64 SIDES]`` (BN x 64) in 16 bit, whose product is added."""
+    """``y [M, N]`` in 16 bit from descriptors of ``q [M, K]`` (boxes of 64 x BK), ``w [N, K]`` (BN x BK) and y (64 x WIDTH);
+    with SIDES > 0 of ``x [M, 64 SIDES]`` (64 x 64) and ``v [N, 64 SIDES]`` (BN x 64) in 16 bit, whose product is added."""
     ZERO: gl.constexpr = ZP is not None
     BIAS: gl.constexpr = B is not None
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -221,10 +221,10 @@ def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, M, 
         gdc_launch_dependents()
         gdc_wait()
     gl.warp_specialize([
-        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B, M, N, KT,
-                         zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
-        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B, M, N, KT,
-                         zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
+        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B, M, N,
+                         KT, zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
+        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B, M, N,
+                         KT, zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
         (gemm_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, M, N, KT, GROUP, BN, BK, STAGES, SIDES)),
     ], [4, 1], [232, 24])  # fmt: skip
 
