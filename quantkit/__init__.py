@@ -7,7 +7,7 @@
 """
 
 from quantkit._version import __version__
-from quantkit.calibrators import RTN, Calibrator, Codes, PerSite, Plan, SiteView, SmoothQuant, Stage, View
+from quantkit.calibrators import RTN, Calibrator, Codes, LLMInt8, PerSite, Plan, SiteView, SmoothQuant, Stage, View
 from quantkit.checkpoint import load, save
 from quantkit.discovery import Equivalence, discover, verify_equivalence
 from quantkit.errors import (
@@ -21,6 +21,7 @@ from quantkit.errors import (
     SchemeError,
     TargetError,
 )
+from quantkit.integrations import register_with_transformers as _register
 from quantkit.linear import W8A8Linear
 from quantkit.ops import backends, use_backend
 from quantkit.pipeline import quantize
@@ -32,8 +33,18 @@ from quantkit.transform import Rotation, Transform
 
 __all__ = [
     "RTN", "BackendError", "CalibrationError", "Calibrator", "CheckpointError", "Codes", "Discovery", "Equivalence",
-    "EquivalenceError", "LayerRecord", "MethodError", "ModelError", "PerSite", "Plan", "Producer", "QuantkitError",
-    "Range", "Report", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage", "Statistic",
-    "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "discover", "load",
-    "quantize", "report", "save", "use_backend", "verify_equivalence",
+    "EquivalenceError", "LLMInt8", "LayerRecord", "MethodError", "ModelError", "PerSite", "Plan", "Producer", "QuantKitConfig",
+    "QuantkitError", "Range", "Report", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage",
+    "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "discover",
+    "load", "quantize", "report", "save", "use_backend", "verify_equivalence",
 ]  # fmt: skip
+
+_register()
+
+
+def __getattr__(name: str) -> object:
+    if name == "QuantKitConfig":  # needs transformers
+        from quantkit.integrations.quantizer import QuantKitConfig
+
+        return QuantKitConfig
+    raise AttributeError(f"module 'quantkit' has no attribute {name!r}")

@@ -39,6 +39,8 @@ FORMAT_VERSION = 1
 MAX_RECORD_BYTES = 64 * 2**20
 FILE_NAME = re.compile(r"[\w\- ][\w.\- ]{0,200}")
 LAYER_FACTS = {"in_features": int, "out_features": int, "scheme": str, "bias": bool, "rotation_block": int}
+LAYER_FACTS |= {"threshold": float, "outliers": int, "buffers": list}
+OPTIONAL = ("pre_scale", "shift", "permutation", "rotation_signs", "outlier_index", "outlier_weight")
 DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
 }  # fmt: skip
@@ -69,7 +71,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = Non
         files = _write_shards(tensors, folder, shard_bytes)
         transformers_class = _write_transformers_files(model, folder, tokenizer)
         files += [p.name for p in sorted(folder.iterdir()) if p.name not in files and p.is_file()]
-        layers = {name: _layer_record(m) for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
+        layers = {name: layer_record(m) for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
         body = {
             "format": "quantkit",
             "format_version": FORMAT_VERSION,
@@ -117,7 +119,7 @@ def load(
         raise ModelError("model= is quantized already: pass a fresh floating-point instance")
     taken_apart = unfuse(model, only=body["layers"])
     try:
-        layers = _empty_layers(model, body["layers"], stored)
+        layers = _empty_layers(model, body["layers"])
         _check_fit(model, layers, stored, body["tied"])
         record = _report_of(folder, body)
     except BaseException:
@@ -213,13 +215,17 @@ def _write_transformers_files(model: Any, folder: Path, tokenizer: Any) -> str |
     return name
 
 
-def _layer_record(layer: W8A8Linear) -> dict[str, Any]:
+def layer_record(layer: W8A8Linear) -> dict[str, Any]:
+    """What :func:`empty_layer` needs to know."""
     return {
         "in_features": layer.in_features,
         "out_features": layer.out_features,
         "scheme": layer.scheme.name,
         "bias": layer.bias is not None,
         "rotation_block": layer.rotation_block,
+        "threshold": layer.threshold,
+        "outliers": 0 if layer.outlier_index is None else len(layer.outlier_index),
+        "buffers": [name for name in OPTIONAL if getattr(layer, name) is not None],
     }
 
 
@@ -361,9 +367,7 @@ def _empty_transformers_model(folder: Path, body: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _empty_layers(
-    model: nn.Module, records: dict[str, dict[str, Any]], stored: dict[str, tuple[str, tuple[int, ...], str]]
-) -> dict[str, W8A8Linear]:
+def _empty_layers(model: nn.Module, records: dict[str, dict[str, Any]]) -> dict[str, W8A8Linear]:
     linears = linears_of(model)
     layers = {}
     for name, facts in records.items():
@@ -374,30 +378,43 @@ def _empty_layers(
         n, k = facts["out_features"], facts["in_features"]
         if tuple(weight_of(linears[name]).shape) != (n, k):
             raise CheckpointError(f"layer {name!r} has {k} inputs and {n} outputs, and in the model it has other sizes")
-        block = facts["rotation_block"]
-        if block < 0 or (block and (k % block or block & (block - 1))):
-            raise CheckpointError(f"layer {name!r} rotates blocks of {block}, which does not go with {k} channels")
-        try:
-            layer = W8A8Linear(k, n, scheme=Scheme.parse(facts["scheme"]), bias=facts["bias"], device="meta")
-        except QuantkitError as error:
-            raise CheckpointError(f"layer {name!r}: {error}") from None
-        layer.rotation_block = block
-        outliers = stored.get(f"{name}.outlier_index", ("", (0,), ""))[1]
-        room = {
-            "pre_scale": torch.empty(k, device="meta"),
-            "shift": torch.empty(k, device="meta"),
-            "permutation": torch.empty(k, dtype=torch.int64, device="meta"),
-            "rotation_signs": torch.empty(k, device="meta"),
-            "outlier_index": torch.empty(outliers[:1], dtype=torch.int64, device="meta"),
-            "outlier_weight": torch.empty(n, *outliers[:1], device="meta"),
-        }
-        for buffer, empty in room.items():
-            if f"{name}.{buffer}" in stored:
-                setattr(layer, buffer, empty)
-        if (layer.outlier_index is None) != (layer.outlier_weight is None):
-            raise CheckpointError(f"layer {name!r} has outlier_index or outlier_weight without the other")
-        layers[name] = layer
+        layers[name] = empty_layer(name, facts)
     return layers
+
+
+def empty_layer(name: str, facts: dict[str, Any]) -> W8A8Linear:
+    """An INT8 layer on the meta device, with room for what :func:`layer_record` says that it has.
+
+    Raises:
+        CheckpointError: the record makes no sense.
+    """
+    if not _is_record(facts, LAYER_FACTS):
+        raise CheckpointError(f"the record of layer {name!r} is damaged")
+    n, k, block, outliers = (facts[key] for key in ("out_features", "in_features", "rotation_block", "outliers"))
+    if block < 0 or (block and (k % block or block & (block - 1))):
+        raise CheckpointError(f"layer {name!r} rotates blocks of {block}, which does not go with {k} channels")
+    if not 0 <= outliers <= k or not 0 <= facts["threshold"] < float("inf"):
+        raise CheckpointError(f"layer {name!r} has {outliers} outliers of {k} channels and a threshold of {facts['threshold']}")
+    try:
+        layer = W8A8Linear(k, n, scheme=Scheme.parse(facts["scheme"]), bias=facts["bias"], device="meta")
+    except QuantkitError as error:
+        raise CheckpointError(f"layer {name!r}: {error}") from None
+    layer.rotation_block, layer.threshold = block, facts["threshold"]
+    room = {
+        "pre_scale": torch.empty(k, device="meta"),
+        "shift": torch.empty(k, device="meta"),
+        "permutation": torch.empty(k, dtype=torch.int64, device="meta"),
+        "rotation_signs": torch.empty(k, device="meta"),
+        "outlier_index": torch.empty(outliers, dtype=torch.int64, device="meta"),
+        "outlier_weight": torch.empty(n, outliers, device="meta"),
+    }
+    for buffer in facts["buffers"]:
+        if buffer not in room:
+            raise CheckpointError(f"layer {name!r} has {buffer!r}, which this quantkit does not know")
+        setattr(layer, buffer, room[buffer])
+    if (layer.outlier_index is None) != (layer.outlier_weight is None):
+        raise CheckpointError(f"layer {name!r} has outlier_index or outlier_weight without the other")
+    return layer
 
 
 def _check_fit(

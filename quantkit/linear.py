@@ -18,7 +18,7 @@ from quantkit.transform import Rotation, Transform
 log = logging.getLogger("quantkit")
 
 
-class W8A8Linear(nn.Module):
+class W8A8Linear(nn.Linear):
     """``y = x W^T + b`` with INT8 weights and INT8 activations.
 
     The activation is rewritten by what could not be folded into its producer (usually nothing), quantized per
@@ -29,6 +29,10 @@ class W8A8Linear(nn.Module):
         scheme: number formats.
         bias: whether there is one.
         device, dtype: of the bias and of the side product.
+
+    Attributes:
+        rotation_block: channels of a block of the rotation, 0 for none.
+        threshold: columns that reach this value anywhere in a batch are multiplied without rounding, 0 for never.
 
     Buffers:
         weight: ``[N, K]`` int8. weight_scale: ``[N, 1]`` float32.
@@ -44,7 +48,7 @@ class W8A8Linear(nn.Module):
 
     weight: Tensor
     weight_scale: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     pre_scale: Tensor | None
@@ -64,15 +68,16 @@ class W8A8Linear(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Linear's, which would make a float weight
         scheme = scheme or Scheme()
         check_exact(in_features, scheme, "W8A8Linear")
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.rotation_block = 0
+        self.threshold = 0.0
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device))
+        self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device, dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
-        static = torch.ones(1, device=device) if scheme.is_static else None
+        static = torch.ones(1, device=device, dtype=torch.float32) if scheme.is_static else None
         self.register_buffer("input_scale", static)
         zero = torch.zeros(1, dtype=torch.int32, device=device) if scheme.is_static and not scheme.symmetric else None
         self.register_buffer("input_zero_point", zero)
@@ -141,6 +146,7 @@ class W8A8Linear(nn.Module):
             pre_scale = torch.ones(self.in_features, device=device) if pre_scale is None else pre_scale
             pre_scale = pre_scale.index_fill(0, self.outlier_index, 0.0)
         self.pre_scale = pre_scale
+        self.threshold = leftover.threshold or 0.0
         self.permutation = None if leftover.permutation is None else leftover.permutation.to(device)
         if leftover.rotation is not None:
             self.rotation_block = leftover.rotation.block
@@ -175,6 +181,16 @@ class W8A8Linear(nn.Module):
     def dequantized_weight(self) -> Tensor:
         """``[N, K]`` float32: what the integers stand for, in the channels of the rewritten activation."""
         return self.weight.float() * self.weight_scale
+
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """The ``nn.Linear`` that computes the same but for the rounding of activations, in ``dtype`` (default: float32)."""
+        weight = self.input_gradient(torch.eye(self.out_features, device=self.weight.device))
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight.to(dtype or torch.float32), requires_grad=False)
+        if self.bias is not None:
+            bias = self.bias.float() if self.shift is None else self.bias.float() - weight @ self.shift
+            linear.bias = nn.Parameter(bias.to(dtype or torch.float32), requires_grad=False)
+        return linear.train(self.training)
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """``[M, N]`` to ``[M, K]``: the gradient as if nothing were rounded (straight through), step by step backwards."""
@@ -225,10 +241,11 @@ class W8A8Linear(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"bias={self.bias is not None}"]
         parts.append(f"scheme={self.scheme.name}")
-        if self.rewrites_input:
-            names = ("shift", "pre_scale", "permutation")
-            extra = [n for n in names if getattr(self, n) is not None]
-            extra += [f"rotation({self.rotation_block})"] if self.rotation_block else []
+        names = ("shift", "pre_scale", "permutation")
+        extra = [n for n in names if getattr(self, n) is not None]
+        extra += [f"rotation({self.rotation_block})"] if self.rotation_block else []
+        extra += [f"threshold({self.threshold:g})"] if self.threshold else []
+        if extra:
             parts.append(f"at run time: {'+'.join(extra)}")
         return ", ".join(parts)
 

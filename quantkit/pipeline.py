@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -130,6 +131,10 @@ def _quantize(
     )
     _convert(model, views, codes, notes, kept, number_format, piece, record, progress)
     setattr(model, RECORD, record)
+    if number_format is not None and "transformers" in sys.modules and type(model).__module__.startswith("transformers."):
+        from quantkit.integrations.quantizer import mark
+
+        mark(model)  # so that save_pretrained writes what from_pretrained needs
     log.info(record.summary)
     return model
 
@@ -290,6 +295,14 @@ def _transform_fault(transform: Transform, view: SiteView, stage: Stage) -> str 
         return f"rotation is {_kind(rotation)}, not a quantkit.Rotation"
     if rotation is not None and k % rotation.block:
         return f"a rotation of {rotation.block} does not divide them; take a smaller power of two"
+    both = (transform, view.transform)
+    if any(t.threshold for t in both):
+        if any(t.steps not in ([], ["threshold"]) for t in both):
+            return (
+                "a threshold is in the units of the model's own activation: nothing may scale or mix it; take columns instead"
+            )
+        if view.scheme.is_static or not view.scheme.symmetric:
+            return "a threshold goes with symmetric scales per token only, such as scheme='w8a8'"
     if rotation is not None and view.scheme.is_static:
         return "a rotation leaves no range for a static scheme; take scales per token, such as scheme='w8a8'"
 

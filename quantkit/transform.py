@@ -60,6 +60,8 @@ class Transform:
         shift: ``[K]`` float32, subtracted from the activation first.
         scale: ``[K]`` float32, positive; SmoothQuant's ``s``.
         outliers: ``[n]`` int64, channels (as the model numbers them) kept in floating point.
+        threshold: LLM.int8() as published: channels that reach this absolute value anywhere in a batch leave the INT8 product
+            for this batch, and are multiplied with the codes of the weight.
         permutation: ``[K]`` int64, ``x'[i] = x[permutation[i]]``.
         rotation: applied last, on what is not an outlier.
     """
@@ -67,6 +69,7 @@ class Transform:
     shift: Tensor | None = None
     scale: Tensor | None = None
     outliers: Tensor | None = None
+    threshold: float | None = None
     permutation: Tensor | None = None
     rotation: Rotation | None = None
 
@@ -109,6 +112,7 @@ class Transform:
             shift=_merge(self.shift, shift, torch.add),
             scale=_merge(self.scale, scale, torch.mul),
             outliers=_merge(self.outliers, outliers, lambda a, b: torch.unique(torch.cat([a, b]))),
+            threshold=_merge(self.threshold, later.threshold, min),
             permutation=permutation,
             rotation=later.rotation,
         )

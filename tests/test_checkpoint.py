@@ -277,6 +277,7 @@ def put(*path: Any) -> Callable[[dict[str, Any]], None]:
 
 VALUES = ("wrong", "w9a8", "../x", "BertModel")
 STRANGER = {"in_features": 1, "out_features": 1, "scheme": "w8a8", "bias": True, "rotation_block": 0}
+STRANGER |= {"threshold": 0.0, "outliers": 0, "buffers": []}
 RECORDS: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     "another format": (put("format", "wrong"), ["not written by quantkit"]),
     "newer": (put("format_version", 2), ["version 2", "upgrade"]),
@@ -388,7 +389,27 @@ TENSORS: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
 def test_hostile_tensors(case: str, folder: Path) -> None:
     change, words = TENSORS[case]
     rewrite(folder, change)
+
+    def listed(body: dict[str, Any]) -> None:
+        """The record lies with the tensors."""
+        held = load_file(folder / SHARD)
+        body["layers"]["up"]["buffers"] = [b for b in checkpoint.OPTIONAL if f"up.{b}" in held]
+        body["layers"]["up"]["outliers"] = len(held.get("up.outlier_index", ()))
+
+    sign(folder, listed)
     with refused(*words) as model:
+        quantkit.load(folder, model=model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [("buffers", ["weight"], "'weight'"), ("buffers", ["wrong"], "'wrong'"), ("buffers", 3, "layers"),
+     ("outliers", -1, "'up'"), ("outliers", 10**9, "outliers"), ("threshold", -1.0, "threshold"),
+     ("threshold", float("nan"), "threshold"), ("threshold", 6, "layers")],
+)  # fmt: skip
+def test_hostile_facts_of_a_layer(key: str, value: Any, word: str, folder: Path) -> None:
+    sign(folder, put("layers", "up", key, value))
+    with refused(word) as model:
         quantkit.load(folder, model=model)
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from quantkit.calibrators.base import Calibrator, Codes, PerSite, Plan, SiteView, Stage, View, check_attributes, check_order
+from quantkit.calibrators.llmint8 import LLMInt8
 from quantkit.calibrators.rtn import RTN
 from quantkit.calibrators.smoothquant import SmoothQuant
 from quantkit.errors import MethodError
 
-METHODS: dict[str, Callable[[], Any]] = {"rtn": RTN, "smoothquant": SmoothQuant}
+METHODS: dict[str, Callable[[], Any]] = {"rtn": RTN, "smoothquant": SmoothQuant, "llm_int8": LLMInt8}
 
 
 def resolve(method: Any) -> list[Calibrator]:
@@ -42,5 +43,6 @@ def resolve(method: Any) -> list[Calibrator]:
 
 
 __all__ = [
-    "METHODS", "RTN", "Calibrator", "Codes", "PerSite", "Plan", "SiteView", "SmoothQuant", "Stage", "View", "resolve",
+    "METHODS", "RTN", "Calibrator", "Codes", "LLMInt8", "PerSite", "Plan", "SiteView", "SmoothQuant", "Stage", "View",
+    "resolve",
 ]  # fmt: skip

@@ -26,9 +26,10 @@ class Stage(IntEnum):
     """What a calibrator decides. A list of calibrators runs in this order, never backwards."""
 
     SCALE = 1  # scales and shifts of channels
-    PARTITION = 2  # which channels go together, which stay out of the INT8 product
-    ROTATE = 3  # orthogonal mixing of channels
-    ROUND = 4  # the integers themselves
+    OUTLIERS = 2  # which channels stay out of the INT8 product; may come before SCALE, which then sees the rest
+    PARTITION = 3  # which channels go together
+    ROTATE = 4  # orthogonal mixing of channels
+    ROUND = 5  # the integers themselves
 
 
 @dataclass(frozen=True)
@@ -189,18 +190,21 @@ def check_attributes(calibrator: Calibrator) -> None:
 
 REASONS = {
     (Stage.ROUND, Stage.SCALE): "rounding comes last: a scale after it would undo the integers",
+    (Stage.ROUND, Stage.OUTLIERS): "rounding comes last: choosing outliers after it would undo the integers",
     (Stage.ROUND, Stage.PARTITION): "rounding comes last: choosing other channels after it would undo the integers",
     (Stage.ROUND, Stage.ROTATE): "rounding comes last: a rotation after it would undo the integers",
     (Stage.ROTATE, Stage.SCALE): "a rotation mixes channels, so a scale computed for channels means nothing after it",
+    (Stage.ROTATE, Stage.OUTLIERS): "a rotation mixes channels, so there are no outlier channels left to choose",
     (Stage.ROTATE, Stage.PARTITION): "a rotation mixes channels, so there are no channels left to choose from",
     (Stage.PARTITION, Stage.SCALE): "a scale changes the ranges by which channels were chosen",
+    (Stage.PARTITION, Stage.OUTLIERS): "without its outliers a group of channels has another range",
 }
 
 
 def check_order(calibrators: Sequence[Calibrator]) -> None:
     """Raises MethodError, with the reason, for an order that makes no sense."""
     for before, after in itertools.pairwise(calibrators):
-        if before.stage > after.stage:
+        if before.stage > after.stage and (before.stage, after.stage) in REASONS:
             raise MethodError(
                 f"method=[..., {before.name}, {after.name}, ...]: {REASONS[before.stage, after.stage]}; "
                 f"put {after.name} before {before.name}"

@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrators.base import PerSite, SiteView, Stage
+from quantkit.calibrators.noise import noise, power_mean, sampled_rows
 from quantkit.errors import MethodError
-from quantkit.numerics import qmax
-from quantkit.scheme import Scheme
 from quantkit.statistics import Range, Statistic, TokenSample
 from quantkit.transform import Transform
 
 ALPHAS = tuple(i / 20 for i in range(21))
 NORMS = (2, 4, 8, None)
 """Powers of the mean by which a channel's size is measured; None is the paper's maximum."""
-
-ROWS = 512
-"""Rows of a weight on which candidates are compared: the error is a sum over rows, so a sample ranks them as well."""
 
 DEAD = 1e-6
 """A channel whose maximum is below this share of the median never fired in calibration."""
@@ -65,10 +61,10 @@ class SmoothQuant(PerSite):
         if self.alpha != "auto":
             return Transform(scale=smooth_scale(a, w, self.alpha)), {"alpha": self.alpha}
         tokens, counts = site.statistic(TokenSample).weighted()
-        rows = weight[torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=weight.device).long()]
+        rows = sampled_rows(weight)
         best = (float("inf"), torch.ones_like(a), "none", 0.0)
         for power in NORMS:
-            size = a if power is None else site.site.tie(_power_mean(tokens, counts, power))
+            size = a if power is None else site.site.tie(power_mean(tokens, counts, power))
             for alpha in ALPHAS:
                 scale = smooth_scale(size, w, alpha)
                 error = noise(tokens / scale, counts, rows * scale, site.scheme)
@@ -85,27 +81,3 @@ def smooth_scale(a: Tensor, w: Tensor, alpha: float) -> Tensor:
     scale = a**alpha / w ** (1 - alpha)
     scale = torch.where(unread, (a / median).clamp_min(1.0), scale)
     return torch.where(dead | ~torch.isfinite(scale) | (scale <= 0), 1.0, scale)
-
-
-def noise(x: Tensor, counts: Tensor, w: Tensor, scheme: Scheme) -> float:
-    """Predicted squared error of ``x w^T`` after rounding both sides, up to a constant.
-
-    A value is off by ``step**2 / 12`` on average, or by its own square where it is so small that it rounds to zero. An error in
-    ``x[t, j]`` reaches the output through column j of ``w``, and one in ``w[n, j]`` through column j of ``x``.
-
-    Args:
-        x: ``[T, K]`` float32 transformed tokens; counts ``[T]``, how many tokens each stands for.
-        w: ``[N, K]`` float32 transformed weights.
-        scheme: bits and granularity.
-    """
-    x2, w2 = x * x, w * w
-    x_top = x.abs().amax(1, keepdim=True) if not scheme.is_static else x.abs().amax()
-    w_top = w2.amax(1, keepdim=True) if scheme.weights == "channel" else w2.amax()
-    x_step, w_step = (x_top / qmax(scheme.activation_bits)) ** 2 / 12, w_top / qmax(scheme.weight_bits) ** 2 / 12
-    from_x = (counts @ torch.minimum(x2, x_step)) @ w2.sum(0)
-    from_w = (counts @ x2) @ torch.minimum(w2, w_step).sum(0)
-    return float(from_x + from_w)
-
-
-def _power_mean(tokens: Tensor, counts: Tensor, power: int) -> Tensor:
-    return ((counts @ tokens.abs() ** power) / counts.sum()) ** (1 / power)

@@ -95,7 +95,8 @@ class CPU(Plain):
             low = weight - high
         plain = not layer.scheme.is_static and layer.scheme.symmetric
         plain = plain and (layer.pre_scale is None or layer.pre_scale.dtype == torch.float32)  # C reads it as it is
-        only_scale = all(v is None for v in (layer.shift, layer.permutation, layer.outlier_index)) and not layer.rotation_block
+        only_scale = all(v is None for v in (layer.shift, layer.permutation, layer.outlier_index))
+        only_scale = only_scale and not layer.rotation_block and not layer.threshold
         return CPUPacked(
             self, layer.weight.device, layer.weight, high, low,
             weight.sum(dim=1, dtype=torch.int32), layer.weight_scale.reshape(-1).float().contiguous(),

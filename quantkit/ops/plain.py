@@ -49,12 +49,30 @@ class Plain:
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         dtype = x.dtype
         x, side = layer.prepare_input(x)
+        extra, columns = layer.bias, None
+        if layer.threshold:
+            large, columns = reference.reaching(x, layer.threshold)
+            product = torch.ops.quantkit.column_product(x, columns, layer.weight, layer.weight_scale)
+            extra = product if extra is None else product + extra.float()
+            x = x.masked_fill(large, 0)
         q, scale, zero = self.codes(layer, x)
+        if columns is not None:
+            q = q.masked_fill(columns, 0)
         acc = self.matmul(layer, q)
-        extra = layer.bias
         if side is not None:
             assert layer.outlier_weight is not None
             product = side.float() @ layer.outlier_weight.float().t()
             extra = product if extra is None else product + extra.float()
         sums = None if zero is None else layer.packed.sums
         return reference.epilogue(acc, scale, layer.weight_scale.view(-1), zero, sums, extra, dtype)
+
+
+# One operator, since how many columns there are is known only at run time.
+_library = torch.library.Library("quantkit", "FRAGMENT")
+_library.define("column_product(Tensor x, Tensor columns, Tensor weight, Tensor weight_scale) -> Tensor")
+_library.impl("column_product", reference.column_product, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("quantkit::column_product")
+def _(x: Tensor, columns: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)

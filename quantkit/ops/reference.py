@@ -39,6 +39,21 @@ def quantize_static(x: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int 
     return q, torch.where(finite, scale, torch.nan)
 
 
+def reaching(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Elements ``[M, K]`` of ``x`` that reach the threshold, and columns ``[K]`` with such an element; bool (paper, sec. 3.2).
+
+    Rows that are not finite have none: they come out as NaN, and say nothing about the others.
+    """
+    large = (x.abs() >= threshold) & x.isfinite().all(dim=1, keepdim=True)
+    return large, large.any(dim=0)
+
+
+def column_product(x: Tensor, columns: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """``x[:, columns] @ (weight * weight_scale)[:, columns]^T``, ``[M, N]`` float32, for ``columns [K]`` bool."""
+    index = columns.nonzero().view(-1)
+    return x.index_select(1, index).float() @ (weight.index_select(1, index).float() * weight_scale).t()
+
+
 def int_matmul(q: Tensor, weight: Tensor) -> Tensor:
     """``q [M, K] int8 @ weight [N, K]^T int8 -> [M, N] int32``, exact."""
     # Integer products on CPU; elsewhere float64, exact below 2**53, since CUDA has no integer matmul for every shape.

@@ -79,7 +79,7 @@ class GPU(Plain):
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed, scheme = layer.packed, layer.scheme
-        if x.dtype not in DTYPES or not packed.codes.numel():
+        if x.dtype not in DTYPES or not packed.codes.numel() or layer.threshold:
             return super().linear(layer, x)
         ops = kernels()  # also under torch.compile: it registers the operators
         if torch.compiler.is_compiling():

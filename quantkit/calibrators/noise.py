@@ -1,0 +1,42 @@
+"""A closed-form guess of the output error, by which calibrators compare what they might do to a site."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantkit.numerics import qmax
+from quantkit.scheme import Scheme
+
+ROWS = 512
+"""Rows of a weight on which candidates are compared: the error is a sum over rows, so a sample ranks them as well."""
+
+
+def sampled_rows(weight: Tensor) -> Tensor:
+    """At most :data:`ROWS` rows of ``weight [N, K]``, evenly spaced."""
+    return weight[torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=weight.device).long()]
+
+
+def noise(x: Tensor, counts: Tensor, w: Tensor, scheme: Scheme) -> float:
+    """Predicted squared error of ``x w^T`` after rounding both sides, up to a constant.
+
+    A value is off by ``step**2 / 12`` on average, or by its own square where it is so small that it rounds to zero. An error in
+    ``x[t, j]`` reaches the output through column j of ``w``, and one in ``w[n, j]`` through column j of ``x``.
+
+    Args:
+        x: ``[T, K]`` float32 transformed tokens; counts ``[T]``, how many tokens each stands for.
+        w: ``[N, K]`` float32 transformed weights.
+        scheme: bits and granularity.
+    """
+    x2, w2 = x * x, w * w
+    x_top = x.abs().amax(1, keepdim=True) if not scheme.is_static else x.abs().amax()
+    w_top = w2.amax(1, keepdim=True) if scheme.weights == "channel" else w2.amax()
+    x_step, w_step = (x_top / qmax(scheme.activation_bits)) ** 2 / 12, w_top / qmax(scheme.weight_bits) ** 2 / 12
+    from_x = (counts @ torch.minimum(x2, x_step)) @ w2.sum(0)
+    from_w = (counts @ x2) @ torch.minimum(w2, w_step).sum(0)
+    return float(from_x + from_w)
+
+
+def power_mean(tokens: Tensor, counts: Tensor, power: int) -> Tensor:
+    """Of ``|tokens| [T, K]`` over tokens that stand for ``counts [T]``, ``[K]``."""
+    return ((counts @ tokens.abs() ** power) / counts.sum()) ** (1 / power)

@@ -1,0 +1,154 @@
+"""quantkit as a quantizer of transformers: from_pretrained, save_pretrained and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+import quantkit
+from quantkit import MethodError, QuantKitConfig, W8A8Linear
+from quantkit.numerics import quantize_weight
+
+TOKENS = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def llama(tied: bool = False) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64)).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    llama().save_pretrained(tmp_path / "float")
+    return tmp_path / "float"
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def int8(model: torch.nn.Module) -> set[str]:
+    return {name for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
+
+
+CONFIGS = {
+    "rtn": lambda: QuantKitConfig("rtn"),
+    "llm_int8": lambda: QuantKitConfig("llm_int8", threshold=2.0),
+    "smoothquant": lambda: QuantKitConfig("smoothquant", calibration=[TOKENS]),
+}
+
+
+@pytest.mark.parametrize("device_map", [None, "auto", "cpu"])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_loaded_saved_and_loaded(method: str, device_map: str | None, folder: Path, tmp_path: Path) -> None:
+    wanted = logits(llama())
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=CONFIGS[method](), device_map=device_map)
+    assert len(int8(model)) == 14  # not the head
+    got = logits(model)
+    assert 0 < float((got - wanted).norm() / wanted.norm()) < 0.05
+    model.save_pretrained(tmp_path / "int8")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", device_map=device_map)
+    assert int8(again) == int8(model)
+    assert_same(logits(again), got)
+    assert again.generate(TOKENS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (1, 16)
+
+
+def test_the_codes_are_those_of_quantize(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantKitConfig("rtn"))
+    ours = quantkit.quantize(llama(), "rtn", calibration=[TOKENS], progress=False)
+    for name in int8(model):
+        assert_same(model.get_submodule(name).weight, ours.get_submodule(name).weight)
+    assert_same(logits(model), logits(ours))
+
+
+def test_saved_by_quantize_opens_in_transformers(tmp_path: Path) -> None:
+    model = quantkit.quantize(llama(), "smoothquant", calibration=[TOKENS], progress=False)
+    model.save_pretrained(tmp_path)
+    assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("make", [gpt2, lambda: llama(tied=True)], ids=["Conv1D", "tied"])
+def test_other_linears(make: object, tmp_path: Path) -> None:
+    wanted = make()  # type: ignore[operator]
+    wanted.save_pretrained(tmp_path / "float")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=QuantKitConfig("rtn"))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    torch.testing.assert_close(logits(model), logits(wanted), rtol=0.1, atol=0.1)
+    model.save_pretrained(tmp_path / "int8")
+    assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "int8")), logits(model))
+
+
+def test_ignored(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantKitConfig("rtn", ignore=["*.down_proj"]))
+    assert len(int8(model)) == 12
+    reasons = {layer.name: layer.reason for layer in quantkit.report(model).layers if layer.kind == "float"}
+    assert reasons["model.layers.0.mlp.down_proj"] == "ignored"
+    assert "head" in reasons["lm_head"]
+
+
+def test_dequantized(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantKitConfig("rtn")).dequantize()
+    assert not int8(model)
+    linear, source = model.model.layers[0].mlp.up_proj, llama().model.layers[0].mlp.up_proj
+    codes, scale = quantize_weight(source.weight.detach())
+    assert_same(linear.weight.detach(), codes * scale)
+
+
+def test_gradients_reach_the_input(folder: Path) -> None:
+    """What an adapter on frozen INT8 layers needs."""
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantKitConfig("rtn"))
+    embedded = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    model(inputs_embeds=embedded).logits.sum().backward()
+    other = llama()
+    same = other.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    other(inputs_embeds=same).logits.sum().backward()
+    assert float((embedded.grad - same.grad).norm() / same.grad.norm()) < 0.1
+
+
+def test_bitsandbytes_options() -> None:
+    config = QuantKitConfig.from_bitsandbytes(
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=5.0, llm_int8_skip_modules=["lm_head"])
+    )
+    assert (config.method, config.threshold, config.ignore) == (["llm_int8"], 5.0, ["lm_head"])
+    config = QuantKitConfig.from_bitsandbytes(BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0))
+    assert config.method == ["rtn"]
+    with pytest.raises(MethodError, match="4-bit"):
+        QuantKitConfig.from_bitsandbytes(BitsAndBytesConfig(load_in_4bit=True))
+
+
+def test_refused(folder: Path) -> None:
+    with pytest.raises(MethodError, match="smothquant"):
+        QuantKitConfig("smothquant")
+    with pytest.raises(MethodError, match="static"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantKitConfig("rtn", "w8a8-static"))
+    with pytest.raises(quantkit.ModelError, match="no linear is left"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantKitConfig("rtn", ignore=["*"]))
+    damaged = llama()
+    with torch.no_grad():
+        damaged.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    damaged.save_pretrained(folder)
+    with pytest.raises(RuntimeError, match="CONVERSION"):  # transformers logs our message and raises its own
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantKitConfig("rtn"))
