@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint types bench env clean
+.PHONY: demo test check lint types transformers-matrix env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/quantkit demo --output demo-out
@@ -18,6 +18,9 @@ types: $(VENV)/.ready
 	$(BIN)/mypy
 
 check: lint types test
+
+transformers-matrix: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/transformers_matrix.py
 
 # torch first and pinned, so that pip never looks for another build of it; the embedded model without the runtime it asks for.
 $(VENV)/.ready: pyproject.toml constraints.txt
