@@ -69,9 +69,9 @@ class Transform:
     shift: Tensor | None = None
     scale: Tensor | None = None
     outliers: Tensor | None = None
-    threshold: float | None = None
     permutation: Tensor | None = None
     rotation: Rotation | None = None
+    threshold: float | None = None
 
     @property
     def steps(self) -> list[str]:
