@@ -223,7 +223,7 @@ def layer_record(layer: W8A8Linear) -> dict[str, Any]:
         "scheme": layer.scheme.name,
         "bias": layer.bias is not None,
         "rotation_block": layer.rotation_block,
-        "threshold": layer.threshold,
+        "threshold": float(layer.threshold),
         "outliers": 0 if layer.outlier_index is None else len(layer.outlier_index),
         "buffers": [name for name in OPTIONAL if getattr(layer, name) is not None],
     }
@@ -409,11 +409,13 @@ def empty_layer(name: str, facts: dict[str, Any]) -> W8A8Linear:
         "outlier_weight": torch.empty(n, outliers, device="meta"),
     }
     for buffer in facts["buffers"]:
-        if buffer not in room:
+        if buffer not in OPTIONAL:
             raise CheckpointError(f"layer {name!r} has {buffer!r}, which this quantkit does not know")
         setattr(layer, buffer, room[buffer])
     if (layer.outlier_index is None) != (layer.outlier_weight is None):
         raise CheckpointError(f"layer {name!r} has outlier_index or outlier_weight without the other")
+    if layer.threshold and (facts["buffers"] or block or layer.scheme.is_static or not layer.scheme.symmetric):
+        raise CheckpointError(f"layer {name!r} has a threshold, which goes with symmetric scales per token and nothing else")
     return layer
 
 

@@ -295,6 +295,9 @@ def _transform_fault(transform: Transform, view: SiteView, stage: Stage) -> str 
         return f"rotation is {_kind(rotation)}, not a quantkit.Rotation"
     if rotation is not None and k % rotation.block:
         return f"a rotation of {rotation.block} does not divide them; take a smaller power of two"
+    threshold = transform.threshold
+    if threshold is not None and (not isinstance(threshold, float) or not 0 < threshold < float("inf")):
+        return f"threshold is {threshold!r}, not a positive, finite float"
     both = (transform, view.transform)
     if any(t.threshold for t in both):
         if any(t.steps not in ([], ["threshold"]) for t in both):

@@ -405,11 +405,20 @@ def test_hostile_tensors(case: str, folder: Path) -> None:
     ("key", "value", "word"),
     [("buffers", ["weight"], "'weight'"), ("buffers", ["wrong"], "'wrong'"), ("buffers", 3, "layers"),
      ("outliers", -1, "'up'"), ("outliers", 10**9, "outliers"), ("threshold", -1.0, "threshold"),
-     ("threshold", float("nan"), "threshold"), ("threshold", 6, "layers")],
+     ("threshold", float("nan"), "threshold"), ("threshold", 6, "layers"),
+     ("buffers", [["shift"]], "'up'")],
 )  # fmt: skip
 def test_hostile_facts_of_a_layer(key: str, value: Any, word: str, folder: Path) -> None:
     sign(folder, put("layers", "up", key, value))
     with refused(word) as model:
+        quantkit.load(folder, model=model)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-asym", "w8a8-static"])
+def test_a_threshold_where_none_can_be(scheme: str, folder: Path) -> None:
+    """Zero points and static scales would be applied to columns that have left the product."""
+    sign(folder, lambda body: body["layers"]["up"].update(threshold=6.0, scheme=scheme))
+    with refused("'up'", "symmetric scales per token") as model:
         quantkit.load(folder, model=model)
 
 

@@ -86,11 +86,12 @@ def test_auto_keeps_some_where_they_are() -> None:
 
 
 def test_a_token_is_the_same_in_every_batch() -> None:
-    up = quantkit.quantize(Net(), LLMInt8(3), calibration=data(), progress=False).up
-    x = torch.randn(40, 64)
-    with quantkit.use_backend("reference"):
-        whole = up(x)
-        torch.testing.assert_close(torch.cat([up(row[None]) for row in x]), whole, rtol=1e-6, atol=1e-6)
+    for columns in (3, 32):
+        up = quantkit.quantize(Net(), LLMInt8(columns), calibration=data(), progress=False).up
+        x = torch.randn(40, 64)
+        for backend in ("reference", "cpu"):
+            with quantkit.use_backend(backend):
+                assert_same(torch.cat([up(row[None]) for row in x]), up(x))
 
 
 @pytest.mark.parametrize("method", [LLMInt8(3), LLMInt8(threshold=6.0)], ids=str)
@@ -109,6 +110,20 @@ def test_compiled_whole(method: LLMInt8) -> None:
     x = torch.randn(3, 7, 64)
     with torch.inference_mode():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", ["6", 6, 0.0, -6.0, float("nan"), float("inf")], ids=repr)
+def test_thresholds_that_cannot_be(threshold: object) -> None:
+    """Of somebody's own calibrator."""
+
+    class Own(quantkit.PerSite):
+        name, stage = "own", quantkit.Stage.OUTLIERS
+
+        def plan_site(self, site: object) -> tuple[quantkit.Transform, dict[str, object]]:
+            return quantkit.Transform(threshold=threshold), {}  # type: ignore[arg-type]
+
+    with pytest.raises(MethodError, match="threshold is"):
+        quantkit.quantize(Net(), Own(), calibration=data(), progress=False)
 
 
 # ---- the paper's threshold

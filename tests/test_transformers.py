@@ -128,6 +128,38 @@ def test_gradients_reach_the_input(folder: Path) -> None:
     assert float((embedded.grad - same.grad).norm() / same.grad.norm()) < 0.1
 
 
+class Own(quantkit.PerSite):
+    """Somebody's own method, which needs no data."""
+
+    name, stage = "own", quantkit.Stage.SCALE
+
+    def plan_site(self, site: quantkit.SiteView) -> tuple[quantkit.Transform, dict[str, object]]:
+        return quantkit.Transform(scale=torch.full((site.site.channels,), 2.0)), {"seen": True}
+
+
+def test_methods_of_ones_own(folder: Path, tmp_path: Path) -> None:
+    """They run, though they need no data, and what they made opens where nobody knows them."""
+    config = QuantKitConfig(Own(), calibration=[TOKENS])
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    assert all(layer.notes == {"seen": True} for layer in quantkit.report(model).layers if layer.kind == "int8")
+    model.save_pretrained(tmp_path / "int8")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    assert again.config.quantization_config.method == ["own"]
+    assert_same(logits(again), logits(model))
+
+
+def test_a_whole_number_as_threshold(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantKitConfig(threshold=2))
+    model.save_pretrained(tmp_path / "int8")
+    assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "int8")), logits(model))
+
+
+def test_data_is_neither_copied_nor_saved(folder: Path) -> None:
+    config = QuantKitConfig("smoothquant", calibration=(TOKENS for _ in range(2)))
+    assert "calibration" not in str(config.to_dict())
+    assert len(int8(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config))) == 14
+
+
 def test_bitsandbytes_options() -> None:
     config = QuantKitConfig.from_bitsandbytes(
         BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=5.0, llm_int8_skip_modules=["lm_head"])
@@ -144,6 +176,8 @@ def test_refused(folder: Path) -> None:
         QuantKitConfig("smothquant")
     with pytest.raises(MethodError, match="static"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantKitConfig("rtn", "w8a8-static"))
+    with pytest.raises(MethodError, match="symmetric"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantKitConfig("llm_int8", "w8a8-asym"))
     with pytest.raises(quantkit.ModelError, match="no linear is left"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantKitConfig("rtn", ignore=["*"]))
     damaged = llama()

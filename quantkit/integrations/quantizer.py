@@ -6,6 +6,7 @@ Importing quantkit registers it, as soon as transformers is there (:mod:`quantki
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
-from quantkit.calibrators import METHODS, LLMInt8, resolve
+from quantkit.calibrators import RTN, LLMInt8, resolve
 from quantkit.checkpoint import FORMAT_VERSION, empty_layer, layer_record
 from quantkit.errors import CheckpointError, MethodError, ModelError
 from quantkit.experts import unfuse
@@ -81,8 +82,10 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.ignore, self.threshold, self.seed, self.layers = list(ignore), threshold, seed, layers
         self._calibration, self._tokenizer = calibration, tokenizer
         parts = list(method) if isinstance(method, (list, tuple)) else [method]
-        self._calibrators = resolve([LLMInt8(threshold=threshold) if part == "llm_int8" else part for part in parts])
-        self.method = [c.name for c in self._calibrators]
+        # The methods of a saved model have done their work, and may be somebody's own.
+        named = [LLMInt8(threshold=threshold) if part == "llm_int8" else part for part in parts]
+        self._calibrators = [] if layers else resolve(named)
+        self.method = parts if layers else [c.name for c in self._calibrators]
 
     @classmethod
     def from_bitsandbytes(cls, config: BitsAndBytesConfig) -> QuantKitConfig:
@@ -102,11 +105,16 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     @property
     def streams(self) -> bool:
         """Whether weights can be rounded while they are read."""
-        return not any(c.statistics for c in self._calibrators)
+        return all(isinstance(c, RTN) or (isinstance(c, LLMInt8) and c.threshold) for c in self._calibrators)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; without calibration data."""
-        return {name: value for name, value in super().to_dict().items() if not name.startswith("_")}
+        return {name: copy.deepcopy(value) for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __deepcopy__(self, memo: Any) -> QuantKitConfig:
+        new = copy.copy(self)  # transformers copies configs again and again; data, perhaps a generator, is not to be copied
+        new.__dict__.update(self.to_dict())
+        return new
 
 
 class RoundToNearest(ConversionOps):  # type: ignore[misc]
@@ -196,6 +204,9 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         scheme, dtype = Scheme.parse(config.scheme), model.dtype
         if scheme.is_static:
             raise MethodError(f"scheme {config.scheme!r} needs data for its static scales: give a method that reads data")
+        threshold = next((float(c.threshold) for c in config._calibrators if isinstance(c, LLMInt8) and c.threshold), 0.0)
+        if threshold and not scheme.symmetric:
+            raise MethodError(f"a threshold goes with symmetric scales only, and not with {config.scheme!r}: take 'w8a8'")
         linears = linears_of(model)
         for pattern in config.ignore:
             if not any(matches(name, linear, pattern) for name, linear in linears.items()):
@@ -207,11 +218,11 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
             elif any(matches(name, linear, pattern) for pattern in config.ignore):
                 self._kept[name] = SKIPPED
             else:
-                self._replace(model, name, linear, scheme, dtype)
+                self._replace(model, name, linear, scheme, dtype, threshold)
         if len(self._kept) == len(linears):
             raise ModelError("no linear is left to quantize: all are output heads, tied, or ignored")
 
-    def _replace(self, model: Any, name: str, linear: Any, scheme: Scheme, dtype: torch.dtype) -> None:
+    def _replace(self, model: Any, name: str, linear: Any, scheme: Scheme, dtype: torch.dtype, threshold: float) -> None:
         k, n = linear.weight.shape if is_conv1d(linear) else linear.weight.shape[::-1]
         check_exact(k, scheme, name)
         if is_conv1d(linear):
@@ -219,7 +230,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         layer = W8A8Linear(k, n, scheme=scheme, bias=linear.bias is not None, device="meta", dtype=dtype)
         # A float placeholder in the shape of the file: up to 5.22 weights are cast to its dtype before they are rounded.
         layer.weight = torch.empty(linear.weight.shape, dtype=dtype, device="meta")
-        layer.threshold = next((t for c in self.quantization_config._calibrators if (t := getattr(c, "threshold", None))), 0.0)
+        layer.threshold = threshold
         replace_module(model, name, layer)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -265,9 +276,10 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
 def mark(model: Any, config: QuantKitConfig | None = None) -> None:
     """Let ``save_pretrained`` of a quantized model write what ``from_pretrained`` needs."""
     report: Report = getattr(model, RECORD)
+    layers = {name: layer_record(m) for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
     if config is None:
-        config = QuantKitConfig([m for m in report.method if m in METHODS] or "rtn", report.scheme or "w8a8", seed=report.seed)
-    config.layers = {name: layer_record(m) for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
+        config = QuantKitConfig(report.method, report.scheme or "w8a8", seed=report.seed, layers=layers)
+    config.layers = layers
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method = True, NAME
     if getattr(model, "hf_quantizer", None) is None:
