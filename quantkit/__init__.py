@@ -33,8 +33,8 @@ from quantkit.transform import Rotation, Transform
 
 __all__ = [
     "RTN", "BackendError", "CalibrationError", "Calibrator", "CheckpointError", "Codes", "Discovery", "Equivalence",
-    "EquivalenceError", "LLMInt8", "LayerRecord", "MethodError", "ModelError", "PerSite", "Plan", "Producer", "QuantKitConfig",
-    "QuantkitError", "Range", "Report", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage",
+    "EquivalenceError", "LLMInt8", "LayerRecord", "MethodError", "ModelError", "PerSite", "Plan", "Producer", "QuantkitError",
+    "Range", "Report", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage",
     "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "discover",
     "load", "quantize", "report", "save", "use_backend", "verify_equivalence",
 ]  # fmt: skip
@@ -43,8 +43,10 @@ _register()
 
 
 def __getattr__(name: str) -> object:
-    if name == "QuantKitConfig":  # needs transformers
-        from quantkit.integrations.quantizer import QuantKitConfig
-
+    if name == "QuantKitConfig":  # not in __all__: it needs transformers, and takes the seconds of importing it
+        try:
+            from quantkit.integrations.quantizer import QuantKitConfig
+        except ImportError as error:
+            raise ImportError(f"quantkit.QuantKitConfig: pip install 'quantkit-w8a8[transformers]' ({error})") from error
         return QuantKitConfig
     raise AttributeError(f"module 'quantkit' has no attribute {name!r}")

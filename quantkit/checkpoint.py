@@ -31,11 +31,11 @@ from quantkit.errors import CheckpointError, ModelError, QuantkitError
 from quantkit.experts import put_back, unfuse
 from quantkit.linear import W8A8Linear
 from quantkit.modules import linears_of, replace_module, weight_of
-from quantkit.report import RECORD, Report, report
+from quantkit.report import Report, attach, report
 from quantkit.scheme import Scheme
 
 RECORD_FILE = "quantkit.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_RECORD_BYTES = 64 * 2**20
 FILE_NAME = re.compile(r"[\w\- ][\w.\- ]{0,200}")
 LAYER_FACTS = {"in_features": int, "out_features": int, "scheme": str, "bias": bool, "rotation_block": int}
@@ -134,7 +134,7 @@ def load(
     if retie is not None:
         retie()
     model.to(device)
-    setattr(model, RECORD, record)
+    attach(model, record)
     return model.eval()
 
 

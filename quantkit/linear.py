@@ -135,23 +135,25 @@ class W8A8Linear(nn.Linear):
             self.input_zero_point.fill_(zero)
 
     def _set_leftover(self, leftover: Transform, outlier_weight: Tensor | None, like: Tensor) -> None:
-        device = like.device
-        self.shift = None if leftover.shift is None else leftover.shift.to(device)
-        pre_scale = None if leftover.scale is None else (1.0 / leftover.scale.float()).to(device)
-        if leftover.outliers is not None:
+        def own(tensor: Tensor | None) -> Tensor | None:
+            """Linears of one site get one transform, and formats without aliases (save_pretrained) refuse shared tensors."""
+            return None if tensor is None else tensor.to(like.device, copy=True)
+
+        self.shift, self.permutation = own(leftover.shift), own(leftover.permutation)
+        pre_scale = None if leftover.scale is None else own(1.0 / leftover.scale.float())
+        self.outlier_index = own(leftover.outliers)
+        if self.outlier_index is not None:
             assert outlier_weight is not None
-            self.outlier_index = leftover.outliers.to(device)
             # The side product sees the channel before the scale, so its weight takes the scale back.
             self.outlier_weight = outlier_weight.to(like.dtype)
-            pre_scale = torch.ones(self.in_features, device=device) if pre_scale is None else pre_scale
+            pre_scale = torch.ones(self.in_features, device=like.device) if pre_scale is None else pre_scale
             pre_scale = pre_scale.index_fill(0, self.outlier_index, 0.0)
         self.pre_scale = pre_scale
         self.threshold = leftover.threshold or 0.0
-        self.permutation = None if leftover.permutation is None else leftover.permutation.to(device)
         if leftover.rotation is not None:
             self.rotation_block = leftover.rotation.block
             signs = leftover.rotation.signs
-            self.rotation_signs = None if signs is None else signs.float().to(device)
+            self.rotation_signs = None if signs is None else own(signs.float())
 
     @property
     def rewrites_input(self) -> bool:

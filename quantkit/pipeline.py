@@ -6,7 +6,6 @@ import copy
 import functools
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -26,7 +25,7 @@ from quantkit.linear import W8A8Linear, check_exact
 from quantkit.modules import linears_of, replace_module, weight_of
 from quantkit.numerics import qmax, quantize_weight, sqnr_db
 from quantkit.observe import SiteStatistics, observe
-from quantkit.report import RECORD, LayerRecord, Report
+from quantkit.report import LayerRecord, Report, attach
 from quantkit.scheme import Scheme
 from quantkit.sites import Site
 from quantkit.statistics import Range, TokenSample
@@ -130,11 +129,7 @@ def _quantize(
         "given" if calibration is not None else "sampled from the model" if kinds else "not needed",
     )
     _convert(model, views, codes, notes, kept, number_format, piece, record, progress)
-    setattr(model, RECORD, record)
-    if number_format is not None and "transformers" in sys.modules and type(model).__module__.startswith("transformers."):
-        from quantkit.integrations.quantizer import mark
-
-        mark(model)  # so that save_pretrained writes what from_pretrained needs
+    attach(model, record)
     log.info(record.summary)
     return model
 

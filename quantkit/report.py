@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +11,15 @@ from torch import nn
 from quantkit.errors import ModelError
 
 RECORD = "_quantkit_record"
+LISTENERS: list[Callable[[nn.Module], None]] = []
+"""Called with every model that gets a report; integrations add themselves once their library is there."""
+
+
+def attach(model: nn.Module, record: Report) -> None:
+    """Make ``record`` the report of ``model``."""
+    setattr(model, RECORD, record)
+    for listen in LISTENERS:
+        listen(model)
 
 
 @dataclass

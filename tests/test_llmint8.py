@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,6 +198,6 @@ def test_not_a_number_and_nothing_at_all() -> None:
      {"threshold": float("nan")}, {"threshold": float("inf")}, {"threshold": "6"}, {"columns": 16, "threshold": 6.0}],
     ids=str,
 )  # fmt: skip
-def test_bad_options(options: dict[str, object]) -> None:
+def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(MethodError, match=r"columns|threshold"):
-        LLMInt8(**options)  # type: ignore[arg-type]
+        LLMInt8(**options)

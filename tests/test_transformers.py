@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,9 +91,34 @@ def test_saved_by_quantize_opens_in_transformers(tmp_path: Path) -> None:
     assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
+class Remote(LlamaForCausalLM):
+    """A class that is not transformers' own, as remote code and users have them."""
+
+
+def test_saved_by_load_and_of_another_class(tmp_path: Path) -> None:
+    model = quantkit.quantize(llama(), quantkit.LLMInt8(4), calibration=[TOKENS], progress=False)
+    quantkit.save(model, tmp_path / "ours")
+    quantkit.load(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert_same(logits(again), logits(model))
+    assert again.config.quantization_config.threshold == 0.0  # its columns are calibrated
+    other = quantkit.quantize(Remote(llama().config).eval(), "rtn", calibration=[TOKENS], progress=False)
+    other.save_pretrained(tmp_path / "remote")
+    assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "remote")), logits(other))
+
+
+def test_in_a_list_llm_int8_means_columns(folder: Path) -> None:
+    """Nothing may come before a threshold, so with other methods it would be refused after the model was loaded."""
+    config = QuantKitConfig(["smoothquant", "llm_int8"], calibration=[TOKENS])
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    layers = [m for m in model.modules() if isinstance(m, W8A8Linear)]
+    assert len(layers) == 14
+    assert not any(layer.threshold for layer in layers)
+
+
 @pytest.mark.parametrize("make", [gpt2, lambda: llama(tied=True)], ids=["Conv1D", "tied"])
-def test_other_linears(make: object, tmp_path: Path) -> None:
-    wanted = make()  # type: ignore[operator]
+def test_other_linears(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    wanted = make()
     wanted.save_pretrained(tmp_path / "float")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=QuantKitConfig("rtn"))
     assert model.lm_head.weight is model.get_input_embeddings().weight

@@ -26,7 +26,7 @@ from quantkit.linear import W8A8Linear, check_exact
 from quantkit.modules import is_conv1d, linears_of, replace_module
 from quantkit.numerics import quantize_weight
 from quantkit.pipeline import quantize
-from quantkit.report import RECORD, LayerRecord, Report
+from quantkit.report import LISTENERS, RECORD, LayerRecord, Report, attach
 from quantkit.scheme import Scheme
 from quantkit.targets import matches
 
@@ -38,8 +38,8 @@ OUTPUT_HEAD, SKIPPED = "output head or tied", "ignored"
 class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What ``from_pretrained`` shall do, and what ``save_pretrained`` writes into config.json.
 
-    ``"rtn"`` and ``"llm_int8"`` (which means the paper's method, with its threshold, here) need no data: weights are rounded
-    one by one while they are read, so the 16-bit model is never whole in memory. Other methods first load the model whole.
+    ``"rtn"`` and ``"llm_int8"`` by itself (which means the paper's method, with its threshold, here) need no data: weights are
+    rounded one by one while they are read. Other methods, and lists of several, first load the model whole.
 
     Args:
         method: as in :func:`quantkit.quantize`: a name, a calibrator, or a list of them.
@@ -74,7 +74,8 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             log.warning("QuantKitConfig: %s not known to this quantkit, and left alone", ", ".join(unknown))
         if format_version != FORMAT_VERSION:
             raise CheckpointError(
-                f"the model has format version {format_version} and this quantkit reads {FORMAT_VERSION}: upgrade quantkit-w8a8"
+                f"the model has format version {format_version} and this quantkit reads {FORMAT_VERSION}: "
+                "upgrade quantkit-w8a8, or quantize the model again"
             )
         self.quant_method = NAME
         self.format_version = format_version
@@ -82,10 +83,10 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.ignore, self.threshold, self.seed, self.layers = list(ignore), threshold, seed, layers
         self._calibration, self._tokenizer = calibration, tokenizer
         parts = list(method) if isinstance(method, (list, tuple)) else [method]
-        # The methods of a saved model have done their work, and may be somebody's own.
-        named = [LLMInt8(threshold=threshold) if part == "llm_int8" else part for part in parts]
-        self._calibrators = [] if layers else resolve(named)
-        self.method = parts if layers else [c.name for c in self._calibrators]
+        self._calibrators, self.method = [], parts
+        if not layers:  # the methods of a saved model have done their work, and may be somebody's own
+            self._calibrators = resolve([LLMInt8(threshold=threshold)] if parts == ["llm_int8"] else parts)
+            self.method = [c.name for c in self._calibrators]
 
     @classmethod
     def from_bitsandbytes(cls, config: BitsAndBytesConfig) -> QuantKitConfig:
@@ -249,7 +250,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
             layers += [LayerRecord(name, "float", reason=reason) for name, reason in self._kept.items()]
             report = Report(config.method, config.scheme, config.seed, "not needed")
             report.layers = layers
-            setattr(model, RECORD, report)
+            attach(model, report)
         mark(model, config)
         return model
 
@@ -274,11 +275,16 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def mark(model: Any, config: QuantKitConfig | None = None) -> None:
-    """Let ``save_pretrained`` of a quantized model write what ``from_pretrained`` needs."""
-    report: Report = getattr(model, RECORD)
+    """Let ``save_pretrained`` of a quantized model write what ``from_pretrained`` needs; other modules are left alone."""
+    from transformers import PreTrainedModel  # which imports its quantizers, and so this file
+
     layers = {name: layer_record(m) for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
+    if not layers or not isinstance(model, PreTrainedModel):
+        return
     if config is None:
-        config = QuantKitConfig(report.method, report.scheme or "w8a8", seed=report.seed, layers=layers)
+        report: Report = getattr(model, RECORD)
+        threshold = max(record["threshold"] for record in layers.values())
+        config = QuantKitConfig(report.method, report.scheme or "w8a8", threshold=threshold, seed=report.seed, layers=layers)
     config.layers = layers
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method = True, NAME
@@ -286,6 +292,7 @@ def mark(model: Any, config: QuantKitConfig | None = None) -> None:
         model.hf_quantizer = QuantKitQuantizer(config, pre_quantized=True)
 
 
+LISTENERS.append(mark)
 if NAME not in auto.AUTO_QUANTIZER_MAPPING:
     auto.register_quantization_config(NAME)(QuantKitConfig)
     auto.register_quantizer(NAME)(QuantKitQuantizer)
