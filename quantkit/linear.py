@@ -38,7 +38,7 @@ class W8A8Linear(nn.Linear):
         weight: ``[N, K]`` int8. weight_scale: ``[N, 1]`` float32.
         bias: ``[N]`` float or None.
         input_scale, input_zero_point: ``[1]`` float32 and int32, static schemes only.
-        pre_scale: ``[K]`` float32 or None, ``1 / s`` of a scale that no producer could take, 0 at outlier columns.
+        pre_scale: ``[K]`` float32 or None, ``1 / s`` of a scale that no producer could take.
         shift, permutation, rotation_signs: ``[K]`` or None, see :class:`quantkit.Transform`.
         outlier_index ``[n]`` int64, outlier_weight ``[N, n]``, in the model's dtype: columns outside of the INT8 product.
 
@@ -140,15 +140,12 @@ class W8A8Linear(nn.Linear):
             return None if tensor is None else tensor.to(like.device, copy=True)
 
         self.shift, self.permutation = own(leftover.shift), own(leftover.permutation)
-        pre_scale = None if leftover.scale is None else own(1.0 / leftover.scale.float())
+        self.pre_scale = None if leftover.scale is None else own(1.0 / leftover.scale.float())
         self.outlier_index = own(leftover.outliers)
         if self.outlier_index is not None:
             assert outlier_weight is not None
             # The side product sees the channel before the scale, so its weight takes the scale back.
             self.outlier_weight = outlier_weight.to(like.dtype)
-            pre_scale = torch.ones(self.in_features, device=like.device) if pre_scale is None else pre_scale
-            pre_scale = pre_scale.index_fill(0, self.outlier_index, 0.0)
-        self.pre_scale = pre_scale
         self.threshold = leftover.threshold or 0.0
         if leftover.rotation is not None:
             self.rotation_block = leftover.rotation.block
@@ -158,7 +155,8 @@ class W8A8Linear(nn.Linear):
     @property
     def rewrites_input(self) -> bool:
         """Whether anything is done to the activation before it is quantized."""
-        return self.rotation_block > 0 or any(v is not None for v in (self.pre_scale, self.shift, self.permutation))
+        rewrites = (self.pre_scale, self.shift, self.permutation, self.outlier_index)
+        return self.rotation_block > 0 or any(v is not None for v in rewrites)
 
     def prepare_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The INT8 side ``[M, K]`` (float) and the side product's input ``[M, n]`` of ``x [M, K]``."""
@@ -168,8 +166,8 @@ class W8A8Linear(nn.Linear):
         side = None if self.outlier_index is None else x.index_select(1, self.outlier_index).to(dtype)
         if self.pre_scale is not None:
             x = x * self.pre_scale  # float32: bf16 would round the scale
-            if self.outlier_index is not None:
-                x = x.index_fill(1, self.outlier_index, 0.0)  # also where 0 * inf would be NaN
+        if self.outlier_index is not None:
+            x = x.index_fill(1, self.outlier_index, 0.0)
         if self.permutation is not None:
             x = x.index_select(1, self.permutation)
         if self.rotation_block:
@@ -246,6 +244,7 @@ class W8A8Linear(nn.Linear):
         names = ("shift", "pre_scale", "permutation")
         extra = [n for n in names if getattr(self, n) is not None]
         extra += [f"rotation({self.rotation_block})"] if self.rotation_block else []
+        extra += [f"outliers({len(self.outlier_index)})"] if self.outlier_index is not None else []
         extra += [f"threshold({self.threshold:g})"] if self.threshold else []
         if extra:
             parts.append(f"at run time: {'+'.join(extra)}")

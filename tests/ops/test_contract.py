@@ -146,6 +146,16 @@ def test_rewritten_inputs(backend: str, scheme: str, steps: tuple[str, ...], dty
         check(module, hostile(m, 40, dtype))
 
 
+@pytest.mark.parametrize("steps", STEPS, ids="+".join)
+def test_compiled_before_it_ever_ran(backend: str, steps: tuple[str, ...]) -> None:
+    """The weight is then packed while it is traced."""
+    torch.compiler.reset()
+    module, x = layer(40, 19, "w8a8", steps=steps), torch.randn(17, 40)
+    with torch.inference_mode():
+        got = torch.compile(module, fullgraph=True)(x)
+        near(got, module(x), f"{module}")
+
+
 @pytest.mark.parametrize("shape", [(48,), (5, 48), (2, 3, 48), (2, 1, 3, 48), (0, 48), (2, 0, 48)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ranks(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -33,7 +33,6 @@ class GPUPacked:
     sums: Tensor | None
     side_weight: Tensor | None
     side_mask: Tensor | None
-    pre_scale: Tensor | None
     vector: bool
 
 
@@ -64,16 +63,15 @@ class GPU(Plain):
         weight = layer.weight.contiguous()
         if padded(k) != k:
             weight = torch.nn.functional.pad(weight, (0, padded(k) - k))
-        side, mask, pre_scale = layer.outlier_weight, None, layer.pre_scale
-        if side is not None and pre_scale is not None:
-            if bool(((pre_scale == 0) | (pre_scale == 1)).all()):
-                mask, pre_scale = (pre_scale == 0).to(torch.int8), None
+        side, mask = layer.outlier_weight, None
+        if side is not None and layer.outlier_index is not None:
+            mask = torch.zeros(k, dtype=torch.int8, device=side.device).index_fill(0, layer.outlier_index, 1)
             side = torch.nn.functional.pad(side, (0, padded_side(side.shape[1]) - side.shape[1])).contiguous()
         rest = (layer.shift, layer.permutation, layer.outlier_index)
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block
         return GPUPacked(
             self, layer.weight.device, layer.weight, weight, layer.weight_scale.reshape(-1).float().contiguous(),
-            None if layer.scheme.symmetric else weight.sum(dim=1, dtype=torch.int32), side, mask, pre_scale,
+            None if layer.scheme.symmetric else weight.sum(dim=1, dtype=torch.int32), side, mask,
             vector and all(v is None for v in rest),
         )  # fmt: skip
 
@@ -85,7 +83,7 @@ class GPU(Plain):
         if torch.compiler.is_compiling():
             ops = torch.ops.quantkit
         if x.shape[0] == 1 and packed.vector:
-            return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, packed.pre_scale)
+            return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, layer.pre_scale)
         if torch.compiler.is_compiling() and not layer.rotation_block and layer.outlier_index is None:
             # Plain torch that Inductor fuses with the norm or gate before it, and with the same for other linears; the
             # kernel's arithmetic, but for a division that Triton may round another way (a scale off by one ulp).
@@ -94,7 +92,7 @@ class GPU(Plain):
                 q = torch.nn.functional.pad(q, (0, padding))
             return ops.matmul(q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias)
         out = ops.quantize(
-            x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=packed.pre_scale,
+            x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=layer.pre_scale,
             permutation=layer.permutation, rotation=layer.rotation_block, signs=layer.rotation_signs,
             side_index=layer.outlier_index, side_mask=packed.side_mask, in_scale=layer.input_scale,
             in_zero=layer.input_zero_point,

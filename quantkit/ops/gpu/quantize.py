@@ -145,11 +145,10 @@ def quantize_kernel(
             side = side - tl.load(SHIFT + column, mask=real, other=0.0)[None, :]
         there = (row < M)[:, None] & (n < side_stride)[None, :]
         tl.store(SIDE + row[:, None] * side_stride + n[None, :], side.to(SIDE.dtype.element_ty), mask=there)
-    if SIDE_MASK is not None:  # a byte a channel: a scale of 0 and 1 would be as much to read as the row
+    if SIDE_MASK is not None:  # a byte a channel: the index itself would be searched for every channel
         x = tl.where((tl.load(SIDE_MASK + source, mask=k < K, other=0) != 0)[None, :], 0.0, x)
     if PRE is not None:
-        pre = tl.load(PRE + source, mask=k < K, other=0.0)
-        x = tl.where((pre == 0.0)[None, :], 0.0, x * pre[None, :])  # 0 marks an outlier column: also where 0 * inf is NaN
+        x = x * tl.load(PRE + source, mask=k < K, other=0.0)[None, :]
     if ROTATION > 0:
         if SIGNS is not None:
             x = x * tl.load(SIGNS + k, mask=k < K, other=0.0)[None, :]
@@ -211,9 +210,9 @@ def quantize(
         source: "" (x itself), "rms" or "layer" (norm of x, or of x + x2), "silu", "gelu" or "gelu_tanh" (of x, times x2).
         x2: ``[M, K]``: the residual of a norm, or the other factor of a gate.
         gain, bias, eps, offset: of the norm: ``norm(x) * (gain + offset) + bias``.
-        shift, pre_scale, permutation, rotation, signs, side_index: as :class:`quantkit.W8A8Linear` keeps them; ``pre_scale``
-            is 0 at outlier columns, which go to the side product.
-        side_mask: ``[K]`` int8, 1 at outlier columns, in place of a ``pre_scale`` of 0 and 1.
+        shift, pre_scale, permutation, rotation, signs, side_index: as :class:`quantkit.W8A8Linear` keeps them; the channels of
+            ``side_index`` go to the side product as they are after the shift.
+        side_mask: ``[K]`` int8, 1 at the channels of ``side_index``, which are 0 in the codes.
         in_scale, in_zero: ``[1]``, static scale and zero point; left out, every token gets its own.
         warps: of each program; 0 decides by K.
 
