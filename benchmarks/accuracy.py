@@ -56,6 +56,21 @@ def torchao_smoothquant(model: nn.Module, batches: list[torch.Tensor]) -> nn.Mod
     return model
 
 
+def bitsandbytes(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+    """LLM.int8() as the industry has it, threshold 6, on its CPU backend."""
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    for name in decoder_linears(model):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        rows, channels = linear.weight.shape
+        new = Linear8bitLt(channels, rows, bias=linear.bias is not None, has_fp16_weights=False, threshold=6.0)
+        new.weight = Int8Params(linear.weight.data.half(), requires_grad=False, has_fp16_weights=False)
+        new.bias = linear.bias
+        model.set_submodule(name, new.to(linear.weight.device))
+    return model
+
+
 def llmcompressor(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
     """Its INT8 recipe: SmoothQuant 0.8 and GPTQ. Needs an environment of its own."""
     from datasets import Dataset
@@ -84,6 +99,12 @@ CANDIDATES: dict[str, Quantizer] = {
     "SmoothQuant(0.8)": ours(quantkit.SmoothQuant(0.8)),
     "SmoothQuant, static": ours("smoothquant", "w8a8-static"),
     "SmoothQuant, asymmetric": ours("smoothquant", "w8a8-asym"),
+    "LLMInt8": ours("llm_int8"),
+    "LLMInt8(columns=16)": ours(quantkit.LLMInt8(columns=16)),
+    "SmoothQuant + LLMInt8": ours(["smoothquant", "llm_int8"]),
+    "SmoothQuant + LLMInt8(columns=16)": ours(["smoothquant", quantkit.LLMInt8(columns=16)]),
+    "LLMInt8 + SmoothQuant": ours(["llm_int8", "smoothquant"]),
+    "LLMInt8(threshold=6)": ours(quantkit.LLMInt8(threshold=6.0)),
     "only q, k, v": ours("smoothquant", targets=["q_proj", "k_proj", "v_proj"]),
     "only o": ours("smoothquant", targets=["o_proj"]),
     "only gate, up": ours("smoothquant", targets=["gate_proj", "up_proj"]),
@@ -91,6 +112,7 @@ CANDIDATES: dict[str, Quantizer] = {
     "peer: torch.ao dynamic": lambda model, _: torch_ao(model),
     "peer: torchao int8 dynamic": lambda model, _: torchao(model),
     "peer: torchao SmoothQuant(0.5)": torchao_smoothquant,
+    "peer: bitsandbytes, threshold 6": bitsandbytes,
     "peer: llm-compressor SmoothQuant(0.8) + GPTQ": llmcompressor,
 }
 
@@ -101,16 +123,21 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--only", nargs="*", default=["*"], help="globs over the names of candidates")
     parser.add_argument("--models", nargs="*", default=["SmolLM2", "outlier twin"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", default="accuracy", help="of the result")
     args = parser.parse_args()
 
     base, tokenizer = load_float(SMOLLM2)
     windows = windows_of(tokenizer, (args.data / "test.raw.txt").read_text(encoding="utf-8"), 1024, args.windows)
-    batches = packed_text([(args.data / "valid.txt").read_text(encoding="utf-8")], tokenizer)[:32]
+    windows = windows.to(args.device)
+    batches = packed_text([(args.data / "valid.txt").read_text(encoding="utf-8")], tokenizer, device=args.device)[:32]
+    twin = outlier_twin(base).to(args.device)
+    base.to(args.device)
     reference = [log_probabilities(base, window) for window in windows]
     rows: list[dict[str, Any]] = []
     layers: dict[str, dict[str, float | None]] = {}
     for name in args.models:
-        model = base if name == "SmolLM2" else outlier_twin(base)
+        model = base if name == "SmolLM2" else twin
         for candidate, quantizer in CANDIDATES.items():
             if not any(fnmatch(candidate, pattern) for pattern in args.only):
                 continue
@@ -131,7 +158,7 @@ def main() -> None:
                 f"perplexity {row['perplexity']:.3f} top-1 {row['top1']:.1%}",
                 flush=True,
             )
-    print("written", record("accuracy", rows, windows=len(windows), length=1024, layers=layers))
+    print("written", record(args.name, rows, windows=len(windows), length=1024, layers=layers))
 
 
 if __name__ == "__main__":

@@ -256,6 +256,39 @@ def check_layers() -> None:
                 assert same(out, layer(x)), f"graph {name}"
 
 
+def check_threshold() -> None:
+    """Columns that reach a threshold in the batch: against the reference, compiled, in a CUDA graph that sees other columns."""
+    for m, n, k in ((1, 64, 77), (1, 4096, 4096), (9, 520, 640), (200, 1000, 4096), (1030, 4096, 14336)):
+        layer = layer_of(n, k)
+        layer.threshold = 6.0
+
+        def batch(columns: int) -> Tensor:
+            x = rand(m, k).clamp(-5, 5)  # noqa: B023
+            x[:, torch.randperm(k, device=DEVICE)[:columns]] *= 40  # noqa: B023
+            if m > 5:  # noqa: B023
+                x[2], x[3, 5], x[4, 6] = 0, torch.nan, torch.inf
+            return x
+
+        with torch.inference_mode():
+            for columns, dtype in itertools.product((0, 1, 8, 70, 300), (torch.bfloat16, torch.float16, torch.float32)):
+                x = batch(columns).to(dtype)
+                got = poisoned(lambda: layer(x), (m, n))  # noqa: B023
+                with quantkit.use_backend("reference"):
+                    wanted = layer(x)
+                assert torch.equal(got.isnan().any(1), wanted.isnan().any(1)), f"threshold {(m, n, k, columns, dtype)}: NaN"
+                off = relative(got.nan_to_num(), wanted.nan_to_num())
+                assert off < 5e-3, f"threshold {(m, n, k, columns, dtype)}: {off}"
+            x = batch(3).bfloat16()
+            graph, out = captured(layer, x)
+            for columns in (20, 0, 400):
+                x.copy_(batch(columns))
+                graph.replay()
+                assert same(out, layer(x)), f"threshold {(m, n, k)}: graph"
+            if k == 640:
+                torch.compiler.reset()
+                assert same(torch.compile(layer, fullgraph=True)(x), layer(x)), "threshold: compiled"
+
+
 def check_compiled(layer: W8A8Linear, x: Tensor, name: str) -> None:
     """One graph under torch.compile. Its own quantization may differ in ties, and the product of these codes in no bit."""
     torch.compiler.reset()
@@ -316,7 +349,7 @@ CHECKS = {
     f.__name__.removeprefix("check_"): f
     for f in (
         check_quantize, check_norms_and_gates, check_matmul, check_gemms, check_decodes, check_tiles,
-        check_segments_and_sides, check_layers, check_batches, check_chains,
+        check_segments_and_sides, check_layers, check_threshold, check_batches, check_chains,
     )
 }  # fmt: skip
 

@@ -40,11 +40,9 @@ def quantize_static(x: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int 
 
 
 def reaching(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Elements ``[M, K]`` of ``x`` that reach the threshold, and columns ``[K]`` with such an element; bool (paper, sec. 3.2).
-
-    Rows that are not finite have none: they come out as NaN, and say nothing about the others.
-    """
-    large = (x.abs() >= threshold) & x.isfinite().all(dim=1, keepdim=True)
+    """Finite elements ``[M, K]`` of ``x`` that reach the threshold, and columns ``[K]`` with such an element; bool (paper,
+    sec. 3.2)."""
+    large = (x.abs() >= threshold) & x.isfinite()
     return large, large.any(dim=0)
 
 

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from quantkit.ops.gpu import configs, hopper
+from quantkit.ops.gpu import columns, configs, hopper
 from quantkit.ops.gpu.gemv import gemv_kernel
 from quantkit.ops.gpu.matmul import matmul_kernel
 from quantkit.ops.gpu.quantize import quantize_kernel
@@ -56,19 +56,45 @@ def quantize(arch: int, **features: Any) -> dict[str, Any]:
         "Q": "*i8",
         "S": "*fp32",
     }
-    types |= {"eps": "fp32", "offset": "fp32"} | {n: t for n, t in features.items() if isinstance(t, str) and n != "SOURCE"}
-    constants = {"SOURCE": "", "QMAX": 127, "SYMMETRIC": True, "ROTATION": 0, "SIDES": 0, "R": 1, "B": 4096, "EVEN": True}
+    types |= dict.fromkeys(("eps", "offset", "threshold"), "fp32") | {
+        n: t for n, t in features.items() if isinstance(t, str) and n != "SOURCE"
+    }
+    constants = {
+        "SOURCE": "",
+        "QMAX": 127,
+        "SYMMETRIC": True,
+        "ROTATION": 0,
+        "SIDES": 0,
+        "THRESHOLD": False,
+        "R": 1,
+        "B": 4096,
+        "EVEN": True,
+    }
     constants |= {"PDL": arch >= 90, "stride_xk": 1} | {n: v for n, v in features.items() if n in constants}
     return compiled(quantize_kernel, arch, types, constants, {"num_warps": 8})
 
 
 def matmul(arch: int, tile: configs.Tile, **features: str | int) -> dict[str, Any]:
-    types = dict.fromkeys(("M", "N", "K", "zero_stride", "side_count"), "i32")
+    types = dict.fromkeys(("M", "N", "K", "zero_stride", "side_count", "side_m"), "i32")
     types |= {"Q": "*i8", "W": "*i8", "Y": "*bf16", "SX": "*fp32", "SW": "*fp32"}
     types |= {n: t for n, t in features.items() if isinstance(t, str)}
     constants = {"SEGMENTS": 1, "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "EVEN_K": True}
+    constants |= {"side_k": 1, "ROOM": 0}
     constants |= {n: v for n, v in features.items() if isinstance(v, int)}
     return compiled(matmul_kernel, arch, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
+
+
+def listed(arch: int, **source: str) -> dict[str, Any]:
+    types = source | {"ACTIVE": "*i32", "M": "i32", "K": "i32", "stride_m": "i32", "threshold": "fp32"}
+    constants = {"B": 8192, "PDL": arch >= 90, "stride_k": 1}
+    return compiled(columns.list_kernel, arch, types, constants, {"num_warps": 16})
+
+
+def gathered() -> dict[str, Any]:
+    types = {"X": "*bf16", "Q": "*i8", "SX": "*fp32", "W": "*i8", "SW": "*fp32", "ACTIVE": "*i32", "XS": "*bf16", "WS": "*bf16"}
+    types |= dict.fromkeys(("M", "N", "K", "stride_m"), "i32")
+    constants = {"stride_k": 1, "ROOM": columns.ROOM, "SIDE": configs.SIDE, "R": columns.ROWS}
+    return compiled(columns.gather_kernel, 90, types, constants, {"num_warps": 4})
 
 
 def gemv(arch: int, k: int, given: bool) -> dict[str, Any]:
@@ -107,7 +133,7 @@ def gluon(
             "y_desc": described(64, config.width, dtype),
         }
         constants = {"GROUP": config.group, "BN": config.columns, "BK": 128, "STAGES": config.stages, "WIDTH": config.width}
-        constants |= {"SLOTS": 1 if extra else 2, "SIDES": sides, "PDL": config.early}
+        constants |= {"SLOTS": 2 if extra.keys() <= {"ACTIVE"} else 1, "SIDES": sides, "PDL": config.early}
         return compiled(hopper.gemm_kernel, 90, types, constants, options)
     types |= {
         "q_desc": described(config.tokens, config.block_k),
@@ -133,6 +159,9 @@ def main() -> None:
         out[f"quantize gate {arch}"] = quantize(arch, SOURCE="silu", X2="*bf16", PRE="*fp32", B=16384, EVEN=False)
         out[f"quantize rotate {arch}"] = quantize(arch, ROTATION=64, HADAMARD="*fp32", SIGNS="*fp32", PERM="*i64")
         out[f"quantize asymmetric {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32")
+        out[f"quantize threshold {arch}"] = quantize(arch, REACHED="*i32", THRESHOLD=True)
+        out[f"columns list {arch}"] = listed(arch, REACHED="*i32")
+        out[f"columns list few {arch}"] = listed(arch, X="*bf16")
         for k, given in itertools.product((4096, 14336), (False, True)):
             out[f"gemv {k} {given} {arch}"] = gemv(arch, k, given)
         tiles = sorted({configs.portable(arch, m, n) for m in (1, 32, 64, 128, 256, 8192) for n in (4096, 28672)}, key=astuple)
@@ -143,11 +172,17 @@ def main() -> None:
             out[f"matmul {arch} {tile} segments"] = matmul(arch, tile, BORDERS="*i32", SEGMENTS=4)
         for tile in tiles:
             out[f"matmul {arch} {tile} side"] = matmul(arch, tile, SIDE="*bf16", SIDEW="*bf16")
+            out[f"matmul {arch} {tile} threshold"] = matmul(arch, tile, SIDE="*bf16", ACTIVE="*i32")
+    out["columns gather 90"] = gathered()
+    for m in (1, 32, 64, 128, 8192):  # what runs after a Hopper kernel that had no room for all
+        tile = configs.portable(90, m, 28672, segments=True)
+        out[f"matmul 90 {tile} more"] = matmul(90, tile, SIDE="*bf16", ACTIVE="*i32", ROOM=columns.ROOM)
     for config in chosen():
         out[f"hopper 90 {config}"] = gluon(config)
         out[f"hopper 90 {config} zero bias"] = gluon(config, torch.float16, ZP="*i32", WSUM="*i32", B="*fp32")
         for sides in (1, 2):
             out[f"hopper 90 {config} {sides} sides"] = gluon(config, sides=sides)
+        out[f"hopper 90 {config} threshold"] = gluon(config, sides=columns.ROOM // configs.SIDE, ACTIVE="*i32")
         out[f"hopper 90 {config} side zero bias"] = gluon(config, sides=1, ZP="*i32", WSUM="*i32", B="*bf16")
     json.dump(out, sys.stdout, indent=1)
 

@@ -156,6 +156,36 @@ def test_compiled_before_it_ever_ran(backend: str, steps: tuple[str, ...]) -> No
         near(got, module(x), f"{module}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("k", [5, 40, 300])
+def test_threshold(backend: str, k: int, dtype: torch.dtype) -> None:
+    """No column, some and all of them reach it; what is not finite says nothing about other rows."""
+    module = layer(k, 19)
+    module.threshold = 6.0
+    for m in (0, 1, 2, 17):
+        for share in (0.0, 0.02, 0.3, 1.0):
+            x = torch.randn(m, k).clamp(-5.9, 5.9)
+            x = torch.where(torch.rand(m, k) < share, x.sign() * (6 + 40 * x.abs()), x)
+            if m > 10:
+                x[1], x[2, 0], x[3, k // 2], x[4, k - 1], x[5, 0] = 0, math.nan, math.inf, -math.inf, 6.0
+            for given in (x.to(dtype), x.to(dtype).t().contiguous().t()):
+                got = module(given)
+                with use_backend("reference"):
+                    wanted = copy.deepcopy(module)(given)
+                near(got, wanted, f"{m} tokens, {share:.0%} large")
+                if m > 10:
+                    assert got[2:5].isnan().all()
+                    assert_same(got[1], module.bias.to(dtype))
+
+
+def test_threshold_compiled(backend: str) -> None:
+    torch.compiler.reset()
+    module, x = layer(40, 19), torch.randn(17, 40) * 4
+    module.threshold = 6.0
+    with torch.inference_mode():
+        near(torch.compile(module, fullgraph=True)(x), module(x), f"{module}")
+
+
 @pytest.mark.parametrize("shape", [(48,), (5, 48), (2, 3, 48), (2, 1, 3, 48), (0, 48), (2, 0, 48)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ranks(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -91,6 +91,17 @@ def test_side_product(count: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
 
 
+@given(st.sampled_from([1, 9, 16, 17, 40]), st.integers(1, 2000), st.sampled_from([0.0, 1e-4, 0.1, 1.0]))
+def test_columns_that_reach_a_threshold(m: int, k: int, share: float) -> None:
+    x = torch.where(torch.rand(m, k) < share, 7.0, 1.0) * torch.randn(m, k).sign()
+    x[0, 0], x[0, -1] = -torch.inf, torch.nan  # which say nothing of their columns
+    q, scale, active = quantize(x, threshold=6.0)
+    large, columns = reference.reaching(x, 6.0)
+    wanted = reference.quantize_rows(x.masked_fill(large, 0))
+    assert_same([q[:, :k], scale], [wanted[0], wanted[1]])
+    assert_same(active[1 : 1 + int(active[0])].long(), columns.nonzero().view(-1))
+
+
 @given(st.integers(1, 9), st.integers(1, 300), st.booleans(), st.sampled_from([2, 4, 8]), st.booleans())
 def test_quantize(m: int, k: int, symmetric: bool, bits: int, strided: bool) -> None:
     x = torch.randn(m, k) * torch.logspace(-6, 6, m)[:, None]
@@ -168,7 +179,7 @@ def test_compiled_for_every_architecture() -> None:
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = json.loads(done.stdout)
-    assert {name.split()[0] for name in kernels} == {"quantize", "gemv", "matmul", "hopper"}
+    assert {name.split()[0] for name in kernels} == {"quantize", "columns", "gemv", "matmul", "hopper"}
     for name, found in kernels.items():
         arch = next(a for a in SHARED if str(a) in name.split())
         assert found["stack"] == found["local"] == 0, f"{name} spills: {found}"

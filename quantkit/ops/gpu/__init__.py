@@ -72,18 +72,21 @@ class GPU(Plain):
         return GPUPacked(
             self, layer.weight.device, layer.weight, weight, layer.weight_scale.reshape(-1).float().contiguous(),
             None if layer.scheme.symmetric else weight.sum(dim=1, dtype=torch.int32), side, mask,
-            vector and all(v is None for v in rest),
+            vector and not layer.threshold and all(v is None for v in rest),
         )  # fmt: skip
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed, scheme = layer.packed, layer.scheme
-        if x.dtype not in DTYPES or not packed.codes.numel() or layer.threshold:
+        if x.dtype not in DTYPES or not packed.codes.numel():
             return super().linear(layer, x)
         ops = kernels()  # also under torch.compile: it registers the operators
         if torch.compiler.is_compiling():
             ops = torch.ops.quantkit
         if x.shape[0] == 1 and packed.vector:
             return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, layer.pre_scale)
+        if layer.threshold:
+            q, scale, active = ops.quantize(x, bits=scheme.activation_bits, threshold=layer.threshold)
+            return ops.matmul(q, scale, packed.codes, packed.scale, x.dtype, bias=layer.bias, side=x, active=active)
         if torch.compiler.is_compiling() and not layer.rotation_block and layer.outlier_index is None:
             # Plain torch that Inductor fuses with the norm or gate before it, and with the same for other linears; the
             # kernel's arithmetic, but for a division that Triton may round another way (a scale off by one ulp).

@@ -67,12 +67,19 @@ def side_of(buffer, desc):
     return buffer._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
 
 
+@gluon.jit
+def active_tiles(ACTIVE, SIDES: gl.constexpr):
+    """Tiles of side columns that hold the active ones of this batch."""
+    return gl.minimum(gl.cdiv(gl.load(ACTIVE), SIDE), SIDES)
+
+
 # ---- many tokens: y = q W^T, 128 tokens (64 for each of two consumers) by BN columns
 
 
 @gluon.jit
-def gemm_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, M, N, KT, GROUP: gl.constexpr,
-                  BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr):  # fmt: skip
+def gemm_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT,
+                  GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+                  SIDES: gl.constexpr):  # fmt: skip
     tiles_m, tiles_n = gl.cdiv(M, 2 * ROWS), gl.cdiv(N, BN)
     stage, phase = 0, 1
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -85,15 +92,19 @@ def gemm_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, M
             for c in gl.static_range(2):
                 load(q_desc, [first_row(tm, M, 2 * ROWS) + c * ROWS, k * BK], bar, q_ring.index(stage * 2 + c))
             stage, phase = following(stage, phase, STAGES)
-        for s in gl.static_range(SIDES):
-            mbarrier.wait(empty.index(stage), phase)
-            bar = full.index(stage)
-            mbarrier.expect(bar, (2 * ROWS + BN) * 2 * SIDE)
-            load(v_desc, [tn * BN, s * SIDE], bar, side_of(w_ring.index(stage), v_desc))
-            for c in gl.static_range(2):
-                row = first_row(tm, M, 2 * ROWS) + c * ROWS
-                load(x_desc, [row, s * SIDE], bar, side_of(q_ring.index(stage * 2 + c), x_desc))
-            stage, phase = following(stage, phase, STAGES)
+        if SIDES > 0:
+            sides = SIDES
+            if ACTIVE is not None:
+                sides = active_tiles(ACTIVE, SIDES)
+            for s in range(sides):
+                mbarrier.wait(empty.index(stage), phase)
+                bar = full.index(stage)
+                mbarrier.expect(bar, (2 * ROWS + BN) * 2 * SIDE)
+                load(v_desc, [tn * BN, s * SIDE], bar, side_of(w_ring.index(stage), v_desc))
+                for c in gl.static_range(2):
+                    row = first_row(tm, M, 2 * ROWS) + c * ROWS
+                    load(x_desc, [row, s * SIDE], bar, side_of(q_ring.index(stage * 2 + c), x_desc))
+                stage, phase = following(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -130,8 +141,9 @@ def put(y, column: gl.constexpr, row, first, sx, zero, columns, y_desc, staging,
 
 @gluon.jit
 def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, staging, columns, y_desc, SX, SW, ZP, WSUM, B,
-                  M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
-                  SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr, SIDES: gl.constexpr):  # fmt: skip
+                  ACTIVE, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+                  WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
+                  SIDES: gl.constexpr):  # fmt: skip
     # int8 wgmma with N = 256 aborts the compiler (Triton 3.6 and 3.9): two of 128 make up the tile
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 32])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 16])  # of the 16-bit product
@@ -173,7 +185,10 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
         if SIDES > 0:
             # The INT32 registers become float32 ones, and take the 16-bit product on top.
             acc = gl.convert_layout(rescaled(acc, 0, sx, zero, columns, BN, ZERO), wide)
-            for _ in gl.static_range(SIDES):
+            sides = SIDES
+            if ACTIVE is not None:
+                sides = active_tiles(ACTIVE, SIDES)
+            for _ in range(sides):
                 mbarrier.wait(full.index(stage), phase)
                 x, v = side_of(q_ring.index(stage * 2 + c), x_desc), side_of(w_ring.index(stage), v_desc)
                 acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(x, v.permute((1, 0)), acc, is_async=True)])
@@ -196,7 +211,7 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
-def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, M, N, K, zero_stride,
+def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACTIVE, M, N, K, zero_stride,
                 GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
                 SLOTS: gl.constexpr, SIDES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """``y [M, N]`` in 16 bit from descriptors of ``q [M, K]`` (boxes of 64 x BK), ``w [N, K]`` (BN x BK) and y (64 x WIDTH);
@@ -221,11 +236,12 @@ def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, M, 
         gdc_launch_dependents()
         gdc_wait()
     gl.warp_specialize([
-        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B, M, N,
-                         KT, zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
-        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B, M, N,
-                         KT, zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
-        (gemm_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, M, N, KT, GROUP, BN, BK, STAGES, SIDES)),
+        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B,
+                         ACTIVE, M, N, KT, zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
+        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B,
+                         ACTIVE, M, N, KT, zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
+        (gemm_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, GROUP, BN, BK, STAGES,
+                         SIDES)),
     ], [4, 1], [232, 24])  # fmt: skip
 
 
@@ -233,7 +249,7 @@ def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, M, 
 
 
 @gluon.jit
-def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, M, N, KT, TOKENS: gl.constexpr,
+def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, TOKENS: gl.constexpr,
                     BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     token = first_row(gl.program_id(0), M, TOKENS)
     stage, phase = 0, 1
@@ -261,18 +277,23 @@ def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty,
             load(w_desc, [t * ROWS, k * BK], bar, w_ring.index(stage))
             load(q_desc, [token, k * BK], bar, q_ring.index(stage))
             stage, phase = following(stage, phase, STAGES)
-        for s in gl.static_range(SIDES):
-            mbarrier.wait(empty.index(stage), phase)
-            bar = full.index(stage)
-            mbarrier.expect(bar, (ROWS + TOKENS) * 2 * SIDE)
-            load(v_desc, [t * ROWS, s * SIDE], bar, side_of(w_ring.index(stage), v_desc))
-            load(x_desc, [token, s * SIDE], bar, side_of(q_ring.index(stage), x_desc))
-            stage, phase = following(stage, phase, STAGES)
+        if SIDES > 0:
+            sides = SIDES
+            if ACTIVE is not None:
+                sides = active_tiles(ACTIVE, SIDES)
+            for s in range(sides):
+                mbarrier.wait(empty.index(stage), phase)
+                bar = full.index(stage)
+                mbarrier.expect(bar, (ROWS + TOKENS) * 2 * SIDE)
+                load(v_desc, [t * ROWS, s * SIDE], bar, side_of(w_ring.index(stage), v_desc))
+                load(x_desc, [token, s * SIDE], bar, side_of(q_ring.index(stage), x_desc))
+                stage, phase = following(stage, phase, STAGES)
 
 
 @gluon.jit
-def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, KT, zero_stride,
-                    TOKENS: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, M, N, KT,
+                    zero_stride, TOKENS: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr,
+                    PDL: gl.constexpr):  # fmt: skip
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])  # of the 16-bit product
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
     token = first_row(gl.program_id(0), M, TOKENS)
@@ -302,7 +323,10 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
         y = (total.to(gl.float32) * sx[None, :]) * sw[:, None]
         if SIDES > 0:
             y = gl.convert_layout(y, wide)
-            for _ in gl.static_range(SIDES):
+            sides = SIDES
+            if ACTIVE is not None:
+                sides = active_tiles(ACTIVE, SIDES)
+            for _ in range(sides):
                 mbarrier.wait(full.index(stage), phase)
                 x, v = side_of(q_ring.index(stage), x_desc), side_of(w_ring.index(stage), v_desc)
                 y = warpgroup_mma_wait(0, deps=[warpgroup_mma(v, x.permute((1, 0)), y, is_async=True)])
@@ -324,8 +348,9 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
-def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, K, zero_stride, TOKENS: gl.constexpr,
-                  BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, M, N, K, zero_stride,
+                  TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr,
+                  PDL: gl.constexpr):  # fmt: skip
     """``y [M, N]`` from descriptors of ``q [M, K]`` (boxes of TOKENS x BK) and ``w [N, K]`` (64 x BK); with SIDES > 0 of
     ``x [M, 64 SIDES]`` (TOKENS x 64) and ``v [N, 64 SIDES]`` (64 x 64) in 16 bit, whose product is added."""
     q_ring = gl.allocate_shared_memory(gl.int8, [STAGES, TOKENS, BK], q_desc.layout)
@@ -341,10 +366,10 @@ def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B
         staging = gl.allocate_shared_memory(y_desc.dtype, [TOKENS, ROWS], y_desc.layout)
     KT = gl.cdiv(K, BK)
     gl.warp_specialize([
-        (decode_consumer, (x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, M, N, KT,
-                           zero_stride, TOKENS, STAGES, SIDES, PDL)),
-        (decode_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, M, N, KT, TOKENS, BK, STAGES, SIDES,
-                           PDL)),
+        (decode_consumer, (x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, M, N,
+                           KT, zero_stride, TOKENS, STAGES, SIDES, PDL)),
+        (decode_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, TOKENS, BK, STAGES,
+                           SIDES, PDL)),
     ], [1], [40])  # fmt: skip
 
 
@@ -377,11 +402,12 @@ def multiply(
     bias: Tensor | None = None,
     side: Tensor | None = None,
     side_weight: Tensor | None = None,
+    active: Tensor | None = None,
     config: Gemm | Decode,
 ) -> Tensor:
     """``[M, N]`` of a 16-bit ``dtype`` (any float with :class:`Decode`); arguments as those of the portable ``matmul``.
 
-    Side columns are in 16 bit, and a multiple of ``configs.SIDE``.
+    Side columns are in 16 bit, and a multiple of ``configs.SIDE``; with ``active [1 + K]`` int32 only its first entry of them.
     """
     (m, k), n = q.shape, len(weight)
     y = q.new_empty((m, n), dtype=dtype)
@@ -399,7 +425,7 @@ def multiply(
         gemm_kernel[(min(processors(q.device), tiles),)](
             described(q, 64, config.block_k), described(weight, config.columns, config.block_k),
             *described_sides(64, config.columns), described(y, 64, config.width),
-            sx, sw, zero, wsum, bias, m, n, k, zero_stride,
+            sx, sw, zero, wsum, bias, active, m, n, k, zero_stride,
             config.group, config.columns, config.block_k, config.stages, config.width,
             2 if bias is None and zero is None else 1, sides, config.early, **options,
         )  # fmt: skip
@@ -409,7 +435,7 @@ def multiply(
         decode_kernel[(groups, max(1, min(processors(q.device) // groups, triton.cdiv(n, 64))))](
             described(q, config.tokens, config.block_k), described(weight, 64, config.block_k),
             *described_sides(config.tokens, 64), described(y, config.tokens, 64) if staged else None,
-            y, sx, sw, zero, wsum, bias, m, n, k, zero_stride,
+            y, sx, sw, zero, wsum, bias, active, m, n, k, zero_stride,
             config.tokens, config.block_k, config.stages, sides, config.early, maxnreg=config.registers, **options,
         )  # fmt: skip
     return y

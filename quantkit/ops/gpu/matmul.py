@@ -1,6 +1,7 @@
 """INT8 matrix product for any shape on any GPU that Triton knows: pointers, masks, ``tl.dot``.
 
-``y = (sum over segments g of (acc_g - zero * wsum) * sx[:, g] * sw[:, g]) + side sidew^T + bias``, in that order, in float32.
+``y = (sum over segments g of (acc_g - zero * wsum) * sx[:, g] * sw[:, g]) + side sidew^T + bias``, in that order, in float32;
+active columns (see :mod:`.columns`) are gathered on the way.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
-from quantkit.ops.gpu.configs import Tile
+from quantkit.ops.gpu.columns import ROOM, residual
+from quantkit.ops.gpu.configs import PROCESSORS, Tile
 
 
 @triton.jit
@@ -23,12 +26,12 @@ def tile_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def matmul_kernel(
-    Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, M, N, K, zero_stride, side_count,
+def multiply_tile(
+    t, Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
     SEGMENTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """One tile ``[BM, BN]`` of ``y [M, N]``; see :func:`matmul` for the arguments."""
-    tm, tn = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    tm, tn = tile_of(t, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     m, n, k = tm * BM + tl.arange(0, BM), tn * BN + tl.arange(0, BN), tl.arange(0, BK)
     # Rows past the end read the last one again: loads then need no mask along M and N.
     row, column = tl.minimum(m, M - 1).to(tl.int64), tl.minimum(n, N - 1).to(tl.int64)
@@ -57,8 +60,16 @@ def matmul_kernel(
                 acc -= zero[:, None] * tl.load(WSUM + column * SEGMENTS + g)[None, :]
             sx, sw = tl.load(SX + row * SEGMENTS + g), tl.load(SW + column * SEGMENTS + g)
             y += acc.to(tl.float32) * sx[:, None] * sw[None, :]
-    if SIDE is not None:
-        j = tl.arange(0, 16)
+    j = tl.arange(0, 16)
+    if ACTIVE is not None:
+        count = tl.load(ACTIVE)
+        for start in range(0, count, 16):
+            real = start + j < count
+            at = tl.load(ACTIVE + 1 + start + j, mask=real, other=0)
+            a = residual(SIDE, Q, SX, row, at, real[None, :], K, side_m, side_k)
+            b = tl.load(W + column[None, :] * K + at[:, None], mask=real[:, None], other=0).to(tl.float32)
+            y = tl.dot(a, (b * tl.load(SW + column)[None, :]).to(a.dtype), y, input_precision="ieee")
+    if SIDEW is not None:
         for start in range(0, side_count, 16):  # into the accumulators that held the integers
             real = start + j < side_count
             a = tl.load(SIDE + row[:, None] * side_count + (start + j)[None, :], mask=real[None, :], other=0.0)
@@ -67,6 +78,28 @@ def matmul_kernel(
     if BIAS is not None:
         y += tl.load(BIAS + column).to(tl.float32)[None, :]
     tl.store(Y + m.to(tl.int64)[:, None] * N + n[None, :], y.to(Y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def matmul_kernel(
+    Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
+    SEGMENTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+    ROOM: tl.constexpr,
+):  # fmt: skip
+    """All tiles, one for each program; with ROOM a few programs share them, and have nothing to do for ROOM active columns."""
+    if ROOM == 0:
+        multiply_tile(
+            tl.program_id(0), Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count,
+            side_m, side_k, SEGMENTS, BM, BN, BK, GROUP, EVEN_K,
+        )  # fmt: skip
+    else:
+        gdc_wait()
+        if tl.load(ACTIVE) > ROOM:
+            for t in range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0)):
+                multiply_tile(
+                    t, Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count,
+                    side_m, side_k, SEGMENTS, BM, BN, BK, GROUP, EVEN_K,
+                )  # fmt: skip
 
 
 def matmul(
@@ -82,6 +115,8 @@ def matmul(
     side: Tensor | None = None,
     side_weight: Tensor | None = None,
     borders: Tensor | None = None,
+    active: Tensor | None = None,
+    done: Tensor | None = None,
     config: Tile,
 ) -> Tensor:
     """``[M, N]`` of ``dtype``.
@@ -93,16 +128,22 @@ def matmul(
         bias: ``[N]`` float.
         side, side_weight: ``[M, n]`` and ``[N, n]`` in one float dtype: columns multiplied without rounding.
         borders: ``[G + 1]`` int32, where segments of K start and end: multiples of 16, from 0 to K.
+        active: ``[1 + K]`` int32, how many columns to take from ``side`` as they are, and which; ``side [M, K]`` is then what q
+            was rounded from, without side_weight, zero or borders.
+        done: ``[M, N]``, the result already, but for batches with more active columns than ``columns.ROOM``; Hopper only.
     """
     (m, k), n = q.shape, len(weight)
-    y = q.new_empty((m, n), dtype=dtype)
+    y = q.new_empty((m, n), dtype=dtype) if done is None else done
     if not m or not n:
         return y
+    tiles = triton.cdiv(m, config.m) * triton.cdiv(n, config.n)
     segments = 1 if borders is None else len(borders) - 1
-    matmul_kernel[(triton.cdiv(m, config.m) * triton.cdiv(n, config.n),)](
-        q, weight, y, sx, sw, zero, wsum, bias, side, side_weight, borders, m, n, k,
+    matmul_kernel[(tiles if done is None else min(tiles, 2 * PROCESSORS),)](
+        q, weight, y, sx, sw, zero, wsum, bias, side, side_weight, borders, active, m, n, k,
         segments if zero is not None and zero.numel() > 1 else 0, 0 if side is None else side.shape[1],
-        segments, config.m, config.n, config.k, config.group, k % config.k == 0,
+        *((0, 0) if side is None else side.stride()), segments, config.m, config.n, config.k, config.group, k % config.k == 0,
+        0 if done is None else ROOM,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+        **({} if done is None else {"launch_pdl": True}),
     )  # fmt: skip
     return y

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 
-from quantkit.ops.gpu import configs
+from quantkit.ops.gpu import columns, configs
 from quantkit.ops.gpu.gemv import gemv as _gemv
 from quantkit.ops.gpu.matmul import matmul as _matmul
 from quantkit.ops.gpu.quantize import quantize as _quantize
+from quantkit.ops.gpu.quantize import reachable
 
 log = logging.getLogger("quantkit")
 OTHER_GLUON = (
@@ -59,6 +60,7 @@ def matmul(
     side: Tensor | None = None,
     side_weight: Tensor | None = None,
     borders: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Tensor:
     """``[M, N]`` of ``dtype``; arguments as :func:`quantkit.ops.gpu.matmul.matmul`, with the kernel chosen by the shape."""
     (m, k), n = q.shape, len(weight)
@@ -68,19 +70,29 @@ def matmul(
     tma = hopper is not None and k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0
     tma = tma and borders is None and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
     if side is not None:
-        tma = tma and side.shape[1] % configs.SIDE == 0 and side.dtype in SIXTEEN
+        tma = tma and (active is not None or side.shape[1] % configs.SIDE == 0) and side.dtype in SIXTEEN
+    if active is not None:
+        assert side is not None
+        side = reachable(side)
     config = configs.choose(q.device, m, n, k, tma=tma, segments=borders is not None)
     if not isinstance(config, configs.Tile):
         try:
-            return hopper.multiply(
-                q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight, config=config
+            if active is None or side is None:
+                return hopper.multiply(
+                    q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight, config=config
+                )
+            some = columns.gather(side, q, sx, weight, sw, active)
+            y = hopper.multiply(
+                q, sx, weight, sw, dtype, bias=bias, side=some[0], side_weight=some[1], active=active, config=config
             )
+            tile = configs.portable(configs.capability(q.device), m, n, segments=True)
+            return _matmul(q, sx, weight, sw, dtype, bias=bias, side=side, active=active, done=y, config=tile)
         except CompilationError as error:
             _do_without_hopper(error)
             config = configs.portable(configs.capability(q.device), m, n)
     return _matmul(
         q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight, borders=borders,
-        config=config,
+        active=active, config=config,
     )  # fmt: skip
 
 
@@ -105,11 +117,12 @@ _library.define(
     "quantize(Tensor x, *, int bits=8, bool symmetric=True, str source='', Tensor? x2=None, Tensor? gain=None, "
     "Tensor? bias=None, float eps=0.0, float offset=0.0, Tensor? shift=None, Tensor? pre_scale=None, "
     "Tensor? permutation=None, int rotation=0, Tensor? signs=None, Tensor? side_index=None, Tensor? side_mask=None, "
-    "Tensor? in_scale=None, Tensor? in_zero=None) -> Tensor[]"
+    "Tensor? in_scale=None, Tensor? in_zero=None, float threshold=0.0) -> Tensor[]"
 )
 _library.define(
     "matmul(Tensor q, Tensor sx, Tensor weight, Tensor sw, ScalarType dtype, Tensor? zero=None, Tensor? wsum=None, "
-    "Tensor? bias=None, Tensor? side=None, Tensor? side_weight=None, Tensor? borders=None) -> Tensor"
+    "Tensor? bias=None, Tensor? side=None, Tensor? side_weight=None, Tensor? borders=None, "
+    "Tensor? active=None) -> Tensor"
 )
 _library.define("gemv(Tensor x, Tensor weight, Tensor sw, int bits=8, Tensor? bias=None, Tensor? pre_scale=None) -> Tensor")
 for _name, _function in (("quantize", quantize), ("matmul", matmul), ("gemv", gemv)):
@@ -117,12 +130,13 @@ for _name, _function in (("quantize", quantize), ("matmul", matmul), ("gemv", ge
 
 
 @torch.library.register_fake("quantkit::quantize")
-def _(x, *, symmetric=True, source="", x2=None, side_index=None, in_scale=None, **_):
+def _(x, *, symmetric=True, source="", x2=None, side_index=None, in_scale=None, threshold=0.0, **_):
     m, k = x.shape
     out = [x.new_empty((m, configs.padded(k)), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)]
     out += [] if symmetric or in_scale is not None else [x.new_empty((m, 1), dtype=torch.int32)]
     out += [] if side_index is None else [x.new_empty((m, configs.padded_side(len(side_index))))]
-    return out + ([x.new_empty((m, k))] if x2 is not None and source in ("rms", "layer") else [])
+    out += [x.new_empty((m, k))] if x2 is not None and source in ("rms", "layer") else []
+    return out + ([x.new_empty(1 + k, dtype=torch.int32)] if threshold else [])
 
 
 @torch.library.register_fake("quantkit::matmul")

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.numerics import ABSMAX_FLOOR, qmax
+from quantkit.ops.gpu.columns import FEW, list_columns, reaching
 from quantkit.ops.gpu.configs import padded, padded_side
 from quantkit.transform import hadamard
 
@@ -92,9 +93,10 @@ def _rotate(x, hadamard, BLOCK: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def quantize_kernel(
     X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIGNS, HADAMARD, SIDE_INDEX, SIDE_MASK, IN_SCALE, IN_ZERO,
-    Q, S, Z, SIDE, SUM, M, K, padded, stride_xm, stride_xk, stride_2m, stride_2k, side_count, side_stride, eps, offset,
+    Q, S, Z, SIDE, SUM, REACHED, M, K, padded, stride_xm, stride_xk, stride_2m, stride_2k, side_count, side_stride, eps, offset,
+    threshold,
     SOURCE: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ROTATION: tl.constexpr, SIDES: tl.constexpr,
-    R: tl.constexpr, B: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    THRESHOLD: tl.constexpr, R: tl.constexpr, B: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows of K channels, in tiles of ``[R, B]``; see :func:`quantize` for the arguments."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -157,6 +159,11 @@ def quantize_kernel(
         x = tl.where(bad[:, None], float("nan"), x)
         if not EVEN:
             x = tl.where(inside, x, 0.0)
+    if THRESHOLD:
+        large = reaching(x, threshold)
+        if REACHED is not None:  # by several programs at once, which all write the same
+            tl.store(REACHED + k[None, :] + tl.zeros([R, 1], tl.int32), 1, mask=large)
+        x = tl.where(large, 0.0, x)
     if IN_SCALE is not None:
         zero = 0
         if IN_ZERO is not None:
@@ -200,6 +207,7 @@ def quantize(
     side_mask: Tensor | None = None,
     in_scale: Tensor | None = None,
     in_zero: Tensor | None = None,
+    threshold: float = 0.0,
     warps: int = 0,
 ) -> list[Tensor]:
     """INT8 codes of rows in one launch.
@@ -214,11 +222,13 @@ def quantize(
             ``side_index`` go to the side product as they are after the shift.
         side_mask: ``[K]`` int8, 1 at the channels of ``side_index``, which are 0 in the codes.
         in_scale, in_zero: ``[1]``, static scale and zero point; left out, every token gets its own.
+        threshold: finite elements that reach it are 0 in the codes, and do not count for the scale; 0 for none.
         warps: of each program; 0 decides by K.
 
     Returns:
         codes ``[M, padded(K)]`` int8 (the weight must be 0 beyond K) and scale ``[M, 1]`` float32; then, where asked for,
-        zero ``[M, 1]`` int32, side columns ``[M, padded_side(n)]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x.
+        zero ``[M, 1]`` int32, side columns ``[M, padded_side(n)]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x,
+        and ``[1 + K]`` int32, how many columns reached the threshold anywhere and which, ascending (see :mod:`.columns`).
 
     Raises:
         ValueError: a source and side columns, which would be taken from before the norm or gate.
@@ -233,21 +243,22 @@ def quantize(
     sides = padded_side(count)
     side = x.new_empty((m, sides)) if sides else None
     kept = x.new_empty((m, k)) if x2 is not None and source in ("rms", "layer") else None
+    reached = x.new_zeros(k, dtype=torch.int32) if threshold and m > FEW else None
     done = [t for t in (q, scale, zero, side, kept) if t is not None]
     if not m:
-        return done
+        return [*done, x.new_zeros(1 + k, dtype=torch.int32)] if threshold else done
     block = max(triton.next_power_of_2(k), 16)  # at least padded(k)
     rows = max(1, 1024 // block, -(-16 * rotation // block))
     pdl, strides2 = hopper(x.device), (0, 0) if x2 is None else x2.stride()
     quantize_kernel[(triton.cdiv(m, rows),)](
         x, x2, gain, bias, shift, pre_scale, permutation, signs, hadamard_on(rotation, x.device) if rotation else None,
-        side_index, side_mask, in_scale, in_zero, q, scale, zero, side, kept, m, k, padded(k), *x.stride(), *strides2,
-        count, sides, eps, offset, source, qmax(bits), symmetric, rotation, triton.next_power_of_2(sides) if sides else 0,
-        rows, block, rows == 1 and block == k, pdl,
+        side_index, side_mask, in_scale, in_zero, q, scale, zero, side, kept, reached, m, k, padded(k), *x.stride(),
+        *strides2, count, sides, eps, offset, threshold, source, qmax(bits), symmetric, rotation,
+        triton.next_power_of_2(sides) if sides else 0, threshold > 0, rows, block, rows == 1 and block == k, pdl,
         num_warps=warps or min(max(rows * block // 512, 4), 16), enable_fp_fusion=False,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    return done
+    return [*done, list_columns(x, reached, threshold, pdl)] if threshold else done
 
 
 @functools.cache
