@@ -84,10 +84,9 @@ def matmul(arch: int, tile: configs.Tile, **features: str | int) -> dict[str, An
     return compiled(matmul_kernel, arch, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
 
 
-def listed(arch: int, **source: str) -> dict[str, Any]:
-    types = source | {"ACTIVE": "*i32", "M": "i32", "K": "i32", "stride_m": "i32", "threshold": "fp32"}
-    constants = {"B": 8192, "PDL": arch >= 90, "stride_k": 1}
-    return compiled(columns.list_kernel, arch, types, constants, {"num_warps": 16})
+def listed(arch: int) -> dict[str, Any]:
+    types, constants = {"REACHED": "*i32", "ACTIVE": "*i32", "K": "i32"}, {"B": 1024, "WHOLE": 4096, "PDL": arch >= 90}
+    return compiled(columns.list_kernel, arch, types, constants, {"num_warps": 8})
 
 
 def gathered() -> dict[str, Any]:
@@ -159,9 +158,8 @@ def main() -> None:
         out[f"quantize gate {arch}"] = quantize(arch, SOURCE="silu", X2="*bf16", PRE="*fp32", B=16384, EVEN=False)
         out[f"quantize rotate {arch}"] = quantize(arch, ROTATION=64, HADAMARD="*fp32", SIGNS="*fp32", PERM="*i64")
         out[f"quantize asymmetric {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32")
-        out[f"quantize threshold {arch}"] = quantize(arch, REACHED="*i32", THRESHOLD=True)
-        out[f"columns list {arch}"] = listed(arch, REACHED="*i32")
-        out[f"columns list few {arch}"] = listed(arch, X="*bf16")
+        out[f"quantize threshold {arch}"] = quantize(arch, REACHED="*i32")
+        out[f"columns list {arch}"] = listed(arch)
         for k, given in itertools.product((4096, 14336), (False, True)):
             out[f"gemv {k} {given} {arch}"] = gemv(arch, k, given)
         tiles = sorted({configs.portable(arch, m, n) for m in (1, 32, 64, 128, 256, 8192) for n in (4096, 28672)}, key=astuple)

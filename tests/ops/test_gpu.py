@@ -91,7 +91,7 @@ def test_side_product(count: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
 
 
-@given(st.sampled_from([1, 9, 16, 17, 40]), st.integers(1, 2000), st.sampled_from([0.0, 1e-4, 0.1, 1.0]))
+@given(st.integers(1, 20), st.integers(1, 9000), st.sampled_from([0.0, 1e-4, 0.1, 1.0]))
 def test_columns_that_reach_a_threshold(m: int, k: int, share: float) -> None:
     x = torch.where(torch.rand(m, k) < share, 7.0, 1.0) * torch.randn(m, k).sign()
     x[0, 0], x[0, -1] = -torch.inf, torch.nan  # which say nothing of their columns

@@ -6,7 +6,6 @@ add ``(x - sx q)[:, active] (w sw)[:, active]^T`` to the INT8 product, which is 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,8 +16,6 @@ from quantkit.ops.gpu.configs import SIDE
 ROOM = 4 * SIDE
 """Active columns in the fast kernels."""
 ROWS = 32
-FEW = 16
-"""Tokens up to which one program finds the columns by itself."""
 
 
 @triton.jit
@@ -29,24 +26,21 @@ def reaching(x, threshold):
 
 
 @triton.jit
-def list_kernel(X, REACHED, ACTIVE, M, K, stride_m, stride_k, threshold, B: tl.constexpr, PDL: tl.constexpr):
-    """``active [1 + K]``: how many columns are marked in ``reached [K]``, or hold large elements of x, and which, ascending."""
+def list_kernel(REACHED, ACTIVE, K, B: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr):
+    """``active [1 + K]``: how many columns are marked in ``reached [K]``, and which, ascending; B columns a program."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    first = tl.program_id(0) * B
     count = 0
-    for start in range(0, K, B):
-        k = start + tl.arange(0, B)
-        if REACHED is not None:
-            mark = tl.load(REACHED + k, mask=k < K, other=0)
-        else:
-            mark = tl.zeros([B], tl.int32)
-            for m in range(M):
-                x = tl.load(X + m * stride_m + k * stride_k, mask=k < K, other=0.0).to(tl.float32)
-                mark |= reaching(x, threshold).to(tl.int32)
-        tl.store(ACTIVE + count + tl.cumsum(mark, 0), k, mask=mark != 0)
-        count += tl.sum(mark, 0)
-    tl.store(ACTIVE, count)
+    for start in range(0, first, WHOLE):  # every program counts those before its own
+        k = start + tl.arange(0, WHOLE)
+        count += tl.sum(tl.load(REACHED + k, mask=k < first, other=0), 0)
+    k = first + tl.arange(0, B)
+    mark = tl.load(REACHED + k, mask=k < K, other=0)
+    tl.store(ACTIVE + count + tl.cumsum(mark, 0), k, mask=mark != 0)
+    if first + B >= K:
+        tl.store(ACTIVE, count + tl.sum(mark, 0))
 
 
 @triton.jit
@@ -84,21 +78,13 @@ def gather_kernel(
             tl.store(WS + row[:, None] * ROOM + j[None, :], w.to(WS.dtype.element_ty), mask=mask)
 
 
-def list_columns(x: Tensor, reached: Tensor | None, threshold: float, pdl: bool) -> Tensor:
-    """Columns of ``x [M, K]`` with finite elements that reach the threshold.
-
-    Args:
-        reached: ``[K]`` int32, 1 at these columns; None to look for them here, for :data:`FEW` tokens.
-
-    Returns:
-        ``[1 + K]`` int32, how many and which, ascending; what lies beyond is undefined.
-    """
-    m, k = x.shape
-    active, block = x.new_empty(1 + k, dtype=torch.int32), min(max(triton.next_power_of_2(k), 128), 8192)
-    list_kernel[(1,)](
-        x, reached, active, m, k, *x.stride(), threshold, block, pdl,
-        num_warps=min(max(block // 512, 4), 16), **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
+def list_columns(reached: Tensor, pdl: bool) -> Tensor:
+    """``[1 + K]`` int32, how many of ``reached [K]`` int32 are 1 and which, ascending; what lies beyond is undefined."""
+    k = len(reached)
+    active, block = reached.new_empty(1 + k), 1024
+    list_kernel[(max(triton.cdiv(k, block), 1),)](
+        reached, active, k, block, 4096, pdl, num_warps=8, **({"launch_pdl": True} if pdl else {})
+    )
     return active
 
 

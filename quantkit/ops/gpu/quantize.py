@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.numerics import ABSMAX_FLOOR, qmax
-from quantkit.ops.gpu.columns import FEW, list_columns, reaching
+from quantkit.ops.gpu.columns import list_columns, reaching
 from quantkit.ops.gpu.configs import padded, padded_side
 from quantkit.transform import hadamard
 
@@ -96,7 +96,7 @@ def quantize_kernel(
     Q, S, Z, SIDE, SUM, REACHED, M, K, padded, stride_xm, stride_xk, stride_2m, stride_2k, side_count, side_stride, eps, offset,
     threshold,
     SOURCE: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ROTATION: tl.constexpr, SIDES: tl.constexpr,
-    THRESHOLD: tl.constexpr, R: tl.constexpr, B: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    R: tl.constexpr, B: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """R rows of K channels, in tiles of ``[R, B]``; see :func:`quantize` for the arguments."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -159,10 +159,9 @@ def quantize_kernel(
         x = tl.where(bad[:, None], float("nan"), x)
         if not EVEN:
             x = tl.where(inside, x, 0.0)
-    if THRESHOLD:
+    if REACHED is not None:
         large = reaching(x, threshold)
-        if REACHED is not None:  # by several programs at once, which all write the same
-            tl.store(REACHED + k[None, :] + tl.zeros([R, 1], tl.int32), 1, mask=large)
+        tl.store(REACHED + k[None, :] + tl.zeros([R, 1], tl.int32), 1, mask=large)  # many programs write the same
         x = tl.where(large, 0.0, x)
     if IN_SCALE is not None:
         zero = 0
@@ -243,10 +242,10 @@ def quantize(
     sides = padded_side(count)
     side = x.new_empty((m, sides)) if sides else None
     kept = x.new_empty((m, k)) if x2 is not None and source in ("rms", "layer") else None
-    reached = x.new_zeros(k, dtype=torch.int32) if threshold and m > FEW else None
+    reached = x.new_zeros(k, dtype=torch.int32) if threshold else None
     done = [t for t in (q, scale, zero, side, kept) if t is not None]
     if not m:
-        return [*done, x.new_zeros(1 + k, dtype=torch.int32)] if threshold else done
+        return done if reached is None else [*done, list_columns(reached, pdl=False)]
     block = max(triton.next_power_of_2(k), 16)  # at least padded(k)
     rows = max(1, 1024 // block, -(-16 * rotation // block))
     pdl, strides2 = hopper(x.device), (0, 0) if x2 is None else x2.stride()
@@ -254,11 +253,11 @@ def quantize(
         x, x2, gain, bias, shift, pre_scale, permutation, signs, hadamard_on(rotation, x.device) if rotation else None,
         side_index, side_mask, in_scale, in_zero, q, scale, zero, side, kept, reached, m, k, padded(k), *x.stride(),
         *strides2, count, sides, eps, offset, threshold, source, qmax(bits), symmetric, rotation,
-        triton.next_power_of_2(sides) if sides else 0, threshold > 0, rows, block, rows == 1 and block == k, pdl,
+        triton.next_power_of_2(sides) if sides else 0, rows, block, rows == 1 and block == k, pdl,
         num_warps=warps or min(max(rows * block // 512, 4), 16), enable_fp_fusion=False,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    return [*done, list_columns(x, reached, threshold, pdl)] if threshold else done
+    return done if reached is None else [*done, list_columns(reached, pdl)]
 
 
 @functools.cache
