@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint types transformers-matrix env clean
+.PHONY: demo test check lint types transformers-matrix transformers-oldest env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/quantkit demo --output demo-out
@@ -21,6 +21,9 @@ check: lint types test
 
 transformers-matrix: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/transformers_matrix.py
+
+transformers-oldest: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/transformers_matrix.py 5.17.0
 
 # torch first and pinned, so that pip never looks for another build of it; the embedded model without the runtime it asks for.
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -137,6 +137,14 @@ def gemm(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+def load(result: Result) -> str:
+    rows = []
+    for r in result["rows"]:
+        size, peak, largest = (r[key] / 2**20 for key in ("size", "peak", "largest_layer"))
+        rows.append((r["variant"], f"{size:.0f}", f"{largest:.0f}", f"{peak:.0f}", f"{r['seconds']:.1f}"))
+    return table(("", "model, MiB", "its largest layer in 16 bit", "peak", "seconds"), rows)
+
+
 def outliers(result: Result) -> str:
     """Products with 16-bit columns beside the INT8 ones."""
     counts = [n for n in result["rows"][0]["us"] if "columns" in n]
@@ -232,6 +240,9 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "demo": ("demo", demo),
     "accuracy": ("accuracy", accuracy),
     "accuracy-llmcompressor": ("accuracy-llmcompressor", accuracy),
+    "accuracy-llmint8": ("accuracy-llmint8", accuracy),
+    "load": ("load", load),
+    "load-gpu": ("load-gpu", load),
     "sites": ("accuracy", sites),
     "cpu": ("cpu", cpu),
     "gemm": ("gemm", gemm),

@@ -82,6 +82,10 @@ def decode(q: Tensor, scale: Tensor, zero: Tensor | int = 0) -> Tensor:
     return (q.float() - zero) * scale
 
 
+PIECE = 2**20
+"""Elements that :func:`quantize_weight` rounds at a time."""
+
+
 def quantize_weight(weight: Tensor, bits: int = 8, *, per_tensor: bool = False) -> tuple[Tensor, Tensor]:
     """Symmetric round-to-nearest codes of a weight.
 
@@ -93,12 +97,21 @@ def quantize_weight(weight: Tensor, bits: int = 8, *, per_tensor: bool = False) 
     Returns:
         codes ``[N, K]`` int8 and scale ``[N, 1]`` float32.
     """
-    absmax = weight.float().abs().amax(dim=1, keepdim=True) if weight.shape[1] else weight.new_zeros(len(weight), 1)
+    # A few rows at a time: float32 copies of a whole weight would be the peak of memory while a model is loaded.
+    rows = max(1, PIECE // max(weight.shape[1], 1))
+    if weight.shape[1]:
+        absmax = torch.cat([part.float().abs().amax(dim=1, keepdim=True) for part in weight.split(rows)])
+    else:
+        absmax = torch.zeros(len(weight), 1, device=weight.device)
     if per_tensor and absmax.numel():
         absmax = absmax.amax().expand_as(absmax).contiguous()
     # A row of zeros keeps scale 1, as every checkpoint format expects of an empty row.
     scale = torch.where(absmax == 0, torch.ones_like(absmax), absmax_scale(absmax, bits))
-    return encode(weight, absmax, bits), scale
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for first in range(0, len(weight), rows):
+        part = slice(first, first + rows)
+        codes[part] = encode(weight[part], absmax[part], bits)
+    return codes, scale
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:

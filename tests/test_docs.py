@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import llama
@@ -14,9 +16,10 @@ from typer.testing import CliRunner
 
 import quantkit
 from quantkit.cli import app
+from quantkit.integrations.transformers import SMOLLM2, load_float
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 EXAMPLES = {
@@ -44,10 +47,28 @@ def test_the_examples_are_found() -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every example stands alone; the quick start may take ``model`` for granted."""
+    """Every example stands alone; the quick start may take ``model`` for granted, and the tutorial a ``path``."""
     monkeypatch.chdir(tmp_path)
-    given = {"model": llama()} if name == "README.md: quickstart" else {}
+    given: dict[str, Any] = {"model": llama()} if name == "README.md: quickstart" else {}
+    if name == "llama.md: llama":
+        given["path"] = smollm2(tmp_path / "SmolLM2")
     exec(compile(EXAMPLES[name], name, "exec"), {"__name__": "__main__", **given})
+
+
+def smollm2(folder: Path) -> Path:
+    """The embedded model as a folder of transformers."""
+    for part in load_float(SMOLLM2, dtype="bfloat16"):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_the_tutorial_shows_both_smoothings_equal() -> None:
+    spec = importlib.util.spec_from_file_location("nanogpt", ROOT / "docs" / "tutorials" / "nanogpt.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    results = module.main(steps=10)
+    assert results["by hand against quantkit"] < 1e-6
+    assert all(abs(loss - results["fp32"]) < 0.01 for name, loss in results.items() if name != "by hand against quantkit")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -64,7 +85,8 @@ def test_links(page: Path) -> None:
 
 def test_every_page_is_on_the_map() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md" and f"({page.name})" not in index]
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    missing = [page for page in pages if page != "index.md" and f"({page})" not in index]
     assert not missing
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from helpers import assert_same
@@ -114,6 +115,33 @@ def test_in_a_list_llm_int8_means_columns(folder: Path) -> None:
     layers = [m for m in model.modules() if isinstance(m, W8A8Linear)]
     assert len(layers) == 14
     assert not any(layer.threshold for layer in layers)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_adapters_of_peft(method: str, folder: Path, tmp_path: Path) -> None:
+    """LoRA on frozen INT8 layers: attached, trained, saved, attached again."""
+
+    def base() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=CONFIGS[method]())
+
+    wanted = logits(base())
+    model = peft.get_peft_model(base(), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert_same(logits(model), wanted)  # an adapter starts at zero
+    codes = {name: m.weight.clone() for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
+    assert len(codes) == 14
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(learning, 1e-2), []
+    for _ in range(8):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        losses.append(loss.item())
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in learning)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+    assert_same({name: model.get_submodule(name).weight for name in codes}, codes)
+    model.save_pretrained(tmp_path / "adapter")
+    assert_same(logits(peft.PeftModel.from_pretrained(base(), tmp_path / "adapter")), logits(model))
 
 
 @pytest.mark.parametrize("make", [gpt2, lambda: llama(tied=True)], ids=["Conv1D", "tied"])

@@ -136,7 +136,7 @@ class RoundToNearest(ConversionOps):  # type: ignore[misc]
         if not weight.isfinite().all():
             raise ModelError(f"the weight of {layer!r} holds NaN or Inf: the checkpoint is damaged, or was overflowing")
         scheme = Scheme.parse(self.hf_quantizer.quantization_config.scheme)
-        codes, scale = quantize_weight(weight.float(), scheme.weight_bits, per_tensor=scheme.weights == "tensor")
+        codes, scale = quantize_weight(weight, scheme.weight_bits, per_tensor=scheme.weights == "tensor")
         if missing_keys is not None:
             missing_keys.discard(f"{layer}.weight_scale")
         return {name: codes, f"{layer}.weight_scale": scale}
