@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def write(folder: Path, layers: int) -> None:
+def write(folder: Path, layers: int, device: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -39,7 +39,9 @@ def write(folder: Path, layers: int) -> None:
         num_key_value_heads=8, tie_word_embeddings=True, dtype=torch.bfloat16,
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="1GB")
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="1GB")
 
 
 class Anonymous(threading.Thread):
@@ -94,7 +96,7 @@ def main() -> None:
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), args.layers)
+        write(Path(folder), args.layers, args.device)
         for variant in VARIANTS:
             command = [sys.executable, __file__, "--device", args.device, "--one", folder, variant]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

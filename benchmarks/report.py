@@ -146,20 +146,20 @@ def load(result: Result) -> str:
 
 
 def outliers(result: Result) -> str:
-    """Products with 16-bit columns beside the INT8 ones."""
-    counts = [n for n in result["rows"][0]["us"] if "columns" in n]
+    """Products with 16-bit columns beside the INT8 ones: fixed ones, or those that reach a threshold."""
+    counts = [n for n in result["rows"][0]["us"] if n.startswith("bf16: quantkit, ")]
     rows = []
     for r in result["rows"]:
         us = {name: times["cold"] for name, times in r["us"].items()}
         plain, base = us["bf16: quantkit"], us["bf16: F.linear"]
-        cells = (f"{us[n]:.1f} (+{us[n] / plain - 1:.0%}, {base / us[n]:.2f}x)" for n in counts)
+        cells = (f"{us[n]:.1f} ({us[n] / plain - 1:+.0%}, {base / us[n]:.2f}x)" for n in counts)
         rows.append((str(r["m"]), f"{r['n']} x {r['k']}", f"{base:.1f}", f"{plain:.1f}", *cells))
     return table(("tokens", "weight", "bf16", "no columns", *(n.split(", ")[1] for n in counts)), rows)
 
 
 def peers(result: Result) -> str:
     """Libraries, all from bf16 activations."""
-    names = list(dict.fromkeys(n for r in result["rows"] for n in r["us"] if n.startswith("bf16: ") and "columns" not in n))
+    names = list(dict.fromkeys(n for r in result["rows"] for n in r["us"] if n.startswith("bf16: ")))
     rows = [
         (str(r["m"]), f"{r['n']} x {r['k']}", *(f"{r['us'][n]['cold']:.1f}" if n in r["us"] else "failed" for n in names))
         for r in result["rows"]
@@ -248,6 +248,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "gemm": ("gemm", gemm),
     "ahead": ("gemm", ahead),
     "outliers": ("outliers", outliers),
+    "outliers-bitsandbytes": ("outliers-bitsandbytes", peers),
     "peers": ("peers", peers),
     "model": ("model", model),
     "kernels": ("model", kernels),
