@@ -250,6 +250,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "outliers": ("outliers", outliers),
     "outliers-bitsandbytes": ("outliers-bitsandbytes", peers),
     "peers": ("peers", peers),
+    "peers-more": ("peers-more", peers),
     "model": ("model", model),
     "kernels": ("model", kernels),
 }
