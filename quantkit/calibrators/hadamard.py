@@ -23,12 +23,13 @@ class Hadamard(PerSite):
 
     An outlier of size a in one channel becomes ``block`` values of ``a / sqrt(block)``, and the step of INT8 shrinks with the
     largest value. Needs no data and no producer: weights are rotated once, activations while they are quantized. Channels whose
-    weights are much smaller than their neighbours' would lose by it; smooth first, ``[SmoothQuant(), Hadamard()]``, which evens
-    them out (SmoothQuant's ``"auto"`` does not look ahead at the rotation yet; 0.5 is a good alpha with it).
+    weights are much smaller than their neighbours' would lose by it; smooth first, ``[SmoothQuant(0.5), Hadamard()]``, which
+    evens them out (``SmoothQuant()`` by itself chooses its strength as if no rotation followed).
 
     Args:
-        block: channels of a block, a power of two; ``"full"`` for the largest that divides the width. A width that ``block``
-            does not divide takes the largest power of two that does, and one below 8 is left alone; the report says which.
+        block: channels of a block, a power of two from 8 up; ``"full"`` for the largest that divides the width. A width that
+            ``block`` does not divide takes the largest power of two that does; a width that 8 does not divide is left alone.
+            The report says which.
         seed: of random signs ahead of R, another draw for every site; None for none.
 
     Raises:
@@ -44,9 +45,9 @@ class Hadamard(PerSite):
 
     def __post_init__(self) -> None:
         block = self.block
-        power = isinstance(block, int) and not isinstance(block, bool) and block >= 2 and not block & (block - 1)
+        power = isinstance(block, int) and not isinstance(block, bool) and block >= LEAST and not block & (block - 1)
         if block != "full" and not power:
-            raise MethodError(f"Hadamard(block={block!r}): a block is a power of two, such as 64, or 'full'")
+            raise MethodError(f"Hadamard(block={block!r}): a block is a power of two from {LEAST} up, such as 64, or 'full'")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise MethodError(f"Hadamard(seed={self.seed!r}): a seed is an integer, or None for no random signs")
 
@@ -56,7 +57,7 @@ class Hadamard(PerSite):
         block = divides if isinstance(self.block, str) else min(self.block, divides)
         if site.fold_only:
             return Transform(), {"rotated": "no: nothing is folded"}
-        if block < min(LEAST, self.block if isinstance(self.block, int) else LEAST):
+        if block < LEAST:
             return Transform(), {"rotated": f"no: {k} channels"}
         signs = None
         if self.seed is not None:
