@@ -156,7 +156,8 @@ def test_rewritten_inputs(backend: str, scheme: str, steps: tuple[str, ...], dty
 
 
 @pytest.mark.parametrize(
-    ("k", "block"), [(5, 1), (6, 2), (12, 4), (8, 8), (40, 8), (48, 16), (96, 32), (64, 64), (192, 64), (640, 128), (1024, 1024)]
+    ("k", "block"),
+    [(5, 1), (6, 2), (12, 4), (8, 8), (40, 8), (48, 16), (96, 32), (64, 64), (192, 64), (640, 128), (1024, 1024)],
 )
 @pytest.mark.parametrize("others", [(), ("permutation",), ("shift", "scale", "permutation")], ids="+".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
