@@ -179,7 +179,7 @@ _library.define(
 
 
 def _cpu_linear(x: Tensor, high: Tensor, *rest: Any) -> Tensor:
-    return _fused(CPUPacked(None, x.device, high, high, *rest, True), x.contiguous())
+    return _fused(CPUPacked(None, x.device, high, high, *rest, fused=True), x.contiguous())
 
 
 _library.impl("cpu_linear", _cpu_linear, "CPU")
