@@ -2,8 +2,8 @@
 
 Chosen by measurement (benchmarks/cpu.py, docs/cpu.md): ``torch._int_mm`` needs no second copy of the weight, costs about
 two microseconds to call, and is the fastest or close to it for most shapes; what surrounds it is ours. One token runs in
-a single fused call. Under ``torch.compile`` all of it is one opaque operator, but for a single token, whose surroundings are
-plain torch that Inductor fuses: a call from compiled code costs more than they do.
+a single fused call. Under ``torch.compile`` all of it is one opaque operator, but for a single token without a rotation, whose
+surroundings are plain torch that Inductor fuses: a call from compiled code costs more than they do.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ _library.define(
 
 
 def _cpu_linear(x: Tensor, high: Tensor, *rest: Any) -> Tensor:
-    return _fused(CPUPacked(None, x.device, high, high, *rest, fused=True), x.contiguous())
+    packed = CPUPacked(None, x.device, high, high, *rest, True)  # type: ignore[call-arg]  # the schema above
+    return _fused(packed, x.contiguous())
 
 
 _library.impl("cpu_linear", _cpu_linear, "CPU")
