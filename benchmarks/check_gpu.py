@@ -348,24 +348,13 @@ def check_threshold() -> None:
 
 
 def check_compiled(layer: W8A8Linear, x: Tensor, name: str) -> None:
-    """One graph under torch.compile. Its own quantization may differ in ties, and the product of these codes in no bit."""
+    """One graph under torch.compile, with the bits of the eager layer."""
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True)
     hostile = x.clone()
     hostile[1], hostile[2, 5], hostile[3, 6] = 0, torch.nan, torch.inf
     assert same(compiled(hostile).isnan().any(1), layer(hostile).isnan().any(1)), f"compiled {name}, NaN"
-    if layer.rotation_block or layer.outlier_index is not None:
-        assert same(compiled(x), layer(x)), f"compiled {name}"  # quantized by the kernel
-        return
-
-    def inside(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, s, _ = layer.packed.backend.codes(layer, layer.prepare_input(x)[0])
-        return q, s, layer(x)
-
-    q, s, y = torch.compile(inside, fullgraph=True)(x)
-    near([q, s], layer.prepare_input(x)[0].float())
-    wanted = exact(q, s, layer.weight, layer.weight_scale.view(-1), x.dtype, bias=layer.bias)
-    assert same(y, wanted), f"compiled {name}: the product of its codes, {relative(y, wanted)}"
+    assert same(compiled(x), layer(x)), f"compiled {name}"
 
 
 def check_batches() -> None:

@@ -88,13 +88,6 @@ class GPU(Plain):
         if layer.threshold:
             q, scale, active = ops.quantize(x, bits=scheme.activation_bits, threshold=layer.threshold)
             return ops.matmul(q, scale, packed.codes, packed.scale, x.dtype, bias=layer.bias, side=x, active=active)
-        if torch.compiler.is_compiling() and not layer.rotation_block and layer.outlier_index is None:
-            # Plain torch that Inductor fuses with the norm or gate before it, and with the same for other linears; the
-            # kernel's arithmetic, but for a division that Triton may round another way (a scale off by one ulp).
-            q, scale, zero = self.codes(layer, layer.prepare_input(x)[0])
-            if padding := packed.codes.shape[1] - q.shape[1]:
-                q = torch.nn.functional.pad(q, (0, padding))
-            return ops.matmul(q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias)
         out = ops.quantize(
             x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=packed.pre_scale,
             permutation=layer.permutation, rotation=layer.rotation_block, side_index=layer.outlier_index,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 
-from quantkit.ops.gpu import columns, configs
+from quantkit.ops.gpu import columns, configs, fuse
 from quantkit.ops.gpu.gemv import gemv as _gemv
 from quantkit.ops.gpu.matmul import matmul as _matmul
 from quantkit.ops.gpu.quantize import quantize as _quantize
@@ -156,3 +156,6 @@ def _(q, sx, weight, sw, dtype, *_, **__):
 @torch.library.register_fake("quantkit::gemv")
 def _(x, weight, *_, **__):
     return x.new_empty((1, weight.shape[0]))
+
+
+fuse.install()

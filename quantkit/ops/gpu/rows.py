@@ -220,7 +220,7 @@ def takes(
     threshold: float = 0.0,
     **_: object,
 ) -> bool:
-    """Whether this kernel does what :func:`quantkit.ops.gpu.quantize.quantize` is asked for, and faster: alone, a row is not."""
+    """Whether this kernel does what is asked of ``quantize``, and faster: codes alone are not."""
     common = symmetric and shift is None and side_index is None and side_mask is None and in_scale is None and not threshold
     alone = x2 is None and gain is None and pre_scale is None and permutation is None
     largest = LARGEST if alone else LARGEST // 2
