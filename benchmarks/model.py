@@ -1,4 +1,4 @@
-"""A whole model of the shape of Llama-3-8B, random, on a GPU: bf16 beside INT8, eager and compiled.
+"""A whole model of the shape of Llama-3-8B, random, on a GPU: bf16 beside INT8, plain and rotated, eager and compiled.
 
     python benchmarks/model.py [--layers 32] [--rounds 5] [--prefill 1x2048 8x2048] [--decode 1 16 64]
 
@@ -154,13 +154,13 @@ def main() -> None:
     facts: dict[str, Any] = {"layers": args.layers, "context": args.context, "memory": {}}
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for name in ("bf16", "quantkit"):
+        for name, method in (("bf16", None), ("quantkit", "rtn"), ("quantkit, rotated", "hadamard")):
             before = torch.cuda.memory_allocated()
             model = build(args.layers, device)
-            if name == "quantkit":
+            if method:
                 start = time.perf_counter()
                 model = quantkit.quantize(
-                    model, "rtn", calibration=[torch.zeros(1, 8, dtype=torch.long, device=device)], progress=False
+                    model, method, calibration=[torch.zeros(1, 8, dtype=torch.long, device=device)], progress=False
                 )
                 facts["quantize_s"] = time.perf_counter() - start
                 gc.collect()
@@ -171,7 +171,7 @@ def main() -> None:
             facts["memory"][name] = {
                 "weights": torch.cuda.memory_allocated() - before, "prefill_peak": peak(lambda m=model, t=tokens: m(t)) - before
             }  # fmt: skip
-            print(name, facts["memory"][name], facts.get("quantize_s"), flush=True)
+            print(name, facts["memory"][name], flush=True)
 
         work = [("prefill", *map(int, p.split("x"))) for p in args.prefill] + [("decode", b, 1) for b in args.decode]
         for kind, batch, length in work:

@@ -117,7 +117,9 @@ def cpu_rotation(result: Result) -> str:
 
 def least(row: Result, start: str, kind: str = "cold", but: str = "quantkit") -> tuple[float, str]:
     """Microseconds and name of the fastest candidate whose name starts so."""
-    found = [(us[kind], name) for name, us in row["us"].items() if name.startswith(start) and not name.endswith(but)]
+    ours = f"{start.split(':')[0]}: quantkit, "  # our own other forms are no peers
+    names = (n for n in row["us"] if n.startswith(start) and not n.endswith(but) and not n.startswith(ours))
+    found = [(row["us"][name][kind], name) for name in names]
     return min(found, default=(float("nan"), ""))
 
 

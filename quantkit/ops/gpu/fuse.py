@@ -109,7 +109,7 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 
 MULTIPLY = (operator.mul, torch.mul, "mul")
-ADD = (operator.add, torch.add, "add", operator.iadd, "add_")
+ADD = (operator.add, torch.add, "add")
 
 
 def gate(graph: fx.Graph, call: fx.Node) -> bool:
