@@ -43,6 +43,17 @@ def ours_without_data(model: nn.Module, batches: list[torch.Tensor]) -> nn.Modul
     return quantkit.quantize(model, progress=False)
 
 
+class Unaware:
+    """SmoothQuant as if nothing followed it: what it is worth that it knows of the rotation."""
+
+    name, stage, statistics = "smoothquant, unaware", SmoothQuant.stage, SmoothQuant.statistics
+
+    def plan(self, view: quantkit.View) -> quantkit.Plan:
+        for site in view.sites:
+            site.rotation_ahead = None
+        return SmoothQuant().plan(view)
+
+
 def torchao_smoothquant(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
     """torchao's prototype at alpha 0.5: every linear by itself, with a multiply before it at run time."""
     from torchao.prototype.smoothquant import SmoothQuantConfig
@@ -125,6 +136,7 @@ for size in (16, 32, 64, 128, "full"):
         f"SmoothQuant + Hadamard({size})": ours([SmoothQuant(), Hadamard(size)]),
     }
 CANDIDATES |= {
+    "SmoothQuant, unaware, + Hadamard(64)": ours([Unaware(), Hadamard(64)]),
     "LLMInt8 + Hadamard(64)": ours([LLMInt8(), Hadamard(64)]),
     "LLMInt8(columns=16) + Hadamard(64)": ours([LLMInt8(16), Hadamard(64)]),
     "SmoothQuant + LLMInt8 + Hadamard(64)": ours([SmoothQuant(), LLMInt8(), Hadamard(64)]),

@@ -20,7 +20,7 @@ COUNTS = (16, 32, 64)
 
 WORTH = 0.9
 """More columns have to bring the predicted error below this share of what fewer leave, over and above the share of channels
-that they are: any channel that is not rounded takes its error away."""
+that they are: any channel that is not rounded takes its error away, and behind a rotation its part of the step as well."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class LLMInt8(PerSite):
                 if 4 * n > site.site.channels:
                     break
                 more = best_set(tokens, counts, rows, site, n)
-                if more[0] < WORTH * best[0] * (1 - (n - len(best[1])) / site.site.channels):
+                rest = 1 - (n - len(best[1])) / site.site.channels
+                if more[0] < WORTH * best[0] * (rest if site.rotation_ahead is None else rest**2):
                     best = more
         chosen = best[1].sort().values
         return Transform(outliers=chosen if len(chosen) else None), {"columns": len(chosen)}
