@@ -174,12 +174,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with test.raw.txt and valid.txt")
     parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--only", nargs="*", default=["*"], help="globs over the names of candidates")
+    parser.add_argument("--only", nargs="*", default=["*"], help="globs over the names of candidates, in this order")
     parser.add_argument("--models", nargs="*", default=["SmolLM2", "outlier twin"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default="accuracy", help="of the result")
     parser.add_argument(
-        "--once", action="store_true", help="calibrate once for all candidates, which leaves no time to quantize"
+        "--once",
+        action="store_true",
+        help="calibrate once for all candidates: no time to quantize, and KL over all windows only",
     )
     args = parser.parse_args()
     another_model = collect_once() if args.once else lambda: None
@@ -196,12 +198,10 @@ def main() -> None:
     for name in args.models:
         model = base if name == "SmolLM2" else twin
         another_model()
-        for candidate, quantizer in CANDIDATES.items():
-            if not any(fnmatch(candidate, pattern) for pattern in args.only):
-                continue
+        for candidate in dict.fromkeys(c for pattern in args.only for c in CANDIDATES if fnmatch(c, pattern)):
             start = time.perf_counter()
             try:
-                quantized = quantizer(copy.deepcopy(model), batches)
+                quantized = CANDIDATES[candidate](copy.deepcopy(model), batches)
             except ImportError as error:
                 print(f"{candidate}: not installed ({error})", flush=True)
                 continue
@@ -211,16 +211,18 @@ def main() -> None:
                 "quantize_s": None if args.once else round(time.perf_counter() - start, 1),
             }
             row |= compare(quantized, windows, reference)
-            row["kl_5"] = row["kl"] if len(windows) <= 5 else compare(quantized, windows[:5], reference)["kl"]
+            if not args.once:
+                row["kl_5"] = compare(quantized, windows[:5], reference)["kl"]
             rows.append(row)
             if candidate == "SmoothQuant":
                 layers[name] = {x.name: x.sqnr_db for x in quantkit.report(quantized).layers if x.kind == "int8"}
             print(
-                f"{name:13} {candidate:45} KL {row['kl']:.5f} (5 windows {row['kl_5']:.5f}) "
+                f"{name:13} {candidate:45} KL {row['kl']:.5f} "
                 f"perplexity {row['perplexity']:.3f} top-1 {row['top1']:.1%} ({time.perf_counter() - start:.0f} s)",
                 flush=True,
             )
-    print("written", record(args.name, rows, windows=len(windows), length=1024, layers=layers))
+            path = record(args.name, rows, windows=len(windows), length=1024, layers=layers)
+    print("written", path)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,8 @@ def main() -> None:
         row["same_nearest"] = float((nearest(got) == nearest(wanted)).double().mean())
         rows.append(row)
         print(f"{name:45} {row['cosine']:.5f} worst {row['worst']:.5f} nearest {row['same_nearest']:.1%}", flush=True)
-    print("written", record(args.name, rows, sentences=len(texts) // 2))
+        path = record(args.name, rows, sentences=len(texts) // 2)
+    print("written", path)
 
 
 if __name__ == "__main__":

@@ -246,8 +246,8 @@ def test_smoothquant_alone_is_what_it_was() -> None:
 
 def test_llm_int8_keeps_no_columns_that_the_rotation_spreads() -> None:
     torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Linear(256, 32), nn.Tanh(), nn.Linear(32, 4)), torch.randn(500, 256)
-    x[:, 3::64] *= 6
+    net, x = nn.Sequential(nn.Linear(512, 32), nn.Tanh(), nn.Linear(32, 4)), torch.randn(500, 512)
+    x[:, 3::64] *= 2
     counts = []
     for method in (LLMInt8(), [LLMInt8(), Hadamard()], [Blind(LLMInt8()), Hadamard()]):
         up = quantkit.quantize(copy.deepcopy(net), method, calibration=[x], progress=False)[0]
