@@ -320,6 +320,7 @@ def test_best_is_a_list() -> None:
     assert quantkit.report(model).method == ["smoothquant", "hadamard"]
     both = quantkit.quantize(Net(), ["best", "rtn"], calibration=[loud()], progress=False)
     assert quantkit.report(both).method == ["smoothquant", "hadamard", "rtn"]
+    assert quantkit.QuantKitConfig("best").method == ["smoothquant", "hadamard"]
     for twice in (["best", "hadamard"], ["smoothquant", "best"]):
         with pytest.raises(MethodError, match="twice"):
             quantkit.quantize(Net(), twice, calibration=[loud()], progress=False)
