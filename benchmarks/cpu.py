@@ -1,9 +1,10 @@
 """CPU speed of SmolLM2: quantkit beside fp32, bf16, torch.ao dynamic quantization and torchao, interleaved in one run.
 
-    python benchmarks/cpu.py [--rounds 7] [--no-compile]
+    python benchmarks/cpu.py [--rounds 7] [--no-compile] [--rotation]
 
 Prefill is 1 x 512 tokens through the decoder without the head; decode is one token at a time with a cache, head included.
-Every peer quantizes the same linears (the decoder's). Run it with nothing else on the machine.
+Every peer quantizes the same linears (the decoder's). Run it with nothing else on the machine. --rotation measures what a
+Hadamard rotation costs instead: in the pass that quantizes, in single layers, and in the model, each beside itself without.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 
 import quantkit
 from quantkit.integrations.transformers import SMOLLM2, load_float
+from quantkit.ops.native import library
 
 PROMPT, NEW, PREFILL = 64, 16, 512
 
@@ -94,10 +96,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile rows out")
+    parser.add_argument("--rotation", action="store_true", help="the cost of a rotation in place of the table")
     args = parser.parse_args()
     torch.manual_seed(0)
     base, _ = load_float(SMOLLM2)
     ids = torch.randint(0, 49000, (1, PREFILL))
+    if args.rotation:
+        with torch.inference_mode():
+            rotation(base, ids, args.rounds, not args.no_compile)
+        return
 
     prefills: dict[str, Callable[[], float]] = {}
     decodes: dict[str, Callable[[], float]] = {}
@@ -127,6 +134,83 @@ def main() -> None:
                 print("compiled", label, flush=True)
             rows += measure(prefills, decodes, args.rounds)
             print("written", record("cpu", rows, **facts))
+
+
+def rotation(base: Any, ids: torch.Tensor, rounds: int, compiled: bool) -> None:
+    """Writes cpu-rotation.json: the same thing without and with a rotation, interleaved."""
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, calls: dict[str, Callable[[], float]], rounds: int) -> None:
+        for call in calls.values():
+            call()  # warm up
+        rows.append({"what": what, "s": {name: spread(s) for name, s in interleaved(calls, rounds).items()}})
+        times = "   ".join(f"{name} {1e6 * s['median']:.1f} us" for name, s in rows[-1]["s"].items())
+        print(f"{what:40} {times}", flush=True)
+
+    for m, k in ((1, 4096), (512, 4096), (512, 576)):
+        x = torch.randn(m, k)
+        add(
+            f"pass that quantizes {m} x {k}",
+            {n: quantizer(x, b) for n, b in (("without", 0), ("with", 64), ("full", k & -k))},
+            50,
+        )
+    for n, k in ((192, 576), (576, 576), (1536, 576), (576, 1536), (4096, 4096)):
+        for m in (1, PREFILL):
+            x, calls = torch.randn(m, k), {}
+            for name, block in (("without", 0), ("with", 64)):
+                layer = quantkit.W8A8Linear(k, n)
+                layer.weight.random_(-127, 128)
+                layer.rotation_block = block
+                calls[name] = repeated(lambda layer=layer, x=x: layer(x))
+            add(f"layer {n} x {k}, {'1 token' if m == 1 else f'{m} tokens'}", calls, 50)
+    facts = {"model": "SmolLM2-135M-Instruct", "prefill_tokens": PREFILL, "prompt_tokens": PROMPT}
+    for how in ("", ", compiled") if compiled else ("",):
+        for dtype, kind in ((torch.float32, ""), (torch.bfloat16, ", bf16")):
+            prefills: dict[str, Callable[[], float]] = {}
+            decodes: dict[str, Callable[[], float]] = {}
+            for name, method in (("without", "rtn"), ("with", "hadamard")):
+                model = quantkit.quantize(copy.deepcopy(base).to(dtype), method).eval()
+                torch._dynamo.reset()
+                decodes[name] = decode(model, ids[:, :PROMPT], torch.compile(model.forward, dynamic=False) if how else model)
+                decodes[name]()
+                if how:
+                    model.model.forward = torch.compile(model.model.forward, dynamic=False)
+                prefills[name] = prefill(model, ids)
+                prefills[name]()
+            add(f"SmolLM2 prefill of {PREFILL} tokens{kind}{how}", prefills, rounds)
+            add(f"SmolLM2 decode, a token{kind}{how}", decodes, rounds)
+            print("written", record("cpu-rotation", rows, **facts), flush=True)
+
+
+def repeated(call: Callable[[], Any], seconds: float = 5e-3) -> Callable[[], float]:
+    """Seconds per call, over as many calls as take about ``seconds``."""
+    call()
+    start = time.perf_counter()
+    call()
+    count = max(1, int(seconds / (time.perf_counter() - start)))
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - start) / count
+
+    return run
+
+
+def quantizer(x: torch.Tensor, block: int) -> Callable[[], float]:
+    """The C pass alone, in one thread."""
+    lib, (m, k) = library(), x.shape
+    assert lib is not None
+    layer = quantkit.W8A8Linear(k, 1)
+    layer.rotation_block = block
+    q, scale, packed = torch.empty(m, k, dtype=torch.int8), torch.empty(m), layer.packed
+    args = (q.data_ptr(), scale.data_ptr(), x.data_ptr(), packed.pointers[0], m, k, 127.0, 0, 1)
+
+    def call(*_: Any, keep: Any = (q, scale, x, layer)) -> None:
+        lib.quantkit_quantize(*args)
+
+    return repeated(call)
 
 
 def measure(

@@ -142,6 +142,20 @@ def cpu(result: Result) -> str:
     return table(head, map(row, result["rows"]))
 
 
+def cpu_rotation(result: Result) -> str:
+    def row(r: Result) -> tuple[str, ...]:
+        without, *others = (r["s"][name]["median"] for name in ("without", "with"))
+        unit, scale = ("ms", 1e3) if without > 1e-3 else ("us", 1e6)
+        return (
+            r["what"],
+            f"{scale * without:.1f} {unit}",
+            *(f"{scale * t:.1f} {unit}" for t in others),
+            f"{others[0] / without:.2f}x",
+        )
+
+    return table(("", "without", "blocks of 64", "takes"), map(row, result["rows"]))
+
+
 def least(row: Result, start: str, kind: str = "cold", but: str = "quantkit") -> tuple[float, str]:
     """Microseconds and name of the fastest candidate whose name starts so."""
     found = [(us[kind], name) for name, us in row["us"].items() if name.startswith(start) and not name.endswith(but)]
@@ -292,6 +306,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "load-gpu": ("load-gpu", load),
     "sites": ("accuracy", sites),
     "cpu": ("cpu", cpu),
+    "cpu-rotation": ("cpu-rotation", cpu_rotation),
     "gemm": ("gemm", gemm),
     "ahead": ("gemm", ahead),
     "outliers": ("outliers", outliers),

@@ -171,7 +171,10 @@ class W8A8Linear(nn.Linear):
         if self.permutation is not None:
             x = x.index_select(1, self.permutation)
         if self.rotation_block:
-            x = Rotation(self.rotation_block, self.rotation_signs).apply(x.float())
+            if torch.compiler.is_compiling():
+                x = torch.ops.quantkit.rotate(x.float(), self.rotation_block, self.rotation_signs)
+            else:
+                x = Rotation(self.rotation_block, self.rotation_signs).apply(x.float())
         return x, side
 
     def forward(self, input: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ puts what it can into the producer of the site, and :class:`quantkit.W8A8Linear`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -35,13 +36,27 @@ class Rotation:
         if not isinstance(self.block, int) or self.block < 1 or self.block & (self.block - 1):
             raise MethodError(f"Rotation(block={self.block!r}): a Hadamard block is a power of two, as an int")
 
+    def factors(self, k: int) -> Tensor:
+        """``[K]`` float64 that values are multiplied by before the butterflies: the signs over ``sqrt(block)``."""
+        signs = torch.ones(k) if self.signs is None else self.signs
+        return signs.double() / math.sqrt(self.block)
+
     def apply(self, x: Tensor) -> Tensor:
-        """``x R`` for ``x [..., K]``, in the dtype of ``x``."""
+        """``x R`` for ``x [..., K]``, in the dtype of ``x``.
+
+        Computed in float64 for float64 and in float32 for all others, as butterflies ``(a, b) -> (a + b, a - b)`` of strides
+        1, 2, 4, ..., block / 2. That order defines the bits; no token depends on another.
+        """
         if x.shape[-1] % self.block:
             raise MethodError(f"Rotation(block={self.block}) does not divide {x.shape[-1]} channels")
-        if self.signs is not None:
-            x = x * self.signs.to(x)
-        return (x.unflatten(-1, (-1, self.block)) @ hadamard(self.block).to(x)).flatten(-2)
+        y = x if x.dtype == torch.float64 else x.float()
+        y = y * self.factors(x.shape[-1]).to(y)
+        stride = 1
+        while stride < self.block:
+            a, b = y.unflatten(-1, (-1, 2, stride)).unbind(-2)
+            y = torch.stack([a + b, a - b], -2).flatten(-3)
+            stride *= 2
+        return y.to(x.dtype)
 
 
 def hadamard(n: int) -> Tensor:

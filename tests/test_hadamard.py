@@ -151,11 +151,13 @@ def test_the_same_again() -> None:
     assert_same(made(), made())
 
 
-@pytest.mark.parametrize("method", [[Hadamard(16)], ["best"], ["smoothquant", LLMInt8(16), Hadamard(seed=1)]], ids=str)
+@pytest.mark.parametrize(
+    "method", [[Hadamard(16)], [Hadamard("full")], ["best"], ["smoothquant", LLMInt8(16), Hadamard(seed=1)]], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_is_the_same_in_every_batch(method: list[Any], dtype: torch.dtype) -> None:
-    x = loud().to(dtype)
-    up = quantkit.quantize(Net().to(dtype), method, calibration=[x], progress=False).up
+    x = loud(256).to(dtype)
+    up = quantkit.quantize(Net(256).to(dtype), method, calibration=[x], progress=False).up
     for backend in ("reference", "cpu"):
         with quantkit.use_backend(backend):
             assert_same(torch.cat([up(row[None]) for row in x]), up(x))

@@ -100,6 +100,50 @@ def test_rotation_is_orthogonal(block: int) -> None:
     assert torch.equal(hadamard(block), hadamard(block).T)
 
 
+blocks = st.sampled_from([1, 2, 8, 16, 64, 512])
+
+
+def random_rows(data: st.DataObject, k: int, dtype: torch.dtype) -> Tensor:
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    x = torch.randn(TOKENS, k, generator=random, dtype=dtype)
+    return x * 10.0 ** data.draw(st.integers(-12, 12)) * (torch.rand(k, generator=random) < 0.5)  # also of any size, with zeros
+
+
+@given(st.data(), blocks, st.sampled_from([1, 3]), st.sampled_from([torch.float32, torch.float64]))
+def test_rotation_is_an_involution_that_keeps_norms(data: st.DataObject, block: int, count: int, dtype: torch.dtype) -> None:
+    """Each of the log2(block) butterflies rounds once: a few units of the last place of the row's norm."""
+    k = block * count
+    x, tolerance = random_rows(data, k, dtype), 16 * torch.finfo(dtype).eps
+    norm = x.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    rotated = Rotation(block).apply(x)
+    assert rotated.dtype == dtype
+    assert ((Rotation(block).apply(rotated) - x).norm(dim=-1, keepdim=True) <= tolerance * norm).all()
+    assert ((rotated.norm(dim=-1, keepdim=True) - norm).abs() <= tolerance * norm).all()
+
+
+@given(st.data(), blocks, st.booleans())
+def test_rotation_is_the_product_with_its_matrix(data: st.DataObject, block: int, with_signs: bool) -> None:
+    k = 2 * block
+    x = random_rows(data, k, torch.float64)
+    signs = torch.randint(0, 2, (k,)) * 2.0 - 1 if with_signs else None
+    wanted = (x if signs is None else x * signs).unflatten(-1, (-1, block)) @ hadamard(block)
+    got = Rotation(block, signs).apply(x)
+    assert (got - wanted.flatten(-2)).norm() <= 1e-14 * x.norm()
+    whole = Rotation(block, signs).apply(x.float())
+    for row, alone in zip(whole, x.float(), strict=True):
+        assert torch.equal(Rotation(block, signs).apply(alone), row)  # whatever else is in the batch
+    half = x.clamp(-100, 100).bfloat16()
+    assert torch.equal(Rotation(block, signs).apply(half), Rotation(block, signs).apply(half.float()).bfloat16())
+
+
+def test_rotation_does_not_overflow_on_the_way() -> None:
+    """The factor comes first: a sum of 64 large values fits where the result does."""
+    x = torch.zeros(64)
+    x[:2] = 3e38
+    assert Rotation(64).apply(x).isfinite().all()
+    assert Rotation(8).apply(torch.full((8,), 3e38)).isinf().any()  # 8.5e38
+
+
 def test_rotation_refuses() -> None:
     for block in (0, 3, -4, 2.0, "2"):
         with pytest.raises(MethodError, match=str(block)):

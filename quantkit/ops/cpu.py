@@ -2,12 +2,13 @@
 
 Chosen by measurement (benchmarks/cpu.py, docs/cpu.md): ``torch._int_mm`` needs no second copy of the weight, costs about
 two microseconds to call, and is the fastest or close to it for most shapes; what surrounds it is ours. One token runs in
-a single fused call. Under ``torch.compile`` all of it is one opaque operator, but for a single token, whose surroundings are
-plain torch that Inductor fuses: a call from compiled code costs more than they do.
+a single fused call. Under ``torch.compile`` all of it is one opaque operator, but for a single token without a rotation, whose
+surroundings are plain torch that Inductor fuses: a call from compiled code costs more than they do.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from quantkit.numerics import qmax
-from quantkit.ops.native import library
+from quantkit.ops.native import TILE, Rewrite, library
 from quantkit.ops.plain import Plain
+from quantkit.transform import Rotation
 
 if TYPE_CHECKING:
     from quantkit.linear import W8A8Linear
@@ -57,7 +59,8 @@ class CPUPacked:
     """A weight ready to run.
 
     ``fused`` says whether the C passes apply. ``low`` is None where int_mm is exact; elsewhere
-    ``weight = high + low``, with halves too small to saturate.
+    ``weight = high + low``, with halves too small to saturate. ``order`` to ``block`` rewrite the input, as :class:`Rewrite`
+    says, with vectors in the channels of the result.
     """
 
     backend: Any
@@ -68,15 +71,28 @@ class CPUPacked:
     sums: Tensor
     scale: Tensor
     bias: Tensor | None
+    order: Tensor | None
+    shift: Tensor | None
     pre_scale: Tensor | None
+    factors: Tensor | None
+    block: int
     top: float
     fused: bool
 
     @functools.cached_property
+    def rewrite(self) -> Rewrite:
+        return Rewrite(*map(_address, (self.order, self.shift, self.pre_scale, self.factors)), self.block)
+
+    @functools.cached_property
     def pointers(self) -> tuple[int | None, ...]:
-        """Addresses of pre_scale, weight, sums, scale and bias, which this object keeps alive."""
-        parts = (self.pre_scale, self.high, self.sums, self.scale, self.bias)
-        return tuple(None if t is None else t.data_ptr() for t in parts)
+        """Addresses of rewrite, weight, sums, scale and bias, which this object keeps alive."""
+        rewrites = any(t is not None for t in (self.order, self.shift, self.pre_scale, self.factors))
+        parts = map(_address, (self.high, self.sums, self.scale, self.bias))
+        return (ctypes.addressof(self.rewrite) if rewrites else None, *parts)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class CPU(Plain):
@@ -93,16 +109,24 @@ class CPU(Plain):
         if not int_mm_is_exact():
             high = weight.clamp(-64, 64)  # two products of 255 * 64 fit the int16 that AVX2 adds them in
             low = weight - high
-        plain = not layer.scheme.is_static and layer.scheme.symmetric
-        plain = plain and (layer.pre_scale is None or layer.pre_scale.dtype == torch.float32)  # C reads it as it is
-        only_scale = all(v is None for v in (layer.shift, layer.permutation, layer.outlier_index))
-        only_scale = only_scale and not layer.rotation_block and not layer.threshold
+        fused = not layer.scheme.is_static and layer.scheme.symmetric and layer.outlier_index is None and not layer.threshold
+        order, block = layer.permutation, layer.rotation_block
+
+        def ordered(vector: Tensor | None) -> Tensor | None:
+            nonlocal fused
+            fused = fused and (vector is None or vector.dtype == torch.float32)  # C reads it as it is
+            return vector if vector is None or order is None else vector[order]
+
+        factors = None
+        if block:
+            factors = Rotation(block, layer.rotation_signs).factors(layer.in_features).float()
+            factors = torch.nn.functional.pad(factors, (0, -len(factors) % TILE))
         return CPUPacked(
             self, layer.weight.device, layer.weight, high, low,
             weight.sum(dim=1, dtype=torch.int32), layer.weight_scale.reshape(-1).float().contiguous(),
             None if layer.bias is None else layer.bias.float().contiguous(),
-            layer.pre_scale, float(qmax(layer.scheme.activation_bits)),
-            plain and only_scale and _has_library(),
+            None if order is None else order.to(torch.int32), ordered(layer.shift), ordered(layer.pre_scale), factors, block,
+            float(qmax(layer.scheme.activation_bits)), fused and _has_library(),
         )  # fmt: skip
 
     def matmul(self, layer: W8A8Linear, q: Tensor) -> Tensor:
@@ -116,10 +140,11 @@ class CPU(Plain):
         if not packed.fused or x.dtype not in TYPES:
             return super().linear(layer, x)
         if torch.compiler.is_compiling():
-            if x.shape[0] <= 1:
+            if x.shape[0] <= (0 if packed.block else 1):
                 return super().linear(layer, x)
-            parts = (packed.pre_scale, packed.high, packed.low, packed.sums, packed.scale, packed.bias)
-            return torch.ops.quantkit.cpu_linear(x, *parts, packed.top)
+            parts = (packed.high, packed.low, packed.sums, packed.scale, packed.bias)
+            rewrite = (packed.order, packed.shift, packed.pre_scale, packed.factors, packed.block)
+            return torch.ops.quantkit.cpu_linear(x, *parts, *rewrite, packed.top)
         if not x.numel():
             return super().linear(layer, x)
         return _fused(packed, x.contiguous())
@@ -148,44 +173,36 @@ def _(q: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
 
 
 _library.define(
-    "cpu_linear(Tensor x, Tensor? pre_scale, Tensor high, Tensor? low, Tensor sums, Tensor scale, Tensor? bias, float top) "
-    "-> Tensor"
+    "cpu_linear(Tensor x, Tensor high, Tensor? low, Tensor sums, Tensor scale, Tensor? bias, Tensor? order, Tensor? shift, "
+    "Tensor? pre_scale, Tensor? factors, int block, float top) -> Tensor"
 )
 
 
-def _cpu_linear(
-    x: Tensor,
-    pre_scale: Tensor | None,
-    high: Tensor,
-    low: Tensor | None,
-    sums: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    top: float,
-) -> Tensor:
-    return _fused(CPUPacked(None, x.device, high, high, low, sums, scale, bias, pre_scale, top, True), x.contiguous())
+def _cpu_linear(x: Tensor, high: Tensor, *rest: Any) -> Tensor:
+    packed = CPUPacked(None, x.device, high, high, *rest, True)  # type: ignore[call-arg]  # the schema above
+    return _fused(packed, x.contiguous())
 
 
 _library.impl("cpu_linear", _cpu_linear, "CPU")
 
 
 @torch.library.register_fake("quantkit::cpu_linear")
-def _(x: Tensor, pre_scale: Any, high: Tensor, *_: Any) -> Tensor:
+def _(x: Tensor, high: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], high.shape[0])
 
 
 def _fused(packed: CPUPacked, x: Tensor) -> Tensor:
     lib, (m, k), n = library(), x.shape, packed.scale.shape[0]
     assert lib is not None
-    kind, pool, (pre, *weight) = TYPES[x.dtype], torch.get_num_threads(), packed.pointers
+    kind, pool, (how, *weight) = TYPES[x.dtype], torch.get_num_threads(), packed.pointers
     if m == 1 and packed.low is None and n * k <= TOKEN_ELEMENTS:
         y = torch.empty(1, n, dtype=x.dtype)
         threads = min(pool, 1 + n * k // (8 * ELEMENTS_PER_THREAD))
-        failed = lib.quantkit_token(y.data_ptr(), x.data_ptr(), pre, *weight, n, k, packed.top, kind, threads)
+        failed = lib.quantkit_token(y.data_ptr(), x.data_ptr(), how, *weight, n, k, packed.top, kind, threads)
     else:
         q, x_scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m)
         threads = min(pool, 1 + m * k // ELEMENTS_PER_THREAD, m)
-        failed = lib.quantkit_quantize(q.data_ptr(), x_scale.data_ptr(), x.data_ptr(), pre, m, k, packed.top, kind, threads)
+        failed = lib.quantkit_quantize(q.data_ptr(), x_scale.data_ptr(), x.data_ptr(), how, m, k, packed.top, kind, threads)
         acc = int_matmul(q, packed.high, packed.low)
         # float32 results take the place of the sums they come from
         y = acc.view(torch.float32) if kind == 0 else torch.empty(m, n, dtype=x.dtype)

@@ -25,14 +25,73 @@ static inline uint16_t to_bf16(float x) {
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-static inline void load_row(float *restrict out, const void *x, int64_t row, int64_t k, const float *pre, int type) {
+/* What is done to a row before it is quantized, in this order; 0 leaves a step out. Vectors are in the channels of the result. */
+struct rewrite {
+    const int32_t *order;                 /* x[order[i]] */
+    const float *shift, *scale, *factors; /* (x - shift) * scale * factors: the signs of a rotation over sqrt(block) */
+    int64_t block;                        /* then the Hadamard product of each block, a power of two */
+};
+
+enum { TILE = 64 };
+static inline int64_t tiled(int64_t k) { return (k + TILE - 1) / TILE * TILE; }
+
+/* Butterflies of neighbours: sums go to the first half, differences to the second. Repeated, that is strides 1, 2, 4, ...,
+ * and after log2(TILE) times all is back in place. Without `mix` values only move. Loads and stores are whole vectors. */
+static inline void butterflies(float *restrict y, const float *restrict x, int mix) {
+    if (mix) for (int i = 0; i < TILE / 2; i++) { y[i] = x[2 * i] + x[2 * i + 1]; y[i + TILE / 2] = x[2 * i] - x[2 * i + 1]; }
+    else for (int i = 0; i < TILE / 2; i++) { y[i] = x[2 * i]; y[i + TILE / 2] = x[2 * i + 1]; }
+}
+
+static inline void rotate_tiles(float *y, const float *x, const float *factors, int64_t k, int64_t block) {
+    for (int64_t i = 0; i < k; i += TILE) {
+        float t[TILE], u[TILE];
+        for (int j = 0; j < TILE; j++) u[j] = x[i + j] * factors[i + j];
+        butterflies(t, u, block > 1);
+        butterflies(u, t, block > 2);
+        butterflies(t, u, block > 4);
+        butterflies(u, t, block > 8);
+        butterflies(t, u, block > 16);
+        butterflies(y + i, t, block > 32);
+    }
+}
+
+/* Rotation.apply, to the bit: factors, then butterflies of strides 1, 2, 4, ..., block / 2. All have tiled(k) values; y may be x. */
+static inline void rotate(float *y, const float *x, const float *factors, int64_t k, int64_t block) {
+    if (block < TILE) rotate_tiles(y, x, factors, k, block);
+    else rotate_tiles(y, x, factors, k, TILE);
+    for (int64_t stride = TILE; stride < block; stride *= 2)
+        for (int64_t from = 0; from < k; from += 2 * stride)
+            for (int64_t i = from; i < from + stride; i++) {
+                float a = y[i], b = y[i + stride];
+                y[i] = a + b;
+                y[i + stride] = a - b;
+            }
+}
+
+/* Row `row` of x [m, k] in float32, rewritten. out has tiled(k) values. */
+static inline void load_row(float *restrict out, const void *x, int64_t row, int64_t k, const struct rewrite *how, int type) {
+    static const struct rewrite nothing;
+    how = how ? how : &nothing;
+    const int32_t *order = how->order;
     if (type == F32) {
-        memcpy(out, (const float *)x + row * k, (size_t)k * 4);
+        const float *in = (const float *)x + row * k;
+        if (!order && !how->shift && !how->scale && how->block && k % TILE == 0) {
+            rotate(out, in, how->factors, k, how->block); /* the common case, in one pass less */
+            return;
+        }
+        if (order) for (int64_t i = 0; i < k; i++) out[i] = in[order[i]];
+        else memcpy(out, in, (size_t)k * 4);
     } else {
         const uint16_t *in = (const uint16_t *)x + row * k;
-        for (int64_t i = 0; i < k; i++) out[i] = from_bits((uint32_t)in[i] << 16);
+        if (order) for (int64_t i = 0; i < k; i++) out[i] = from_bits((uint32_t)in[order[i]] << 16);
+        else for (int64_t i = 0; i < k; i++) out[i] = from_bits((uint32_t)in[i] << 16);
     }
-    if (pre) for (int64_t i = 0; i < k; i++) out[i] *= pre[i];
+    if (how->shift) for (int64_t i = 0; i < k; i++) out[i] -= how->shift[i];
+    if (how->scale) for (int64_t i = 0; i < k; i++) out[i] *= how->scale[i];
+    if (how->block) {
+        for (int64_t i = k; i < tiled(k); i++) out[i] = 0;
+        rotate(out, out, how->factors, k, how->block);
+    }
 }
 
 /* Codes of one row of k values. Returns its scale: NaN, with codes 0, if any value is NaN or Inf. */
@@ -54,18 +113,19 @@ static inline float quantize_row(int8_t *restrict q, const float *restrict x, in
 }
 
 /* x [m, k] of `type` -> q [m, k], scale [m]. Returns 0, or 1 without memory. */
-int quantkit_quantize(int8_t *q, float *scale, const void *x, const float *pre, int64_t m, int64_t k, float qmax,
+int quantkit_quantize(int8_t *q, float *scale, const void *x, const struct rewrite *how, int64_t m, int64_t k, float qmax,
                       int type, int threads) {
-    int convert = type != F32 || pre;
-    float *scratch = convert ? malloc((size_t)(threads * k) * 4) : 0;
+    int convert = type != F32 || how;
+    int64_t room = tiled(k);
+    float *scratch = convert ? malloc((size_t)(threads * room) * 4) : 0;
     if (convert && !scratch) return 1;
     #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < threads; t++) {
         for (int64_t i = t * m / threads; i < (t + 1) * m / threads; i++) {
             const float *row = (const float *)x + i * k;
             if (convert) {
-                load_row(scratch + t * k, x, i, k, pre, type);
-                row = scratch + t * k;
+                load_row(scratch + t * room, x, i, k, how, type);
+                row = scratch + t * room;
             }
             scale[i] = quantize_row(q + i * k, row, k, qmax);
         }
@@ -129,15 +189,16 @@ static inline int32_t dot(const int8_t *restrict q, const int8_t *restrict w, in
 }
 
 /* The whole of one token: x [k] -> y [n], with w [n, k], sums [n] of its rows, sw [n], bias [n] or 0. 1 without memory. */
-int quantkit_token(void *y, const void *x, const float *pre, const int8_t *w, const int32_t *sums, const float *sw,
+int quantkit_token(void *y, const void *x, const struct rewrite *how, const int8_t *w, const int32_t *sums, const float *sw,
                    const float *bias, int64_t n, int64_t k, float qmax, int type, int threads) {
-    int convert = type != F32 || pre;
-    float *scratch = malloc((size_t)k * (convert ? 5 : 1)); /* k floats, if needed, then k codes */
+    int convert = type != F32 || how;
+    int64_t room = convert ? tiled(k) : 0;
+    float *scratch = malloc((size_t)(room * 4 + k)); /* floats, if needed, then k codes */
     if (!scratch) return 1;
-    int8_t *q = convert ? (int8_t *)(scratch + k) : (int8_t *)scratch;
+    int8_t *q = (int8_t *)(scratch + room);
     const float *row = (const float *)x;
     if (convert) {
-        load_row(scratch, x, 0, k, pre, type);
+        load_row(scratch, x, 0, k, how, type);
         row = scratch;
     }
     float sx = quantize_row(q, row, k, qmax);

@@ -32,6 +32,16 @@ SIGNATURES = {
 }
 
 
+TILE = 64
+"""``factors`` of a rewrite are padded to a multiple of this."""
+
+
+class Rewrite(ctypes.Structure):
+    """``struct rewrite``: addresses of ``[K]`` vectors, whose tensors the caller keeps alive, or None."""
+
+    _fields_ = (("order", POINTER), ("shift", POINTER), ("scale", POINTER), ("factors", POINTER), ("block", LONG))
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None where it cannot be built; says once why."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.ops import reference
+from quantkit.transform import Rotation
 
 if TYPE_CHECKING:
     from quantkit.linear import W8A8Linear
@@ -77,3 +78,13 @@ _library.impl("column_product", reference.column_product, "CompositeExplicitAuto
 @torch.library.register_fake("quantkit::column_product")
 def _(x: Tensor, columns: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+
+
+# One operator for all butterflies: Inductor takes seconds for each layer to compile what it can only run slower.
+_library.define("rotate(Tensor x, int block, Tensor? signs) -> Tensor")
+_library.impl("rotate", lambda x, block, signs: Rotation(block, signs).apply(x), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("quantkit::rotate")
+def _(x: Tensor, block: int, signs: Tensor | None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from quantkit.ops.gpu import columns, configs, hopper
+from quantkit.ops.gpu import columns, configs, hopper, rows
 from quantkit.ops.gpu.gemv import gemv_kernel
 from quantkit.ops.gpu.matmul import matmul_kernel
 from quantkit.ops.gpu.quantize import quantize_kernel
@@ -72,6 +72,17 @@ def quantize(arch: int, **features: Any) -> dict[str, Any]:
     }
     constants |= {"PDL": arch >= 90, "stride_xk": 1} | {n: v for n, v in features.items() if n in constants}
     return compiled(quantize_kernel, arch, types, constants, {"num_warps": 8})
+
+
+def one_row(arch: int, k: int, m: int = 8192, **features: Any) -> dict[str, Any]:
+    types = dict.fromkeys(("M", "K", "padded", "stride_x", "stride_2"), "i32") | {"X": "*bf16", "Q": "*i8", "S": "*fp32"}
+    pointers = {name: kind for name, kind in features.items() if isinstance(kind, str) and name != "SOURCE"}
+    types |= dict.fromkeys(("eps", "offset"), "fp32") | pointers
+    rotation = features.get("ROTATION", 0)
+    shape = rows.shape_of(k, rotation, m, two="X2" in types, vectors=bool(types.keys() & {"GAIN", "PRE", "PERM"}))
+    constants = {"SOURCE": features.get("SOURCE", ""), "QMAX": 127, "ROTATION": rotation, "PDL": arch >= 90}
+    constants |= {"L": shape.line, "B": shape.block, "EVEN": shape.block == k, "AHEAD": shape.ahead}
+    return compiled(rows.rows_kernel, arch, types, constants, {"num_warps": shape.warps})
 
 
 def matmul(arch: int, tile: configs.Tile, **features: str | int) -> dict[str, Any]:
@@ -156,7 +167,13 @@ def main() -> None:
         out[f"quantize {arch}"] = quantize(arch)
         out[f"quantize norm {arch}"] = quantize(arch, SOURCE="rms", X2="*bf16", GAIN="*bf16", SUM="*bf16", B=8192, EVEN=False)
         out[f"quantize gate {arch}"] = quantize(arch, SOURCE="silu", X2="*bf16", PRE="*fp32", B=16384, EVEN=False)
-        out[f"quantize rotate {arch}"] = quantize(arch, ROTATION=64, HADAMARD="*fp32", SIGNS="*fp32", PERM="*i64")
+        out[f"quantize rotate {arch}"] = quantize(arch, ROTATION=64, PRE="*fp32", PERM="*i64")
+        rotated = {"ROTATION": 64, "MATRIX": "*bf16"}
+        norm = {"SOURCE": "rms", "X2": "*bf16", "SUM": "*bf16", "GAIN": "*bf16"}
+        out[f"rows {arch}"] = one_row(arch, 4096)
+        out[f"rows rotate {arch}"] = one_row(arch, 14336, **rotated)
+        out[f"rows norm rotate {arch}"] = one_row(arch, 4096, **norm, **rotated)
+        out[f"rows gate rotate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16", PRE="*fp32", **rotated)
         out[f"quantize asymmetric {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32")
         out[f"quantize threshold {arch}"] = quantize(arch, REACHED="*i32")
         out[f"columns list {arch}"] = listed(arch)
@@ -171,6 +188,10 @@ def main() -> None:
         for tile in tiles:
             out[f"matmul {arch} {tile} side"] = matmul(arch, tile, SIDE="*bf16", SIDEW="*bf16")
             out[f"matmul {arch} {tile} threshold"] = matmul(arch, tile, SIDE="*bf16", ACTIVE="*i32")
+    for k, block, m in itertools.product((576, 4096, 14336, 28672), (0, 64, 256), (16, 8192)):
+        out[f"rows {k} {block} {m} 90"] = one_row(90, k, m, ROTATION=block, **({"MATRIX": "*bf16"} if block else {}))
+    out["rows layer norm rotate 90"] = one_row(90, 8192, **norm | rotated | {"SOURCE": "layer"}, BIAS="*bf16")
+    out["rows norm permuted 90"] = one_row(90, 4096, **norm, PERM="*i64")
     out["columns gather 90"] = gathered()
     for m in (1, 32, 64, 128, 8192):  # what runs after a Hopper kernel that had no room for all
         tile = configs.portable(90, m, 28672, segments=True)

@@ -6,6 +6,7 @@ import copy
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ STEPS = [
     ("permutation",),
     ("rotation",),
     ("outliers",),
+    ("shift", "scale", "permutation", "rotation"),
     ("shift", "scale", "outliers", "permutation", "rotation"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -67,10 +69,17 @@ def transform(k: int, *steps: str) -> Transform:
 
 
 def layer(
-    k: int, n: int, scheme: str = "w8a8", *, bias: bool = True, steps: tuple[str, ...] = (), dtype: torch.dtype = torch.float32
+    k: int,
+    n: int,
+    scheme: str = "w8a8",
+    *,
+    bias: bool = True,
+    steps: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    leftover: Transform | None = None,
 ) -> W8A8Linear:
     """A layer with random weights, one of whose rows is zero."""
-    linear, leftover = nn.Linear(k, n, bias=bias, dtype=dtype), transform(k, *steps)
+    linear, leftover = nn.Linear(k, n, bias=bias, dtype=dtype), leftover or transform(k, *steps)
     weight = torch.randn(n, k) * torch.logspace(-2, 2, n)[:, None]
     weight[n // 2] = 0
     inner, side = leftover.weight(weight)
@@ -144,6 +153,28 @@ def test_rewritten_inputs(backend: str, scheme: str, steps: tuple[str, ...], dty
     assert module.rewrites_input == bool(steps)
     for m in (1, 17):
         check(module, hostile(m, 40, dtype))
+
+
+@pytest.mark.parametrize(
+    ("k", "block"),
+    [(5, 1), (6, 2), (12, 4), (8, 8), (40, 8), (48, 16), (96, 32), (64, 64), (192, 64), (640, 128), (1024, 1024)],
+)
+@pytest.mark.parametrize("others", [(), ("permutation",), ("shift", "scale", "permutation")], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotations_in_c(k: int, block: int, others: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Tiles that are not full, blocks within a tile and across tiles, up to the whole row."""
+    for signs in (None, torch.randint(0, 2, (k,)) * 2.0 - 1):
+        leftover = replace(transform(k, *others), rotation=Rotation(block, signs))
+        module = layer(k, 19, dtype=dtype, leftover=leftover)
+        assert module.packed.fused == (library() is not None)
+        x = hostile(17, k, dtype)
+        y = check(module, x)
+        assert_same(torch.cat([check(module, row[None]) for row in x]), y)  # in one call, and in three
+        assert y[6:9].isnan().all()  # NaN, Inf and -Inf somewhere in the row
+        assert y[[0, 1, 16]].isfinite().all()
+        assert check(module, x[:0]).shape == (0, 19)
+        for view in (x.t().contiguous().t(), torch.cat([x, x], 1)[:, k // 2 : k // 2 + k], x[:1].expand(3, k)):
+            check(module, view)
 
 
 @pytest.mark.parametrize("steps", STEPS, ids="+".join)
@@ -261,7 +292,7 @@ def test_halves_cannot_saturate() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("steps", [(), ("scale",)], ids=str)
+@pytest.mark.parametrize("steps", [(), ("scale",), ("rotation",)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_token_is_the_same_in_any_company(backend: str, scheme: str, steps: tuple[str, ...], dtype: torch.dtype) -> None:
     module, x = layer(96, 70, scheme, steps=steps), hostile(17, 96, dtype)
@@ -277,9 +308,10 @@ def test_results_do_not_alias(backend: str) -> None:
     assert_same(first, kept)
 
 
-def test_threads() -> None:
+@pytest.mark.parametrize("steps", [(), ("rotation",)], ids=str)
+def test_threads(steps: tuple[str, ...]) -> None:
     """Rows are split over threads, and no bit depends on how many there are."""
-    module, x, count = layer(512, 300), torch.randn(70, 512), torch.get_num_threads()
+    module, x, count = layer(512, 300, steps=steps), torch.randn(70, 512), torch.get_num_threads()
     wanted = [module(x), module(x[:1])]
     try:
         torch.set_num_threads(3)
@@ -357,3 +389,17 @@ def test_compiled(scheme: str) -> None:
     for m in (1, 5):
         x = torch.randn(m, 64)
         torch.testing.assert_close(compiled(x), model(x), rtol=2.0**-20, atol=2.0**-20)
+
+
+@pytest.mark.parametrize("steps", [("rotation",), ("scale", "permutation", "rotation")], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler here")
+def test_rotations_compiled(steps: tuple[str, ...], dtype: torch.dtype) -> None:
+    """The operator runs for one token as well, so that no bit differs from eager mode."""
+    torch._dynamo.reset()
+    module = layer(96, 19, steps=steps, dtype=dtype)
+    compiled = torch.compile(module, fullgraph=True)
+    with torch.inference_mode():
+        for m in (1, 17, 5, 0):
+            x = hostile(m, 96, dtype)
+            assert_same(compiled(x), module(x))

@@ -33,6 +33,7 @@ class GPUPacked:
     sums: Tensor | None
     side_weight: Tensor | None
     side_mask: Tensor | None
+    pre_scale: Tensor | None
     vector: bool
 
 
@@ -71,7 +72,7 @@ class GPU(Plain):
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block
         return GPUPacked(
             self, layer.weight.device, layer.weight, weight, layer.weight_scale.reshape(-1).float().contiguous(),
-            None if layer.scheme.symmetric else weight.sum(dim=1, dtype=torch.int32), side, mask,
+            None if layer.scheme.symmetric else weight.sum(dim=1, dtype=torch.int32), side, mask, _signed_scale(layer),
             vector and not layer.threshold and all(v is None for v in rest),
         )  # fmt: skip
 
@@ -83,22 +84,14 @@ class GPU(Plain):
         if torch.compiler.is_compiling():
             ops = torch.ops.quantkit
         if x.shape[0] == 1 and packed.vector:
-            return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, layer.pre_scale)
+            return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, packed.pre_scale)
         if layer.threshold:
             q, scale, active = ops.quantize(x, bits=scheme.activation_bits, threshold=layer.threshold)
             return ops.matmul(q, scale, packed.codes, packed.scale, x.dtype, bias=layer.bias, side=x, active=active)
-        if torch.compiler.is_compiling() and not layer.rotation_block and layer.outlier_index is None:
-            # Plain torch that Inductor fuses with the norm or gate before it, and with the same for other linears; the
-            # kernel's arithmetic, but for a division that Triton may round another way (a scale off by one ulp).
-            q, scale, zero = self.codes(layer, layer.prepare_input(x)[0])
-            if padding := packed.codes.shape[1] - q.shape[1]:
-                q = torch.nn.functional.pad(q, (0, padding))
-            return ops.matmul(q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias)
         out = ops.quantize(
-            x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=layer.pre_scale,
-            permutation=layer.permutation, rotation=layer.rotation_block, signs=layer.rotation_signs,
-            side_index=layer.outlier_index, side_mask=packed.side_mask, in_scale=layer.input_scale,
-            in_zero=layer.input_zero_point,
+            x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=packed.pre_scale,
+            permutation=layer.permutation, rotation=layer.rotation_block, side_index=layer.outlier_index,
+            side_mask=packed.side_mask, in_scale=layer.input_scale, in_zero=layer.input_zero_point,
         )  # fmt: skip
         q, scale = out[:2]
         zero = out[2] if not scheme.symmetric and not scheme.is_static else layer.input_zero_point
@@ -108,6 +101,16 @@ class GPU(Plain):
             q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, out[-1],
             packed.side_weight.to(x.dtype),
         )  # fmt: skip
+
+
+def _signed_scale(layer: W8A8Linear) -> Tensor | None:
+    """Pre-scale and signs of the rotation in one vector ``[K]``, in the channels of the input."""
+    signs = layer.rotation_signs
+    if signs is not None and layer.permutation is not None:
+        signs = torch.empty_like(signs).index_copy_(0, layer.permutation, signs)
+    if layer.pre_scale is None or signs is None:
+        return signs if layer.pre_scale is None else layer.pre_scale
+    return layer.pre_scale * signs
 
 
 def tunable(device: str | torch.device) -> torch.device:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 
-from quantkit.ops.gpu import columns, configs
+from quantkit.ops.gpu import columns, configs, fuse
 from quantkit.ops.gpu.gemv import gemv as _gemv
 from quantkit.ops.gpu.matmul import matmul as _matmul
 from quantkit.ops.gpu.quantize import quantize as _quantize
@@ -24,8 +24,9 @@ OTHER_GLUON = (
 
 try:
     from quantkit.ops.gpu import hopper as hopper
+    from quantkit.ops.gpu import rows as rows
 except (ImportError, AttributeError) as error:  # Gluon is experimental: its names move from one Triton to the next
-    hopper = None  # type: ignore[assignment]
+    hopper = rows = None  # type: ignore[assignment]
     log.warning(OTHER_GLUON, str(error).splitlines()[0])
 
 SIXTEEN = (torch.bfloat16, torch.float16)
@@ -44,7 +45,15 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-quantize = on_its_device(_quantize)
+@on_its_device
+def quantize(x: Tensor, **options: Any) -> list[Tensor]:
+    """See :func:`quantkit.ops.gpu.quantize.quantize`; the kernel of :mod:`.rows` where it applies."""
+    if rows is not None and x.device.type == "cuda" and rows.takes(x, **options):
+        try:
+            return rows.quantize(x, **options)
+        except CompilationError as error:
+            _do_without_gluon(error)
+    return _quantize(x, **options)
 
 
 @on_its_device
@@ -88,7 +97,7 @@ def matmul(
             tile = configs.portable(configs.capability(q.device), m, n, segments=True)
             return _matmul(q, sx, weight, sw, dtype, bias=bias, side=side, active=active, done=y, config=tile)
         except CompilationError as error:
-            _do_without_hopper(error)
+            _do_without_gluon(error)
             config = configs.portable(configs.capability(q.device), m, n)
     return _matmul(
         q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight, borders=borders,
@@ -96,9 +105,9 @@ def matmul(
     )  # fmt: skip
 
 
-def _do_without_hopper(error: Exception) -> None:
-    global hopper
-    hopper = None  # type: ignore[assignment]
+def _do_without_gluon(error: Exception) -> None:
+    global hopper, rows
+    hopper = rows = None  # type: ignore[assignment]
     log.warning(OTHER_GLUON, str(error).strip().splitlines()[-1])
 
 
@@ -116,7 +125,7 @@ _library = torch.library.Library("quantkit", "FRAGMENT")
 _library.define(
     "quantize(Tensor x, *, int bits=8, bool symmetric=True, str source='', Tensor? x2=None, Tensor? gain=None, "
     "Tensor? bias=None, float eps=0.0, float offset=0.0, Tensor? shift=None, Tensor? pre_scale=None, "
-    "Tensor? permutation=None, int rotation=0, Tensor? signs=None, Tensor? side_index=None, Tensor? side_mask=None, "
+    "Tensor? permutation=None, int rotation=0, Tensor? side_index=None, Tensor? side_mask=None, "
     "Tensor? in_scale=None, Tensor? in_zero=None, float threshold=0.0) -> Tensor[]"
 )
 _library.define(
@@ -147,3 +156,6 @@ def _(q, sx, weight, sw, dtype, *_, **__):
 @torch.library.register_fake("quantkit::gemv")
 def _(x, weight, *_, **__):
     return x.new_empty((1, weight.shape[0]))
+
+
+fuse.install()

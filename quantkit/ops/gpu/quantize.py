@@ -16,7 +16,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from quantkit.numerics import ABSMAX_FLOOR, qmax
 from quantkit.ops.gpu.columns import list_columns, reaching
 from quantkit.ops.gpu.configs import padded, padded_side
-from quantkit.transform import hadamard
 
 FLOOR = tl.constexpr(ABSMAX_FLOOR)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds half to even and leaves the integer in the low bits
@@ -79,20 +78,32 @@ def _static(x, scale, zero, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x, hadamard, BLOCK: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
-    """Blocks of ``x [R, B]`` times a Hadamard matrix of +-1, then normalised; two TF32 products keep 22 bits of x."""
-    j = tl.arange(0, BLOCK)
-    h = tl.load(hadamard + j[:, None] * BLOCK + j[None, :])
-    x = tl.reshape(x, (R * B // BLOCK, BLOCK))
-    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # what TF32 holds exactly
-    y = tl.dot(x - high, h, input_precision="tf32")
-    y = tl.dot(high, h, y, input_precision="tf32")
-    return tl.reshape(y * (1.0 / BLOCK**0.5), (R, B))
+def _rotate(x, BLOCK: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
+    """Blocks of ``x [R, B]`` times a Hadamard matrix: sums and differences, as :meth:`quantkit.transform.Rotation.apply`."""
+    x = x * (1.0 / BLOCK**0.5)
+    for i in tl.static_range(20):  # Triton holds at most 2**20 elements in a tensor
+        if 2 << i <= BLOCK:
+            a, b = tl.split(tl.permute(tl.reshape(x, (R * B // (2 << i), 2, 1 << i)), (0, 2, 1)))
+            x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (R, B))
+    return x
+
+
+@triton.jit
+def gated(x, x2, SOURCE: tl.constexpr):
+    """``silu(x) * x2`` or ``gelu(x) * x2``."""
+    if SOURCE == "silu":
+        y = x / (1.0 + tl.exp(-x)) * x2
+    elif SOURCE == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF)) * x2
+    else:  # tanh(t) = 1 - 2 / (exp(2 t) + 1)
+        t = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        y = 0.5 * x * (2.0 - 2.0 / (tl.exp(2.0 * t) + 1.0)) * x2
+    return y
 
 
 @triton.jit
 def quantize_kernel(
-    X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIGNS, HADAMARD, SIDE_INDEX, SIDE_MASK, IN_SCALE, IN_ZERO,
+    X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIDE_INDEX, SIDE_MASK, IN_SCALE, IN_ZERO,
     Q, S, Z, SIDE, SUM, REACHED, M, K, padded, stride_xm, stride_xk, stride_2m, stride_2k, side_count, side_stride, eps, offset,
     threshold,
     SOURCE: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ROTATION: tl.constexpr, SIDES: tl.constexpr,
@@ -114,18 +125,12 @@ def quantize_kernel(
     if X2 is not None:
         at = row[:, None] * stride_2m + source[None, :] * stride_2k
         x2 = (tl.load(X2 + at) if EVEN else tl.load(X2 + at, mask=inside, other=0.0)).to(tl.float32)
-        if SOURCE == "silu":
-            x = x / (1.0 + tl.exp(-x)) * x2
-        elif SOURCE == "gelu":
-            x = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF)) * x2
-        elif SOURCE == "gelu_tanh":
-            # tanh(t) = 1 - 2 / (exp(2 t) + 1)
-            t = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-            x = 0.5 * x * (2.0 - 2.0 / (tl.exp(2.0 * t) + 1.0)) * x2
-        else:  # a norm after a residual: the sum is kept, in its own dtype
+        if SOURCE == "rms" or SOURCE == "layer":  # after a residual: the sum is kept, in its own dtype
             kept = (x + x2).to(SUM.dtype.element_ty)
             tl.store(SUM + row[:, None] * K + source[None, :], kept, mask=inside)
             x = kept.to(tl.float32)
+        else:
+            x = gated(x, x2, SOURCE)
     if SOURCE == "rms" or SOURCE == "layer":
         if SOURCE == "layer":
             mean = tl.sum(x, 1) / K
@@ -152,13 +157,7 @@ def quantize_kernel(
     if PRE is not None:
         x = x * tl.load(PRE + source, mask=k < K, other=0.0)[None, :]
     if ROTATION > 0:
-        if SIGNS is not None:
-            x = x * tl.load(SIGNS + k, mask=k < K, other=0.0)[None, :]
-        bad = _all_finite(x) == 0  # the halves of the product would mix NaN only within a block
-        x = _rotate(tl.where(bad[:, None], 0.0, x), HADAMARD, ROTATION, R, B)
-        x = tl.where(bad[:, None], float("nan"), x)
-        if not EVEN:
-            x = tl.where(inside, x, 0.0)
+        x = _rotate(x, ROTATION, R, B)
     if REACHED is not None:
         large = reaching(x, threshold)
         tl.store(REACHED + k[None, :] + tl.zeros([R, 1], tl.int32), 1, mask=large)  # many programs write the same
@@ -201,7 +200,6 @@ def quantize(
     pre_scale: Tensor | None = None,
     permutation: Tensor | None = None,
     rotation: int = 0,
-    signs: Tensor | None = None,
     side_index: Tensor | None = None,
     side_mask: Tensor | None = None,
     in_scale: Tensor | None = None,
@@ -217,8 +215,10 @@ def quantize(
         source: "" (x itself), "rms" or "layer" (norm of x, or of x + x2), "silu", "gelu" or "gelu_tanh" (of x, times x2).
         x2: ``[M, K]``: the residual of a norm, or the other factor of a gate.
         gain, bias, eps, offset: of the norm: ``norm(x) * (gain + offset) + bias``.
-        shift, pre_scale, permutation, rotation, signs, side_index: as :class:`quantkit.W8A8Linear` keeps them; the channels of
-            ``side_index`` go to the side product as they are after the shift.
+        shift, permutation, side_index: as :class:`quantkit.W8A8Linear` keeps them; the channels of ``side_index`` go to the
+            side product as they are after the shift.
+        pre_scale: ``[K]`` float32, by which channels are multiplied, the signs of a rotation included.
+        rotation: channels of a block; 0 for none.
         side_mask: ``[K]`` int8, 1 at the channels of ``side_index``, which are 0 in the codes.
         in_scale, in_zero: ``[1]``, static scale and zero point; left out, every token gets its own.
         threshold: finite elements that reach it are 0 in the codes, and do not count for the scale; 0 for none.
@@ -247,23 +247,17 @@ def quantize(
     if not m:
         return done if reached is None else [*done, list_columns(reached, pdl=False)]
     block = max(triton.next_power_of_2(k), 16)  # at least padded(k)
-    rows = max(1, 1024 // block, -(-16 * rotation // block))
+    rows = max(1, 1024 // block)
     pdl, strides2 = hopper(x.device), (0, 0) if x2 is None else x2.stride()
     quantize_kernel[(triton.cdiv(m, rows),)](
-        x, x2, gain, bias, shift, pre_scale, permutation, signs, hadamard_on(rotation, x.device) if rotation else None,
-        side_index, side_mask, in_scale, in_zero, q, scale, zero, side, kept, reached, m, k, padded(k), *x.stride(),
-        *strides2, count, sides, eps, offset, threshold, source, qmax(bits), symmetric, rotation,
+        x, x2, gain, bias, shift, pre_scale, permutation, side_index, side_mask, in_scale, in_zero,
+        q, scale, zero, side, kept, reached, m, k, padded(k), *x.stride(), *strides2, count,
+        sides, eps, offset, threshold, source, qmax(bits), symmetric, rotation,
         triton.next_power_of_2(sides) if sides else 0, rows, block, rows == 1 and block == k, pdl,
         num_warps=warps or min(max(rows * block // 512, 4), 16), enable_fp_fusion=False,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return done if reached is None else [*done, list_columns(reached, pdl)]
-
-
-@functools.cache
-def hadamard_on(block: int, device: torch.device) -> Tensor:
-    """Entries of +-1, ``[block, block]`` float32."""
-    return hadamard(block).sign().to(device, torch.float32)
 
 
 @functools.cache

@@ -1,0 +1,67 @@
+"""What quantizing activations costs on a GPU, and what a rotation, a pre-scale, an order of channels or a norm adds to it.
+
+    python benchmarks/quantize.py [--rows 16 4096 8192] [--channels 4096 8192 14336] [--rounds 15]
+
+CUDA graphs over inputs beyond the L2 cache, replayed in turn in an order drawn for every round; medians. bf16 input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import record
+from torch import Tensor
+
+from quantkit.ops.gpu import operators
+from quantkit.ops.gpu.tune import COLD_BYTES, graph_of, interleaved
+
+DEVICE = torch.device("cuda")
+
+
+def forms(k: int) -> dict[str, dict[str, Any]]:
+    """Name -> arguments of ``quantize``."""
+    pre, gain = torch.rand(k, device=DEVICE) + 0.5, torch.rand(k, device=DEVICE).bfloat16()
+    norm: dict[str, Any] = {"source": "rms", "gain": gain, "eps": 1e-6}
+    order = torch.randperm(k, device=DEVICE)
+    return {
+        "quantize": {},
+        "rotate 32": {"rotation": 32}, "rotate 64": {"rotation": 64}, "rotate 128": {"rotation": 128},
+        "pre-scale": {"pre_scale": pre}, "pre-scale, rotate 64": {"pre_scale": pre, "rotation": 64},
+        "order": {"permutation": order},
+        "RMSNorm": norm, "RMSNorm, rotate 64": norm | {"rotation": 64}, "RMSNorm, order": norm | {"permutation": order},
+        "residual, RMSNorm": norm | {"x2": True}, "residual, RMSNorm, rotate 64": norm | {"x2": True, "rotation": 64},
+        "SiLU gate": {"source": "silu", "x2": True}, "SiLU gate, rotate 64": {"source": "silu", "x2": True, "rotation": 64},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", type=int, default=[16, 1024, 4096, 8192])
+    parser.add_argument("--channels", nargs="*", type=int, default=[4096, 8192, 14336])
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    rows = []
+    for k, m in itertools.product(args.channels, args.rows):
+        copies = max(2, min(64, -(-COLD_BYTES // (2 * m * k))))
+        x: list[Tensor] = [torch.randn(m, k, device=DEVICE).bfloat16() for _ in range(copies)]
+        calls = max(copies, 8)
+
+        def call(options: dict[str, Any], x: list[Tensor] = x, n: int = copies) -> Callable[[int], Any]:
+            two = options.get("x2")
+            return lambda i: operators.quantize(x[i % n], **options | ({"x2": x[(i + 1) % n]} if two else {}))
+
+        graphs = {name: graph_of(call(options), list(range(calls))) for name, options in forms(k).items()}
+        times = {name: round(s / calls * 1e6, 2) for name, s in interleaved(graphs, args.rounds).items()}
+        rows.append({"m": m, "k": k, "us": times})
+        print(m, k, times, flush=True)
+        del graphs, x
+        torch.cuda.empty_cache()
+    print("written", record("quantize", rows))
+
+
+if __name__ == "__main__":
+    main()

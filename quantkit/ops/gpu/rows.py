@@ -1,0 +1,299 @@
+"""The common forms of :mod:`.quantize` at the speed of memory, in Gluon: one program holds a row in registers.
+
+A row of K channels lies as ``[G, L]``, L of them (64, or a longer block of the rotation) beside each other. Four threads share
+the L channels of a line, and eight lines are side by side in a warp. That is how operands of ``mma`` lie, so that a Hadamard
+product needs no exchange of data: the bits of a channel's number that select a thread, and two more, are transformed by one
+``mma`` with a 16 x 16 matrix of +-1, the others by sums and differences in registers.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from quantkit.numerics import qmax
+from quantkit.ops.gpu.configs import PROCESSORS, padded
+from quantkit.ops.gpu.quantize import FLOOR, ROUND, gated, hopper
+
+LINE = 64
+LEAST_ROTATION, LARGEST_ROTATION = 8, 256
+LEAST, LARGEST = 512, 2**15
+"""Channels of a row: fewer leave most lines empty, more do not fit the registers."""
+
+MMA_BITS = (0, 3, 4, 5)
+"""Bits of a channel's number that the ``mma`` transforms: 0 and 5 select a register, 3 and 4 a thread."""
+
+
+@gluon.constexpr_function
+def lines(g: int, length: int, warps: int) -> gl.DistributedLinearLayout:
+    """How ``[g, length]`` is spread: 8 channels beside each other a thread, 4 threads along a line, 8 lines a warp."""
+    registers = [[0, 1], [0, 2], [0, 4]] + [[0, 32 << i] for i in range((length // LINE).bit_length())] + [[8, 0]]
+    threads = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    spread = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
+    rest = [[16 * warps << i, 0] for i in range((g // (16 * warps)).bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers + rest, threads, spread, [], [g, length])
+
+
+@gluon.jit
+def butterfly(x, STRIDE: gl.constexpr, B: gl.constexpr):
+    """Sums and differences of the elements ``STRIDE`` apart of ``x [B]``."""
+    a, b = x.reshape([B // (2 * STRIDE), 2, STRIDE]).permute([0, 2, 1]).split()
+    return gl.join(a + b, a - b).permute([0, 2, 1]).reshape([B])
+
+
+@gluon.jit
+def truncated(x):
+    """bf16 of the upper halves of ``x`` float32."""
+    return gl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def rounded(x):
+    """bf16 of ``x`` float32, to nearest; two in an instruction, where Triton's own cast takes one at a quarter of the rate."""
+    return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def rotate(x, matrix, BLOCK: gl.constexpr, G: gl.constexpr, L: gl.constexpr):
+    """Blocks of ``x [G, L]`` times a Hadamard matrix of +-1, in float32. 16-bit x is exact; of float32, 16 bits count."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    B: gl.constexpr = G * L
+    layout: gl.constexpr = x.type.layout
+    a = x.reshape([G, L // 64, 2, 4, 4, 2]).permute([1, 4, 0, 2, 3, 5]).reshape([B // 16, 16])
+    a = gl.convert_layout(a, operand)
+    y = gl.zeros([B // 16, 16], gl.float32, mma)
+    if a.dtype == gl.float32:
+        upper = (a.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+        y = mma_v2(rounded(a - upper), matrix, y)
+        a = truncated(a)
+    y = mma_v2(a, matrix, y)
+    y = y.reshape([L // 64, 4, G, 2, 4, 2]).permute([2, 0, 3, 4, 1, 5]).reshape([B])
+    y = butterfly(butterfly(y, 2, B), 4, B)
+    if BLOCK > 64:
+        y = butterfly(y, 64, B)
+    if BLOCK > 128:
+        y = butterfly(y, 128, B)
+    return gl.convert_layout(y.reshape([G, L]), layout)
+
+
+@gluon.jit
+def larger(a, b):
+    """The larger absolute value, NaN if there is one."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 a, b; abs.f32 a, $1; abs.f32 b, $2; max.NaN.f32 $0, a, b; }", "=r,r,r", [a, b], dtype=gl.float32,
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def sum_and_larger(s, a, t, b):
+    return s + t, larger(a, b)
+
+
+@gluon.jit
+def add(a, b):
+    return a + b
+
+
+@gluon.jit
+def low_bytes(x, mask):
+    """The low bytes of four registers in one; ``mask`` 0 makes them 0."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 a, b; prmt.b32 a, $1, $2, 0x40; prmt.b32 b, $3, $4, 0x40; prmt.b32 a, a, b, 0x5410; and.b32 $0, a, $5; }",
+        "=r,r,r,r,r,r,r,r,r", [x, mask], dtype=gl.int8, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def read(P, row, stride, k, K, EVEN: gl.constexpr):
+    at = P + row.to(gl.int64) * stride + k
+    return gl.load(at) if EVEN else gl.load(at, mask=k < K, other=0.0)
+
+
+@gluon.jit
+def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, stride_x, stride_2, eps, offset,
+                SOURCE: gl.constexpr, QMAX: gl.constexpr, ROTATION: gl.constexpr, L: gl.constexpr, B: gl.constexpr,
+                EVEN: gl.constexpr, AHEAD: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    """Rows of K channels, one at a time; see :func:`quantkit.ops.gpu.quantize.quantize` for the arguments.
+
+    AHEAD fetches the next row of this program while this one is worked on, and keeps the vectors for all of them.
+    """
+    G: gl.constexpr = B // L
+    layout: gl.constexpr = lines(G, L, gl.num_warps())
+    g, j = gl.arange(0, G, gl.SliceLayout(1, layout)), gl.arange(0, L, gl.SliceLayout(0, layout))
+    k = g[:, None] * L + j[None, :]
+    # The vectors do not depend on the kernel before: they are on the way while that one ends.
+    if PERM is not None:
+        perm = gl.load(PERM + k, mask=k < K, other=0).to(gl.int32)
+    if PRE is not None:
+        pre = read(PRE, gl.to_tensor(0), 0, k, K, EVEN)
+    if GAIN is not None:
+        gain = read(GAIN, gl.to_tensor(0), 0, k, K, EVEN)
+    if BIAS is not None:
+        bias = read(BIAS, gl.to_tensor(0), 0, k, K, EVEN)
+    if ROTATION > 0:
+        mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
+        right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+        a, b = gl.arange(0, 16, gl.SliceLayout(1, right)), gl.arange(0, 16, gl.SliceLayout(0, right))
+        matrix = gl.load(MATRIX + a[:, None] * 16 + b[None, :])
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    first = gl.program_id(0)
+    x_ahead = read(X, first, stride_x, k, K, EVEN)
+    if X2 is not None:
+        x2_ahead = read(X2, first, stride_2, k, K, EVEN)
+    for row in range(first, M, gl.num_programs(0)):
+        x = x_ahead
+        if X2 is not None:
+            x2 = x2_ahead.to(gl.float32)
+        if AHEAD:
+            following = gl.minimum(row + gl.num_programs(0), M - 1)
+            x_ahead = read(X, following, stride_x, k, K, EVEN)
+            if X2 is not None:
+                x2_ahead = read(X2, following, stride_2, k, K, EVEN)
+        if SOURCE != "" or PRE is not None or ROTATION == 0:
+            x = x.to(gl.float32)
+        if SOURCE == "rms" or SOURCE == "layer":
+            if X2 is not None:
+                kept = (x + x2).to(SUM.dtype.element_ty)
+                gl.store(SUM + gl.cast(row, gl.int64) * K + k, kept, mask=k < K)
+                x = kept.to(gl.float32)
+        elif SOURCE != "":
+            x = gated(x, x2, SOURCE)
+        factor = 1.0 / ROTATION**0.5 if ROTATION > 0 else 1.0
+        if SOURCE == "layer":
+            x = gl.where(k < K, x - gl.reduce(x.reshape([B]), 0, add) / K, 0.0)
+            x = x * (1.0 / gl.sqrt_rn(gl.reduce((x * x).reshape([B]), 0, add) / K + eps))
+        if SOURCE == "rms":
+            squares = (x * x).reshape([B])
+        if GAIN is not None:
+            x = x * (gain.to(gl.float32) + offset)
+        if BIAS is not None:
+            x = x + bias.to(gl.float32)
+        if PRE is not None:
+            x = x * pre
+        if PERM is not None:
+            x = gl.where(k < K, gl.gather(x.reshape([B]), perm.reshape([B]), 0).reshape([G, L]), 0.0)
+        if ROTATION > 0:
+            x = rotate(x, matrix, ROTATION, G, L)
+        if SOURCE == "rms":  # the root commutes with all that follows it, so that one reduction serves both
+            total, top = gl.reduce((squares, x.reshape([B])), 0, sum_and_larger)
+            factor = factor * (1.0 / gl.sqrt_rn(total / K + eps))
+        else:
+            top = gl.reduce(x.reshape([B]), 0, larger)
+        absmax = gl.maximum(gl.abs(top) * factor, FLOOR)
+        finite = (gl.abs(top) < float("inf")) & (absmax < float("inf"))
+        v = x * (gl.div_rn(gl.to_tensor(1.0 * QMAX), absmax) * factor) + ROUND
+        q = low_bytes(v, gl.full_like(v.to(gl.int32, bitcast=True), gl.where(finite, -1, 0)))
+        out = Q + gl.cast(row, gl.int64) * padded + k
+        if EVEN:
+            gl.store(out, q)
+        else:
+            gl.store(out, q, mask=k < padded)
+        gl.store(S + row, gl.where(finite, gl.div_rn(absmax, gl.to_tensor(1.0 * QMAX)), float("nan")))
+
+
+def takes(
+    x: Tensor,
+    *,
+    symmetric: bool = True,
+    source: str = "",
+    x2: Tensor | None = None,
+    gain: Tensor | None = None,
+    pre_scale: Tensor | None = None,
+    permutation: Tensor | None = None,
+    rotation: int = 0,
+    shift: Tensor | None = None,
+    side_index: Tensor | None = None,
+    side_mask: Tensor | None = None,
+    in_scale: Tensor | None = None,
+    threshold: float = 0.0,
+    **_: object,
+) -> bool:
+    """Whether this kernel does what is asked of ``quantize``, and faster: codes alone are not."""
+    common = symmetric and shift is None and side_index is None and side_mask is None and in_scale is None and not threshold
+    alone = x2 is None and gain is None and pre_scale is None and permutation is None
+    largest = LARGEST if alone else LARGEST // 2
+    common = common and bool(source or rotation or not alone)
+    fits = LEAST <= x.shape[1] <= largest and (not rotation or LEAST_ROTATION <= rotation <= LARGEST_ROTATION)
+    return common and fits and x.stride(1) == 1 and x.shape[0] > 0
+
+
+def quantize(
+    x: Tensor,
+    *,
+    bits: int = 8,
+    source: str = "",
+    x2: Tensor | None = None,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    pre_scale: Tensor | None = None,
+    permutation: Tensor | None = None,
+    rotation: int = 0,
+    **_: object,
+) -> list[Tensor]:
+    """As :func:`quantkit.ops.gpu.quantize.quantize`, for what :func:`takes`."""
+    m, k = x.shape
+    x2 = x2 if x2 is None or x2.stride(1) == 1 else x2.contiguous()
+    q, scale = x.new_empty((m, padded(k)), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)
+    kept = x.new_empty((m, k)) if x2 is not None and source in ("rms", "layer") else None
+    vectors = gain is not None or pre_scale is not None or permutation is not None
+    shape = shape_of(k, rotation, m, two=x2 is not None, vectors=vectors)
+    exact = not source and pre_scale is None and x.dtype != torch.float32
+    pdl = hopper(x.device)
+    rows_kernel[(shape.programs if shape.ahead else m,)](
+        x, x2, gain, bias, pre_scale, permutation,
+        hadamard_16(rotation, x.device, x.dtype if exact else torch.bfloat16) if rotation else None,
+        q, scale, kept, m, k, padded(k), x.stride(0), 0 if x2 is None else x2.stride(0), eps, offset,
+        source, qmax(bits), rotation, shape.line, shape.block, shape.block == k, shape.ahead, pdl,
+        num_warps=shape.warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return [q, scale] if kept is None else [q, scale, kept]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How rows are held: ``line`` channels side by side, ``block`` with the padding, by ``warps``; ``programs`` run at once.
+
+    With ``ahead``, programs take many rows each and fetch the next while they work on one. That pays where rows share vectors,
+    and where they are so long that too few programs fit on the GPU at once to hide each other's waiting.
+    """
+
+    line: int
+    block: int
+    warps: int
+    programs: int
+    ahead: bool
+
+
+def shape_of(k: int, rotation: int, m: int, *, two: bool, vectors: bool) -> Shape:
+    """The shape for ``m`` rows of ``k`` channels; ``two`` inputs, and ``vectors`` of the channels, want registers too."""
+    line = max(LINE, rotation)
+    block = max(triton.next_power_of_2(k), 16 * line)
+    warps = min(block // 1024, block // (16 * line), 16)
+    # With 16 warps one program fills the registers of a processor.
+    programs = PROCESSORS * (1 if warps == 16 else 8)
+    room = block <= 1024 * warps and not (two and warps == 16)
+    return Shape(line, block, warps, programs, m > programs and room and (vectors or block > 8192))
+
+
+@functools.cache
+def hadamard_16(block: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``[16, 16]``, the part of a Hadamard matrix that :data:`MMA_BITS` make up: bits beyond ``block`` stay as they are."""
+    matrix = torch.ones(1, 1)
+    for bit in reversed(MMA_BITS):
+        one = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) if 1 << bit < block else torch.eye(2)
+        matrix = torch.kron(matrix, one)
+    return matrix.to(device, dtype)
