@@ -369,7 +369,7 @@ def _static_ranges(
     model: nn.Module, views: Sequence[SiteView], data: Iterable[Any], seed: int, progress: bool | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Least and largest value of every transformed site; behind a rotation, from a second pass over the data."""
-    seen = {view.name: view.statistic(Range) for view in views if view.transform.rotation is None}
+    seen: dict[str, Any] = {view.name: view.statistic(Range) for view in views if view.transform.rotation is None}
     rotated = [view for view in views if view.transform.rotation is not None]
     if rotated:
         _check_walks_again(data, "a static scale behind a rotation")
@@ -380,7 +380,7 @@ def _static_ranges(
                 raise CalibrationError(
                     f"no token of the second pass over the data reached {view.name!r}: pass the same batches"
                 )
-            seen[view.name] = again[view.name][Range]  # type: ignore[assignment]
+            seen[view.name] = again[view.name][Range]
     return {view.name: _static_range(view, seen[view.name]) for view in views}
 
 
