@@ -23,10 +23,12 @@ from cpu import decoder_linears, torch_ao, torchao
 from torch import nn
 
 import quantkit
+from quantkit import Hadamard, LLMInt8, SmoothQuant, pipeline
 from quantkit.data import packed_text
 from quantkit.demo import outlier_twin
 from quantkit.evaluate import compare, log_probabilities, windows_of
 from quantkit.integrations.transformers import SMOLLM2, load_float
+from quantkit.statistics import Range, TokenSample
 
 Quantizer = Callable[[nn.Module, list[torch.Tensor]], nn.Module]
 
@@ -39,6 +41,17 @@ def ours(method: Any, scheme: str = "w8a8", **options: Any) -> Quantizer:
 
 def ours_without_data(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
     return quantkit.quantize(model, progress=False)
+
+
+class Unaware:
+    """SmoothQuant as if nothing followed it: what it is worth that it knows of the rotation."""
+
+    name, stage, statistics = "smoothquant, unaware", SmoothQuant.stage, SmoothQuant.statistics
+
+    def plan(self, view: quantkit.View) -> quantkit.Plan:
+        for site in view.sites:
+            site.rotation_ahead = None
+        return SmoothQuant().plan(view)
 
 
 def torchao_smoothquant(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
@@ -116,16 +129,62 @@ CANDIDATES: dict[str, Quantizer] = {
     "peer: llm-compressor SmoothQuant(0.8) + GPTQ": llmcompressor,
 }
 
+for size in (16, 32, 64, 128, "full"):
+    CANDIDATES |= {
+        f"Hadamard({size})": ours(Hadamard(size)),
+        f"SmoothQuant(0.5) + Hadamard({size})": ours([SmoothQuant(0.5), Hadamard(size)]),
+        f"SmoothQuant + Hadamard({size})": ours([SmoothQuant(), Hadamard(size)]),
+    }
+CANDIDATES |= {
+    "SmoothQuant, unaware, + Hadamard(64)": ours([Unaware(), Hadamard(64)]),
+    "LLMInt8 + Hadamard(64)": ours([LLMInt8(), Hadamard(64)]),
+    "LLMInt8(columns=16) + Hadamard(64)": ours([LLMInt8(16), Hadamard(64)]),
+    "SmoothQuant + LLMInt8 + Hadamard(64)": ours([SmoothQuant(), LLMInt8(), Hadamard(64)]),
+    "SmoothQuant + LLMInt8(columns=16) + Hadamard(64)": ours([SmoothQuant(), LLMInt8(16), Hadamard(64)]),
+    "static: Hadamard(64)": ours(Hadamard(64), "w8a8-static"),
+    "static: SmoothQuant + Hadamard(64)": ours([SmoothQuant(), Hadamard(64)], "w8a8-static"),
+}
+for bits in ("w6a6", "w4a8", "w4a4"):
+    CANDIDATES |= {
+        f"{bits}: RTN": ours("rtn", bits),
+        f"{bits}: SmoothQuant": ours("smoothquant", bits),
+        f"{bits}: Hadamard(64)": ours(Hadamard(64), bits),
+        f"{bits}: SmoothQuant + Hadamard(64)": ours([SmoothQuant(), Hadamard(64)], bits),
+        f"{bits}: SmoothQuant + Hadamard(full)": ours([SmoothQuant(), Hadamard("full")], bits),
+    }
+
+
+def collect_once() -> Callable[[], None]:
+    """Let candidates that are quantized from the same model share its statistics. Returns what to call for another model."""
+    observe, shared = pipeline.observe, {}
+
+    def once(model: nn.Module, batches: Any, sites: Any, kinds: Any, **options: Any) -> Any:
+        if options.get("transforms") or not {Range, TokenSample}.issuperset(kinds):
+            return observe(model, batches, sites, kinds, **options)
+        names = tuple(site.name for site in sites)
+        if names not in shared:
+            shared[names] = observe(model, batches, sites, [Range, TokenSample], **options)
+        return shared[names]
+
+    pipeline.observe = once  # type: ignore[assignment]
+    return shared.clear
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with test.raw.txt and valid.txt")
     parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--only", nargs="*", default=["*"], help="globs over the names of candidates")
+    parser.add_argument("--only", nargs="*", default=["*"], help="globs over the names of candidates, in this order")
     parser.add_argument("--models", nargs="*", default=["SmolLM2", "outlier twin"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default="accuracy", help="of the result")
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="calibrate once for all candidates: no time to quantize, and KL over all windows only",
+    )
     args = parser.parse_args()
+    another_model = collect_once() if args.once else lambda: None
 
     base, tokenizer = load_float(SMOLLM2)
     windows = windows_of(tokenizer, (args.data / "test.raw.txt").read_text(encoding="utf-8"), 1024, args.windows)
@@ -138,27 +197,32 @@ def main() -> None:
     layers: dict[str, dict[str, float | None]] = {}
     for name in args.models:
         model = base if name == "SmolLM2" else twin
-        for candidate, quantizer in CANDIDATES.items():
-            if not any(fnmatch(candidate, pattern) for pattern in args.only):
-                continue
+        another_model()
+        for candidate in dict.fromkeys(c for pattern in args.only for c in CANDIDATES if fnmatch(c, pattern)):
             start = time.perf_counter()
             try:
-                quantized = quantizer(copy.deepcopy(model), batches)
+                quantized = CANDIDATES[candidate](copy.deepcopy(model), batches)
             except ImportError as error:
                 print(f"{candidate}: not installed ({error})", flush=True)
                 continue
-            row = {"model": name, "method": candidate, "quantize_s": round(time.perf_counter() - start, 1)}
+            row = {
+                "model": name,
+                "method": candidate,
+                "quantize_s": None if args.once else round(time.perf_counter() - start, 1),
+            }
             row |= compare(quantized, windows, reference)
-            row["kl_5"] = compare(quantized, windows[:5], reference)["kl"]
+            if not args.once:
+                row["kl_5"] = compare(quantized, windows[:5], reference)["kl"]
             rows.append(row)
             if candidate == "SmoothQuant":
                 layers[name] = {x.name: x.sqnr_db for x in quantkit.report(quantized).layers if x.kind == "int8"}
             print(
-                f"{name:13} {candidate:45} KL {row['kl']:.5f} (5 windows {row['kl_5']:.5f}) "
-                f"perplexity {row['perplexity']:.3f} top-1 {row['top1']:.1%}",
+                f"{name:13} {candidate:45} KL {row['kl']:.5f} "
+                f"perplexity {row['perplexity']:.3f} top-1 {row['top1']:.1%} ({time.perf_counter() - start:.0f} s)",
                 flush=True,
             )
-    print("written", record(args.name, rows, windows=len(windows), length=1024, layers=layers))
+            path = record(args.name, rows, windows=len(windows), length=1024, layers=layers)
+    print("written", path)
 
 
 if __name__ == "__main__":

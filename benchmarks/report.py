@@ -63,6 +63,47 @@ def accuracy(result: Result) -> str:
     return f"{body}\n\n{result['windows']} windows of {result['length']} tokens; perplexity of fp32: {base:.3f}."
 
 
+def rotation(result: Result) -> str:
+    """Quantizers that share one calibration."""
+    rows = result["rows"]
+    body = table(
+        ("model", "method", "KL", "perplexity", "top-1"),
+        ((r["model"], r["method"], f"{r['kl']:.4f}", f"{r['perplexity']:.3f}", f"{r['top1']:.1%}") for r in rows),
+    )
+    base = rows[0]["reference_perplexity"]
+    return f"{body}\n\n{result['windows']} windows of {result['length']} tokens; perplexity of fp32: {base:.3f}."
+
+
+def blocks(result: Result) -> str:
+    """KL by the channels of a block."""
+    found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for r in result["rows"]:
+        if sized := re.fullmatch(r"(.*)\((\d+|full)\)", r["method"]):
+            found[r["model"], sized[1]][sized[2]] = r["kl"]
+    found = {key: by_size for key, by_size in found.items() if len(by_size) > 1}
+    sizes = list(dict.fromkeys(size for by_size in found.values() for size in by_size))
+    rows = ((*key, *(f"{by_size[s]:.4f}" if s in by_size else "" for s in sizes)) for key, by_size in found.items())
+    return f"{table(('model', 'method, KL with blocks of', *sizes), rows)}\n\n{result['windows']} windows."
+
+
+def bits(result: Result) -> str:
+    """KL by number format: candidates called "FORMAT: METHOD"."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for r in result["rows"]:
+        scheme, _, method = r["method"].partition(": ")
+        found[scheme][method] = r.get("kl", r.get("cosine"))
+    found = {scheme: by_method for scheme, by_method in found.items() if len(by_method) > 1}
+    methods = list(dict.fromkeys(method for by_method in found.values() for method in by_method))
+    return table(("", *methods), ((s, *(f"{v[m]:.4f}" if m in v else "" for m in methods)) for s, v in found.items()))
+
+
+def encoder(result: Result) -> str:
+    """Sentence embeddings."""
+    rows = [r for r in result["rows"] if ": " not in r["method"]]
+    cells = ((r["method"], f"{r['cosine']:.5f}", f"{r['worst']:.5f}", f"{r['same_nearest']:.1%}") for r in rows)
+    return table(("method", "mean cosine to fp32", "worst", "same nearest sentence"), cells)
+
+
 def sites(result: Result) -> str:
     """KL with only one kind of layer quantized, and the output noise of its layers."""
     kl = {(r["model"], r["method"]): r["kl"] for r in result["rows"]}
@@ -257,6 +298,12 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "accuracy": ("accuracy", accuracy),
     "accuracy-llmcompressor": ("accuracy-llmcompressor", accuracy),
     "accuracy-llmint8": ("accuracy-llmint8", accuracy),
+    "accuracy-rotation": ("accuracy-rotation", rotation),
+    "accuracy-blocks": ("accuracy-blocks", blocks),
+    "accuracy-compositions": ("accuracy-blocks", rotation),
+    "accuracy-bits": ("accuracy-bits", bits),
+    "encoder": ("encoder", encoder),
+    "encoder-bits": ("encoder", bits),
     "load": ("load", load),
     "load-gpu": ("load-gpu", load),
     "sites": ("accuracy", sites),

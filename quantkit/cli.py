@@ -50,7 +50,11 @@ def quantize(
     ],
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="rtn or smoothquant; repeat to compose, in order.  [default: smoothquant]"),
+        typer.Option(
+            "--method",
+            "-m",
+            help="rtn, smoothquant, llm_int8, hadamard or best; repeat to compose, in order.  [default: smoothquant]",
+        ),
     ] = None,
     scheme: Annotated[
         str,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,6 +15,7 @@ from quantkit.errors import CalibrationError
 from quantkit.modules import call, evaluating, first_input
 from quantkit.sites import Site
 from quantkit.statistics import Statistic
+from quantkit.transform import Transform
 
 SiteStatistics = dict[type[Statistic], Statistic]
 
@@ -25,13 +26,14 @@ def observe(
     sites: Sequence[Site],
     kinds: Sequence[type[Statistic]],
     *,
+    transforms: Mapping[str, Transform] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> dict[str, SiteStatistics]:
     """Statistics of every site, keyed by site name and then by kind.
 
     The model is only watched: hooks are removed even when the pass is interrupted. Memory holds the statistics and one
-    batch, whatever the amount of data.
+    batch, whatever the amount of data. With ``transforms``, by site, it is their INT8 side that is measured, in float32.
 
     Raises:
         CalibrationError: an activation is NaN or Inf (naming the layer), or no batch came.
@@ -46,11 +48,13 @@ def observe(
             if not len(x):
                 return  # an expert that no token chose
             entry = statistics.setdefault(site.name, {})
+            finite[name] = finite.get(name, torch.ones((), dtype=torch.bool, device=x.device)) & x.isfinite().all()
+            if transforms is not None:
+                x, _ = transforms[site.name].activation(x.float())
             for kind in kinds:
                 if kind not in entry:
                     entry[kind] = kind(site.channels, x.device, seed + index)
                 entry[kind].update(x)
-            finite[name] = finite.get(name, torch.ones((), dtype=torch.bool, device=x.device)) & x.isfinite().all()
 
         return hook
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from quantkit.calibrators import Calibrator, Codes, Plan, SiteView, Stage, View, resolve
+from quantkit.calibrators.base import rotation_ahead
 from quantkit.data import _off, _peek, calibration_batches, probe_batch
 from quantkit.discovery import discover
 from quantkit.discovery.discover import NEVER_RAN
@@ -97,6 +98,8 @@ def _quantize(
     kinds = dict.fromkeys([kind for c in calibrators for kind in c.statistics] + ([Range] if static else []))
     data = calibration_batches(model, calibration, tokenizer=tokenizer, needed=bool(kinds), seed=seed, progress=progress)
     first, data = _peek(data)
+    if static and any(c.stage == Stage.ROTATE for c in calibrators):
+        _check_walks_again(data, "a static scale behind a rotation")
     piece = probe_batch(model, first)
 
     discovery = discover(model, piece)
@@ -128,7 +131,8 @@ def _quantize(
         seed,
         "given" if calibration is not None else "sampled from the model" if kinds else "not needed",
     )
-    _convert(model, views, codes, notes, kept, number_format, piece, record, progress)
+    ranges = _static_ranges(model, views, data, seed, progress) if static else {}
+    _convert(model, views, codes, notes, kept, number_format, ranges, piece, record, progress)
     attach(model, record)
     log.info(record.summary)
     return model
@@ -215,10 +219,7 @@ def _plan(
                 f"{calibrator.name} reads calibration data but asks for no statistics, so none was sampled for it: pass "
                 "calibration=, or name a statistic in its `statistics`"
             )
-        if iter(data) is data:
-            raise CalibrationError(
-                f"{calibrator.name} reads the calibration data more than once: pass a list or a DataLoader, not a generator"
-            )
+        _check_walks_again(data, calibrator.name)
         return data
 
     def bar(items: Sequence[Any], what: str) -> Iterable[Any]:
@@ -226,7 +227,9 @@ def _plan(
 
     codes: dict[str, Codes] = {}
     notes: dict[str, dict[str, Any]] = {}
-    for calibrator in calibrators:
+    for index, calibrator in enumerate(calibrators):
+        for view in views:
+            view.rotation_ahead = rotation_ahead(view, calibrators[index + 1 :])
         try:
             plan = calibrator.plan(View(model, views, functools.partial(again, calibrator), seed, bar))
         except MethodError as error:
@@ -301,8 +304,6 @@ def _transform_fault(transform: Transform, view: SiteView, stage: Stage) -> str 
             )
         if view.scheme.is_static or not view.scheme.symmetric:
             return "a threshold goes with symmetric scales per token only, such as scheme='w8a8'"
-    if rotation is not None and view.scheme.is_static:
-        return "a rotation leaves no range for a static scheme; take scales per token, such as scheme='w8a8'"
 
     def exists(index: Tensor) -> Tensor:
         return (index >= 0) & (index < k)
@@ -357,9 +358,34 @@ def _kind(value: Any) -> str:
     return f"{list(value.shape)} {value.dtype} on {value.device}{gradient}"
 
 
-def _static_range(view: SiteView) -> tuple[Tensor, Tensor]:
+def _check_walks_again(data: Iterable[Any], what: str) -> None:
+    if iter(data) is data:
+        raise CalibrationError(
+            f"{what} reads the calibration data more than once: pass a list or a DataLoader, not a generator"
+        )
+
+
+def _static_ranges(
+    model: nn.Module, views: Sequence[SiteView], data: Iterable[Any], seed: int, progress: bool | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Least and largest value of every transformed site; behind a rotation, from a second pass over the data."""
+    seen: dict[str, Any] = {view.name: view.statistic(Range) for view in views if view.transform.rotation is None}
+    rotated = [view for view in views if view.transform.rotation is not None]
+    if rotated:
+        _check_walks_again(data, "a static scale behind a rotation")
+        transforms = {view.name: view.transform for view in rotated}
+        again = observe(model, data, [v.site for v in rotated], [Range], transforms=transforms, seed=seed, progress=progress)
+        for view in rotated:
+            if view.name not in again:
+                raise CalibrationError(
+                    f"no token of the second pass over the data reached {view.name!r}: pass the same batches"
+                )
+            seen[view.name] = again[view.name][Range]
+    return {view.name: _static_range(view, seen[view.name]) for view in views}
+
+
+def _static_range(view: SiteView, seen: Range) -> tuple[Tensor, Tensor]:
     """Least and largest value of a site. Raises CalibrationError where float32 holds no scale for them."""
-    seen = view.statistic(Range)
     low, high = seen.low.min(), seen.high.max()
     reach = torch.maximum(-low, high) if view.scheme.symmetric else high.clamp_min(0) - low.clamp_max(0)
     if not bool(reach.isfinite()):
@@ -377,6 +403,7 @@ def _convert(
     notes: dict[str, dict[str, Any]],
     kept: dict[str, str],
     scheme: Scheme | None,
+    ranges: dict[str, tuple[Tensor, Tensor]],
     piece: Any,
     record: Report,
     progress: bool | None,
@@ -386,7 +413,6 @@ def _convert(
     for view in views:
         fold, leftovers[view.name] = split(model, view.site, view.transform)
         folds += [fold] if fold else []
-    ranges = {view.name: _static_range(view) for view in views if scheme is not None and scheme.is_static}
     _store_and_prove(model, folds, piece, record)
     setattr(model, BROKEN, True)
     try:

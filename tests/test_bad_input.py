@@ -321,10 +321,11 @@ def test_transforms_that_cannot_be(transform: Transform) -> None:
         quantize(model, Fixed(transforms={"up": transform}))
 
 
-def test_a_rotation_has_no_static_range() -> None:
-    model = mlp()
-    with refused(model, MethodError, "fixed", "'up'", "static", "w8a8"):
-        quantize(model, Fixed(Stage.ROTATE, transforms={"up": Transform(rotation=Rotation(16))}), scheme="w8a8-static")
+@pytest.mark.parametrize("stage", [Stage.ROTATE, Stage.SCALE])
+def test_a_static_range_behind_a_rotation_takes_two_passes(stage: Stage) -> None:
+    model, method = mlp(), Fixed(stage, transforms={"up": Transform(rotation=Rotation(16))})
+    with refused(model, CalibrationError, "static", "rotation", "not a generator"):
+        quantkit.quantize(model, method, calibration=iter([normal(2, 5, 16)]), scheme="w8a8-static", progress=False)
 
 
 def test_integers_are_chosen_last() -> None:

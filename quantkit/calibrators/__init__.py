@@ -12,7 +12,13 @@ from quantkit.calibrators.rtn import RTN
 from quantkit.calibrators.smoothquant import SmoothQuant
 from quantkit.errors import MethodError
 
-METHODS: dict[str, Callable[[], Any]] = {"rtn": RTN, "smoothquant": SmoothQuant, "llm_int8": LLMInt8, "hadamard": Hadamard}
+METHODS: dict[str, Callable[[], Any]] = {
+    "rtn": RTN,
+    "smoothquant": SmoothQuant,
+    "llm_int8": LLMInt8,
+    "hadamard": Hadamard,
+    "best": lambda: [SmoothQuant(), Hadamard()],
+}
 
 
 def resolve(method: Any) -> list[Calibrator]:
@@ -24,14 +30,16 @@ def resolve(method: Any) -> list[Calibrator]:
     parts: Sequence[Any] = method if isinstance(method, (list, tuple)) else [method]
     if not parts:
         raise MethodError(f"method is empty: pass a name ({', '.join(METHODS)}) or a calibrator such as quantkit.SmoothQuant()")
-    calibrators = []
+    calibrators: list[Calibrator] = []
     for part in parts:
         if isinstance(part, str):
             if part not in METHODS:
                 raise MethodError(
                     f"method {part!r} is not known: pass one of {', '.join(METHODS)}, or a calibrator of your own"
                 )
-            part = METHODS[part]()
+            made = METHODS[part]()
+            calibrators += made if isinstance(made, list) else [made]
+            continue
         if isinstance(part, type) or not isinstance(part, Calibrator):
             hint = f"; did you mean {part.__name__}()?" if isinstance(part, type) else ""
             raise MethodError(

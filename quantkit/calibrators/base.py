@@ -17,7 +17,7 @@ from quantkit.modules import weight_of
 from quantkit.scheme import Scheme
 from quantkit.sites import Site
 from quantkit.statistics import Statistic, TokenSample
-from quantkit.transform import Transform
+from quantkit.transform import Rotation, Transform
 
 S = TypeVar("S", bound=Statistic)
 
@@ -65,6 +65,8 @@ class SiteView:
         transform: what earlier calibrators decided; statistics and weights below include it.
         fold_only: the model stays in floating point, so that only what folds into the producer can be applied.
         linears: those to be quantized, by name; read only.
+        rotation_ahead: what a later calibrator is known to apply to the channels as they are numbered now: errors are to be
+            judged behind it, see :class:`Foreseen`.
     """
 
     site: Site
@@ -73,6 +75,7 @@ class SiteView:
     transform: Transform
     linears: Mapping[str, nn.Module]
     _statistics: Mapping[type[Statistic], Statistic]
+    rotation_ahead: Rotation | None = None
 
     @property
     def name(self) -> str:
@@ -144,6 +147,24 @@ class Calibrator(Protocol):
 
     def plan(self, view: View) -> Plan:
         """Decide. Called once, after the pass over the data, with what earlier calibrators decided applied."""
+
+
+@runtime_checkable
+class Foreseen(Protocol):
+    """What a calibrator in Stage.ROTATE may offer besides, if neither data nor earlier calibrators decide its rotations."""
+
+    def foresee(self, site: SiteView) -> Rotation | None:
+        """The rotation that it will apply to this site, None for none. Calibrators before it see it as ``rotation_ahead``."""
+
+
+def rotation_ahead(site: SiteView, later: Sequence[Calibrator]) -> Rotation | None:
+    """The rotation that ``later`` calibrators will apply to the channels of ``site``, where it can be told."""
+    for calibrator in later:
+        if calibrator.stage == Stage.ROTATE:
+            return calibrator.foresee(site) if isinstance(calibrator, Foreseen) else None
+        if calibrator.stage == Stage.PARTITION:
+            return None  # it will number the channels anew
+    return None
 
 
 class PerSite:

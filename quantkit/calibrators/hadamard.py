@@ -23,8 +23,8 @@ class Hadamard(PerSite):
 
     An outlier of size a in one channel becomes ``block`` values of ``a / sqrt(block)``, and the step of INT8 shrinks with the
     largest value. Needs no data and no producer: weights are rotated once, activations while they are quantized. Channels whose
-    weights are much smaller than their neighbours' would lose by it; smooth first, ``[SmoothQuant(0.5), Hadamard()]``, which
-    evens them out (``SmoothQuant()`` by itself chooses its strength as if no rotation followed).
+    weights are much smaller than their neighbours' would lose by it; smooth first, ``[SmoothQuant(), Hadamard()]``, which
+    evens them out.
 
     Args:
         block: channels of a block, a power of two from 8 up; ``"full"`` for the largest that divides the width. A width that
@@ -52,15 +52,20 @@ class Hadamard(PerSite):
             raise MethodError(f"Hadamard(seed={self.seed!r}): a seed is an integer, or None for no random signs")
 
     def plan_site(self, site: SiteView) -> tuple[Transform, dict[str, Any]]:
+        rotation = self.foresee(site)
+        if rotation is None:
+            return Transform(), {"rotated": "no: nothing is folded" if site.fold_only else f"no: {site.site.channels} channels"}
+        return Transform(rotation=rotation), {"block": rotation.block}
+
+    def foresee(self, site: SiteView) -> Rotation | None:
+        """What it will do to this site, for calibrators that come before: the width and the name decide it."""
         k = site.site.channels
         divides = k & -k
         block = divides if isinstance(self.block, str) else min(self.block, divides)
-        if site.fold_only:
-            return Transform(), {"rotated": "no: nothing is folded"}
-        if block < LEAST:
-            return Transform(), {"rotated": f"no: {k} channels"}
+        if site.fold_only or block < LEAST:
+            return None
         signs = None
         if self.seed is not None:
             random = torch.Generator().manual_seed(self.seed + zlib.crc32(site.name.encode()))
             signs = (torch.randint(0, 2, (k,), generator=random) * 2.0 - 1).to(site.device)
-        return Transform(rotation=Rotation(block, signs)), {"block": block}
+        return Rotation(block, signs)

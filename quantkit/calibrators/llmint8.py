@@ -20,7 +20,7 @@ COUNTS = (16, 32, 64)
 
 WORTH = 0.9
 """More columns have to bring the predicted error below this share of what fewer leave, over and above the share of channels
-that they are: any channel that is not rounded takes its error away."""
+that they are: any channel that is not rounded takes its error away, and behind a rotation its part of the step as well."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class LLMInt8(PerSite):
 
     The paper looks for ``|x| >= 6`` in every batch, so a token's result depends on its neighbours. Here the columns are a
     property of the site, found in calibration: the set is the one that leaves the least predicted output error, see
-    :func:`quantkit.calibrators.noise.noise`. Their weights are kept in the model's dtype, and neither side's INT8 scale sees
-    them.
+    :func:`quantkit.calibrators.noise.noise` (where a rotation follows, the error behind it). Their weights are kept in the
+    model's dtype, and neither side's INT8 scale sees them.
 
     With a ``threshold`` it is the paper's method all the same, and needs no data: in every batch, columns of x with an element
     that reaches it are multiplied without rounding x, with the INT8 codes of the weight, as bitsandbytes does.
@@ -77,12 +77,13 @@ class LLMInt8(PerSite):
         if isinstance(self.columns, int):
             best = best_set(tokens, counts, rows, site, min(self.columns, site.site.channels))
         else:
-            best = (noise(tokens, counts, rows, site.scheme), tokens.new_empty(0, dtype=torch.long))
+            best = (noise(tokens, counts, rows, site.scheme, site.rotation_ahead), tokens.new_empty(0, dtype=torch.long))
             for n in COUNTS:
                 if 4 * n > site.site.channels:
                     break
                 more = best_set(tokens, counts, rows, site, n)
-                if more[0] < WORTH * best[0] * (1 - (n - len(best[1])) / site.site.channels):
+                rest = 1 - (n - len(best[1])) / site.site.channels
+                if more[0] < WORTH * best[0] * (rest if site.rotation_ahead is None else rest**2):
                     best = more
         chosen = best[1].sort().values
         return Transform(outliers=chosen if len(chosen) else None), {"columns": len(chosen)}
@@ -90,10 +91,10 @@ class LLMInt8(PerSite):
 
 def best_set(tokens: Tensor, counts: Tensor, rows: Tensor, site: SiteView, n: int) -> tuple[float, Tensor]:
     """Predicted error and channels ``[n]`` of the best set of ``n`` that one of the :func:`rankings` puts first."""
-    best = (float("inf"), tokens.new_empty(0, dtype=torch.long))
+    best, ahead = (float("inf"), tokens.new_empty(0, dtype=torch.long)), site.rotation_ahead
     for size in rankings(tokens, counts):
         chosen = size.topk(n).indices
-        error = noise(tokens.index_fill(1, chosen, 0), counts, rows.index_fill(1, chosen, 0), site.scheme)
+        error = noise(tokens.index_fill(1, chosen, 0), counts, rows.index_fill(1, chosen, 0), site.scheme, ahead)
         if error < best[0]:
             best = (error, chosen)
     return best

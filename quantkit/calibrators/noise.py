@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quantkit.numerics import qmax
 from quantkit.scheme import Scheme
+from quantkit.transform import Rotation, hadamard
 
 ROWS = 512
 """Rows of a weight on which candidates are compared: the error is a sum over rows, so a sample ranks them as well."""
@@ -17,7 +18,7 @@ def sampled_rows(weight: Tensor) -> Tensor:
     return weight[torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=weight.device).long()]
 
 
-def noise(x: Tensor, counts: Tensor, w: Tensor, scheme: Scheme) -> float:
+def noise(x: Tensor, counts: Tensor, w: Tensor, scheme: Scheme, rotation: Rotation | None = None) -> float:
     """Predicted squared error of ``x w^T`` after rounding both sides, up to a constant.
 
     A value is off by ``step**2 / 12`` on average, or by its own square where it is so small that it rounds to zero. An error in
@@ -27,7 +28,10 @@ def noise(x: Tensor, counts: Tensor, w: Tensor, scheme: Scheme) -> float:
         x: ``[T, K]`` float32 transformed tokens; counts ``[T]``, how many tokens each stands for.
         w: ``[N, K]`` float32 transformed weights.
         scheme: bits and granularity.
+        rotation: applied to both sides before they are rounded, such as :attr:`SiteView.rotation_ahead`.
     """
+    if rotation is not None:
+        x, w = rotated(x, rotation), rotated(w, rotation)
     x2, w2 = x * x, w * w
     x_top = x.abs().amax(1, keepdim=True) if not scheme.is_static else x.abs().amax()
     w_top = w2.amax(1, keepdim=True) if scheme.weights == "channel" else w2.amax()
@@ -35,6 +39,17 @@ def noise(x: Tensor, counts: Tensor, w: Tensor, scheme: Scheme) -> float:
     from_x = (counts @ torch.minimum(x2, x_step)) @ w2.sum(0)
     from_w = (counts @ x2) @ torch.minimum(w2, w_step).sum(0)
     return float(from_x + from_w)
+
+
+def rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """``rotation.apply(x)`` up to rounding, in few products, since a search asks for it a hundred times."""
+    y = x if rotation.signs is None else x * rotation.signs.to(x)
+    done = 1
+    while done < rotation.block:  # the Hadamard matrix of n m is the Kronecker product of those of n and m
+        factor = hadamard(min(rotation.block // done, 64)).to(x)
+        y = y.reshape(-1, len(factor)) @ factor if done == 1 else factor @ y.view(-1, len(factor), done)
+        done *= len(factor)
+    return y.view(x.shape)
 
 
 def power_mean(tokens: Tensor, counts: Tensor, power: int) -> Tensor:

@@ -29,7 +29,8 @@ class SmoothQuant(PerSite):
     ``a`` is the channel's largest absolute activation over the calibration data and ``w`` its largest absolute weight over
     all linears of the site. With a fixed ``alpha`` that is the whole of it. With ``"auto"`` each site chooses, in closed
     form and without another forward pass, the alpha and the measure of ``a`` (maximum, or a power mean that one rare token
-    cannot decide) with the least predicted output error, see :func:`noise`.
+    cannot decide) with the least predicted output error, see :func:`noise`. In ``[SmoothQuant(), Hadamard()]`` it is the error
+    behind the rotation.
 
     Channels that never fired keep s = 1 (the paper's formula would multiply the producer's row by up to 1e5). Channels that
     no weight reads only pollute the token's maximum and are shrunk to the median.
@@ -67,7 +68,7 @@ class SmoothQuant(PerSite):
             size = a if power is None else site.site.tie(power_mean(tokens, counts, power))
             for alpha in ALPHAS:
                 scale = smooth_scale(size, w, alpha)
-                error = noise(tokens / scale, counts, rows * scale, site.scheme)
+                error = noise(tokens / scale, counts, rows * scale, site.scheme, site.rotation_ahead)
                 if error < best[0]:
                     best = (error, scale, "max" if power is None else f"L{power}", alpha)
         return Transform(scale=best[1]), {"alpha": best[3], "norm": best[2]}
