@@ -214,6 +214,19 @@ def outliers(result: Result) -> str:
     return table(("tokens", "weight", "bf16", "no columns", *(n.split(", ")[1] for n in counts)), rows)
 
 
+def quantize(result: Result) -> str:
+    """Activations to INT8, and what each step adds."""
+    bases = ("residual, RMSNorm", "RMSNorm", "SiLU gate")
+    names = list(result["rows"][0]["us"])
+
+    def cell(us: dict[str, float], name: str) -> str:
+        start = next((b for b in bases if name.startswith(b)), "quantize")
+        return f"{us[name]:.1f}" if name == start else f"{us[name]:.1f} ({us[name] / us[start] - 1:+.0%})"
+
+    rows = [[str(r["m"]), str(r["k"]), *(cell(r["us"], name) for name in names)] for r in result["rows"]]
+    return table(("rows", "channels", *names), rows)
+
+
 def peers(result: Result) -> str:
     """Libraries, all from bf16 activations."""
     names = list(dict.fromkeys(n for r in result["rows"] for n in r["us"] if n.startswith("bf16: ")))
@@ -316,6 +329,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "peers": ("peers", peers),
     "peers-more": ("peers-more", peers),
     "model": ("model", model),
+    "quantize": ("quantize", quantize),
     "kernels": ("model", kernels),
 }
 
