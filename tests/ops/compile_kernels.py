@@ -23,8 +23,6 @@ from quantkit.ops.gpu.gemv import gemv_kernel
 from quantkit.ops.gpu.matmul import matmul_kernel
 from quantkit.ops.gpu.quantize import quantize_kernel
 
-SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may take
-SIXTEENS = ("N", "K", "K4", "padded", "stride_xm", "stride_x", "stride_2")  # multiples of 16 in a usual layer
 NAMES = {torch.int8: "i8", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -35,7 +33,7 @@ def compiled(
     constants = {name: constants.get(name) for name in kernel.arg_names if name not in types}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     # What Triton itself finds out about pointers and the sizes of a usual layer.
-    sixteen = [types.get(name, "")[:1] == "*" or name in SIXTEENS for name in kernel.arg_names]
+    sixteen = [types.get(name, "")[:1] == "*" or name in ("N", "K", "K4", "padded", "stride_xm") for name in kernel.arg_names]
     aligned = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(sixteen) if yes}
     indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, indexed, aligned)
@@ -81,8 +79,7 @@ def one_row(arch: int, k: int, m: int = 8192, **features: Any) -> dict[str, Any]
     pointers = {name: kind for name, kind in features.items() if isinstance(kind, str) and name != "SOURCE"}
     types |= dict.fromkeys(("eps", "offset"), "fp32") | pointers
     rotation = features.get("ROTATION", 0)
-    vectors = bool(types.keys() & {"GAIN", "PRE", "PERM"})
-    shape = rows.shape_of(k, rotation, m, bytes_each=4 if "X2" in types else 2, vectors=vectors, shared=SHARED[arch])
+    shape = rows.shape_of(k, rotation, m, two="X2" in types, vectors=bool(types.keys() & {"GAIN", "PRE", "PERM"}))
     constants = {"SOURCE": features.get("SOURCE", ""), "QMAX": 127, "ROTATION": rotation, "PDL": arch >= 90}
     constants |= {"L": shape.line, "B": shape.block, "EVEN": shape.block == k, "AHEAD": shape.ahead}
     return compiled(rows.rows_kernel, arch, types, constants, {"num_warps": shape.warps})

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.numerics import qmax
@@ -120,23 +120,12 @@ def read(P, row, stride, k, K, EVEN: gl.constexpr):
 
 
 @gluon.jit
-def fetch(slot, P, row, M, stride, k, K, EVEN: gl.constexpr):
-    """Start to copy a row (the last one, past the end) to shared memory, zeros beyond K."""
-    at = P + gl.minimum(row, M - 1).to(gl.int64) * stride + k
-    if EVEN:
-        async_copy.async_copy_global_to_shared(slot, at)
-    else:
-        async_copy.async_copy_global_to_shared(slot, at, mask=k < K)
-
-
-@gluon.jit
 def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, stride_x, stride_2, eps, offset,
                 SOURCE: gl.constexpr, QMAX: gl.constexpr, ROTATION: gl.constexpr, L: gl.constexpr, B: gl.constexpr,
                 EVEN: gl.constexpr, AHEAD: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """Rows of K channels, one at a time; see :func:`quantkit.ops.gpu.quantize.quantize` for the arguments.
 
-    With AHEAD > 0 a program takes many rows, keeps the vectors for all of them, and fetches so many rows ahead into shared
-    memory: every thread copies what it will read itself.
+    AHEAD fetches the next row of this program while this one is worked on, and keeps the vectors for all of them.
     """
     G: gl.constexpr = B // L
     layout: gl.constexpr = lines(G, L, gl.num_warps())
@@ -159,32 +148,19 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, s
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    first, step, slot = gl.program_id(0), gl.num_programs(0), 0
-    if AHEAD > 0:
-        plain: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-        x_ring = gl.allocate_shared_memory(X.dtype.element_ty, [AHEAD, G, L], plain)
+    first = gl.program_id(0)
+    x_ahead = read(X, first, stride_x, k, K, EVEN)
+    if X2 is not None:
+        x2_ahead = read(X2, first, stride_2, k, K, EVEN)
+    for row in range(first, M, gl.num_programs(0)):
+        x = x_ahead
         if X2 is not None:
-            x2_ring = gl.allocate_shared_memory(X2.dtype.element_ty, [AHEAD, G, L], plain)
-        for i in gl.static_range(AHEAD):
-            fetch(x_ring.index(i), X, first + i * step, M, stride_x, k, K, EVEN)
+            x2 = x2_ahead.to(gl.float32)
+        if AHEAD:
+            following = gl.minimum(row + gl.num_programs(0), M - 1)
+            x_ahead = read(X, following, stride_x, k, K, EVEN)
             if X2 is not None:
-                fetch(x2_ring.index(i), X2, first + i * step, M, stride_2, k, K, EVEN)
-            async_copy.commit_group()
-    for row in range(first, M, step):
-        if AHEAD > 0:
-            async_copy.wait_group(AHEAD - 1)
-            x = x_ring.index(slot).load(layout)
-            if X2 is not None:
-                x2 = x2_ring.index(slot).load(layout).to(gl.float32)
-            fetch(x_ring.index(slot), X, row + AHEAD * step, M, stride_x, k, K, EVEN)
-            if X2 is not None:
-                fetch(x2_ring.index(slot), X2, row + AHEAD * step, M, stride_2, k, K, EVEN)
-            async_copy.commit_group()
-            slot = (slot + 1) % AHEAD
-        else:
-            x = read(X, row, stride_x, k, K, EVEN)
-            if X2 is not None:
-                x2 = read(X2, row, stride_2, k, K, EVEN).to(gl.float32)
+                x2_ahead = read(X2, following, stride_2, k, K, EVEN)
         if SOURCE != "" or PRE is not None or ROTATION == 0:
             x = x.to(gl.float32)
         if SOURCE == "rms" or SOURCE == "layer":
@@ -274,7 +250,7 @@ def quantize(
     q, scale = x.new_empty((m, padded(k)), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)
     kept = x.new_empty((m, k)) if x2 is not None and source in ("rms", "layer") else None
     vectors = gain is not None or pre_scale is not None or permutation is not None
-    shape = shape_of(k, rotation, m, bytes_each=_bytes_each(x, x2), vectors=vectors, shared=_shared(x.device))
+    shape = shape_of(k, rotation, m, two=x2 is not None, vectors=vectors)
     exact = not source and pre_scale is None and x.dtype != torch.float32
     pdl = hopper(x.device)
     rows_kernel[(shape.programs if shape.ahead else m,)](
@@ -291,40 +267,26 @@ def quantize(
 class Shape:
     """How rows are held: ``line`` channels side by side, ``block`` with the padding, by ``warps``; ``programs`` run at once.
 
-    With ``ahead`` > 0, programs take many rows each and fetch so many while they work on one. That pays where rows share
-    vectors, and where they are so long that too few programs fit on the GPU at once to hide each other's waiting.
+    With ``ahead``, programs take many rows each and fetch the next while they work on one. That pays where rows share vectors,
+    and where they are so long that too few programs fit on the GPU at once to hide each other's waiting.
     """
 
     line: int
     block: int
     warps: int
     programs: int
-    ahead: int
+    ahead: bool
 
 
-def shape_of(k: int, rotation: int, m: int, *, bytes_each: int, vectors: bool, shared: int) -> Shape:
-    """The shape for ``m`` rows of ``k`` channels that take ``bytes_each`` to read, and share ``vectors`` or not.
-
-    Programs of one processor have ``shared`` bytes of its memory. Copies to it move 16 bytes at a time: ``bytes_each`` is 0
-    where rows are not aligned to that.
-    """
+def shape_of(k: int, rotation: int, m: int, *, two: bool, vectors: bool) -> Shape:
+    """The shape for ``m`` rows of ``k`` channels; ``two`` inputs, and ``vectors`` of the channels, want registers too."""
     line = max(LINE, rotation)
     block = max(triton.next_power_of_2(k), 16 * line)
     warps = min(block // 1024, block // (16 * line), 16)
-    programs = PROCESSORS * (16 // warps)
-    fits = 0 < 2 * bytes_each * block * (16 // warps) <= shared - 4096 and block < LARGEST
-    return Shape(line, block, warps, programs, 2 if m > programs and fits and (vectors or block > 8192) else 0)
-
-
-@functools.cache
-def _shared(device: torch.device) -> int:
-    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
-
-
-def _bytes_each(*inputs: Tensor | None) -> int:
-    given = [x for x in inputs if x is not None]
-    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 for x in given)
-    return sum(x.element_size() for x in given) if aligned else 0
+    # With 16 warps one program fills the registers of a processor.
+    programs = PROCESSORS * (1 if warps == 16 else 8)
+    room = block <= 1024 * warps and not (two and warps == 16)
+    return Shape(line, block, warps, programs, m > programs and room and (vectors or block > 8192))
 
 
 @functools.cache
