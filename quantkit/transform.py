@@ -53,6 +53,45 @@ def hadamard(n: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class FullRotation:
+    """Orthogonal matrix R over a whole width, nearly flat: every channel goes to all others in about equal parts.
+
+    Random signs, then a Hadamard matrix for the largest power of two in ``width`` and a Hartley matrix for the odd rest
+    (whose entries are at most ``sqrt(2 / odd)``), then a reflection that takes the image of the all-ones vector back to it.
+    So R keeps the mean over channels, and a LayerNorm commutes with it as an RMSNorm does.
+
+    Attributes:
+        width: of the vectors it turns.
+        seed: of the signs.
+    """
+
+    width: int
+    seed: int = 0
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x R`` for each block of ``width`` channels of ``x [..., n width]``, computed in float64."""
+        random = torch.Generator().manual_seed(self.seed)
+        signs = (torch.randint(0, 2, (self.width,), generator=random) * 2.0 - 1).double().to(x.device)
+        axis = torch.full_like(signs, self.width**-0.5)
+        normal = self._spread(axis * signs) - axis
+        normal = normal / normal.norm().clamp_min(1e-300)  # all signs alike may leave nothing to reflect
+        y = self._spread(x.double().unflatten(-1, (-1, self.width)) * signs)
+        return (y - 2 * (y @ normal)[..., None] * normal).flatten(-2)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        power = self.width & -self.width
+        angle = torch.arange(self.width // power, dtype=torch.float64, device=x.device)
+        angle = 2 * torch.pi * torch.outer(angle, angle) / len(angle)
+        x = x.unflatten(-1, (power, -1)) @ ((angle.cos() + angle.sin()) / len(angle) ** 0.5)
+        step = 1
+        while step < power:
+            a, b = x.unflatten(-2, (-1, 2, step)).unbind(-3)
+            x = torch.stack([a + b, a - b], -3).flatten(-4, -2)
+            step *= 2
+        return x.flatten(-2) / power**0.5
+
+
+@dataclass(frozen=True)
 class Transform:
     """A function-preserving rewrite of the K input channels of a site. Every field is optional.
 
