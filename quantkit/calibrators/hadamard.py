@@ -57,6 +57,8 @@ class Hadamard(PerSite):
         block = divides if isinstance(self.block, str) else min(self.block, divides)
         if site.fold_only:
             return Transform(), {"rotated": "no: nothing is folded"}
+        if site.turned:
+            return Transform(), {}
         if block < LEAST:
             return Transform(), {"rotated": f"no: {k} channels"}
         signs = None

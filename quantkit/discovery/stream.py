@@ -228,30 +228,27 @@ class _Search:
     def _writers(self, width: int, embeddings: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
         """Linears that add to the stream, and norms with parameters that read it."""
         rows = {n: width for n, m in self.linears.items() if weight_of(m).shape[0] == width}
-        classes = [list(embeddings), *_classes(self.model, rows)]
+        classes = _classes(self.model, rows)
         random = torch.Generator().manual_seed(3)
-        along = torch.randn(len(classes), width, generator=random, dtype=torch.float64)  # one direction for each class
-
-        def moved(name: str, direction: Tensor) -> Callable[[Tensor], Tensor]:
-            def edit(y: Tensor) -> Tensor:
-                own = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-                size = torch.randn(y.shape[:-1], generator=own, dtype=torch.float64)[..., None]
-                return (y.double() + (4 * size * direction).to(y.device)).to(y)
-
-            return edit
-
+        along = torch.randn(1 + len(classes), width, generator=random, dtype=torch.float64)  # one direction for each class
         _, before = self.run(width=width)
-        _, after = self.run({n: moved(n, d) for names, d in zip(classes, along, strict=True) for n in names}, width=width)
-        sums: dict[tuple[str, int, int], set[int]] = {}
-        for key, tensor in before.items():
-            if key in after and after[key].shape == tensor.shape:
-                sums[key] = _parts(after[key].double() - tensor.double(), along.to(tensor.device), tensor.dtype)
-        adding = set().union(*(parts for parts in sums.values() if len(parts) > 1))
-        writers = tuple(name for index in sorted(adding - {0}) for name in classes[index])
-        if not writers:
-            raise MethodError(f"no linear adds its output to a stream of {width} channels that an embedding begins")
-        stream = {name for (name, _, _), parts in sums.items() if parts and parts <= adding | {0}}
-        return writers, [name for name in self.norms if name in stream]
+
+        def arriving(moves: Mapping[str, Tensor]) -> dict[tuple[str, int, int], set[int]]:
+            """The directions of which the change of each tensor is made."""
+            _, after = self.run({name: _moved(name, direction) for name, direction in moves.items()}, width=width)
+            same = [key for key, tensor in before.items() if key in after and after[key].shape == tensor.shape]
+            return {key: _parts(before[key], after[key], along) for key in same}
+
+        begun = arriving(dict.fromkeys(embeddings, along[-1]))
+        sums = arriving({name: along[i] for i, names in enumerate(classes) for name in names})
+        met = [parts for key, parts in sums.items() if len(parts) > 1 or begun.get(key)]
+        adding: set[int] = set().union(*met)
+        if not adding:
+            raise MethodError(
+                f"no linear adds its output to a residual stream of {width} channels: a norm comes between, or there is none"
+            )
+        stream = {key[0] for key in sums if begun[key] or (sums[key] and sums[key] <= adding)}
+        return tuple(name for i in sorted(adding) for name in classes[i]), [name for name in self.norms if name in stream]
 
     def _gain(self, name: str, width: int, reference: Trace) -> Gain:
         """Tell the parameters of a norm from each other by replaying it alone."""
@@ -347,15 +344,26 @@ def _neutral_twin(norm: nn.Module, gain: Gain) -> nn.Module:
     return twin
 
 
-def _parts(change: Tensor, along: Tensor, dtype: torch.dtype) -> set[int]:
-    """The directions ``along [n, H]`` that span the rows of ``change [..., H]``; none where they do not."""
-    rows = change.reshape(-1, along.shape[1])
+def _moved(name: str, direction: Tensor) -> Callable[[Tensor], Tensor]:
+    """Adds ``direction`` to every token, as often as a random number says."""
+
+    def edit(y: Tensor) -> Tensor:
+        random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        size = torch.randn(y.shape[:-1], generator=random, dtype=torch.float64)[..., None]
+        return (y.double() + (4 * size * direction).to(y.device)).to(y)
+
+    return edit
+
+
+def _parts(before: Tensor, after: Tensor, along: Tensor) -> set[int]:
+    """The directions ``along [n, H]`` that span the difference of two ``[..., H]`` token by token; none where they do not."""
+    rows = (after.double() - before.double()).reshape(-1, along.shape[1]).cpu()
     share = torch.linalg.lstsq(along.T, rows.T).solution  # [n, rows]
-    rest = (share.T @ along - rows).norm() / rows.norm().clamp_min(1e-30)
-    if not bool(rest <= max(1e-4, 16 * torch.finfo(dtype).eps)):
+    bound = max(1e-4, 16 * torch.finfo(before.dtype).eps)
+    if not bool((share.T @ along - rows).norm() <= bound * rows.norm()):
         return set()
     size = share.norm(dim=1)
-    return set((size > 0.02 * size.max()).nonzero()[:, 0].tolist())
+    return set((size > max(0.01, bound / 2) * size.max()).nonzero()[:, 0].tolist())
 
 
 def _turned(x: Tensor, rotation: FullRotation) -> Tensor:
