@@ -226,14 +226,14 @@ def _rewrite(
             said += turn(model, plan.turn, undo)
         except MethodError as error:
             raise MethodError(f"{calibrator.name}: {error}") from error
-        error, tolerance = relative_error(wanted, outputs_of(model, piece)), tolerance_for(wanted, noise, model)
-        if not error <= tolerance:
+        change, tolerance = relative_error(wanted, outputs_of(model, piece)), tolerance_for(wanted, noise, model)
+        if change > tolerance:
             raise EquivalenceError(
-                f"{calibrator.name} changed the model by {error:.1e} (allowed {tolerance:.1e}); it was undone. In a short format "
-                "rounding the rotated weights may be the cause: rotate in float32, and cast afterwards"
+                f"{calibrator.name} changed the model by {change:.1e} (allowed {tolerance:.1e}); it was undone. In a short "
+                "format, rounding the rotated weights may be the cause: rotate in float32, and cast afterwards"
             )
         turned.append(plan.turn)
-        said.append(f"this changed the float model by {error:.1e} (relative)")
+        said.append(f"this changed the float model by {change:.1e} (relative)")
     return turned, said
 
 

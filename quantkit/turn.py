@@ -52,14 +52,14 @@ def turn(model: nn.Module, what: Turn, undo: ExitStack) -> list[str]:
         What was done, for the report.
 
     Raises:
-        MethodError: weights are shared, or a norm is biased, in a way that a rotation cannot keep; ``undo`` is up to the caller.
+        MethodError: weights are shared, or a norm is biased, in a way that a rotation cannot keep. The caller is to undo.
     """
     stream, said = what.stream, []
     if stream is not None:
         untied = _untie(model, stream, undo)
         said.append(
-            f"residual stream of {stream.width} channels rotated: {len(stream.embeddings)} embeddings and {len(stream.writers)} "
-            f"linears write it, {len(stream.readers)} read it"
+            f"residual stream of {stream.width} channels rotated: {len(stream.embeddings)} embeddings and "
+            f"{len(stream.writers)} linears write it, {len(stream.readers)} read it"
         )
         said += [f"{name} is no longer tied to the embedding, {size / 2**20:.1f} MiB more" for name, size in untied.items()]
     if what.heads:
@@ -98,7 +98,7 @@ class _Turner:
             readers = [name for name, source in stream.readers.items() if source == norm]
             factor, shift = values_of(self.model.get_submodule(norm), gain)
             into_readers = shift is not None and all(_bias(self.model, name) is not None for name in readers)
-            columns |= {name: (factor, shift if into_readers else None) for name in readers}
+            columns |= dict.fromkeys(readers, (factor, shift if into_readers else None))
             if not readers:
                 continue  # neutral already
             if shift is not None and not into_readers and bool(((factor == 0) & (shift != 0)).any()):
@@ -189,10 +189,10 @@ def _untie(model: nn.Module, stream: Stream, undo: ExitStack) -> dict[str, int]:
             continue
         apart[name] = weight.nbytes
     for name in apart:
-        module: Any = model.get_submodule(name)
-        old = module.weight
-        undo.callback(setattr, module, "weight", old)
-        module.weight = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+        linear: Any = model.get_submodule(name)
+        old = linear.weight
+        undo.callback(setattr, linear, "weight", old)
+        linear.weight = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
     if apart:
         _tell_transformers(model, undo)
         again = apart.keys() & {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", ())}

@@ -46,6 +46,6 @@ def resolve(method: Any) -> list[Calibrator]:
 
 
 __all__ = [
-    "METHODS", "RTN", "Calibrator", "Codes", "Hadamard", "LLMInt8", "PerSite", "Plan", "Rotate", "SiteView", "SmoothQuant", "Stage",
-    "View", "resolve",
+    "METHODS", "RTN", "Calibrator", "Codes", "Hadamard", "LLMInt8", "PerSite", "Plan", "Rotate", "SiteView", "SmoothQuant",
+    "Stage", "View", "resolve",
 ]  # fmt: skip

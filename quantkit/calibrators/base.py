@@ -198,7 +198,7 @@ def check_attributes(calibrator: Calibrator) -> None:
 
 FIRST = "it rewrites the float model, which everything else looks at"
 
-REASONS = {
+REASONS: dict[tuple[Stage, Stage], str] = {
     **{(stage, Stage.MODEL): FIRST for stage in Stage if stage != Stage.MODEL},
     (Stage.ROUND, Stage.SCALE): "rounding comes last: a scale after it would undo the integers",
     (Stage.ROUND, Stage.OUTLIERS): "rounding comes last: choosing outliers after it would undo the integers",

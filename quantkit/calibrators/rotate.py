@@ -1,4 +1,4 @@
-"""Rotation of whole spaces, folded into the float weights (QuaRot, Ashkboos et al. 2024; R1 and R2 of SpinQuant, Liu et al.)."""
+"""Rotation of whole spaces, folded into the weights (QuaRot, Ashkboos et al. 2024; R1 and R2 of SpinQuant, Liu et al. 2024)."""
 
 from __future__ import annotations
 

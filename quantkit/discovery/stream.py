@@ -112,7 +112,9 @@ def find_heads(model: nn.Module, batch: Any, sites: Sequence[Site]) -> list[Head
     }  # fmt: skip
     found: dict[str, Heads] = {}
     reference, _ = search.run()
-    for width in sorted({d for s in pending.values() for d in range(SMALLEST_HEAD, s.channels + 1) if s.channels % d == 0})[::-1]:
+    for width in sorted({d for s in pending.values() for d in range(SMALLEST_HEAD, s.channels + 1) if s.channels % d == 0})[
+        ::-1
+    ]:
         rotation = FullRotation(width)
         tried = {name: heads for name, site in pending.items() if (heads := _in_blocks(site, width)) is not None}
         if not tried:
@@ -295,7 +297,9 @@ class _Search:
         fed = {linear: norm for linear, (norm, rows, power) in found.items() if power == 1 and torch.equal(rows, plain)}
         for name, gain in gains.items():
             if name not in fed.values() and not is_neutral(self.norms[name], gain):
-                raise MethodError(f"the output of the norm {name!r} is read by something besides linears, so its gain must stay")
+                raise MethodError(
+                    f"the output of the norm {name!r} is read by something besides linears, so its gain must stay"
+                )
         return fed
 
     def _readers(
@@ -317,8 +321,8 @@ class _Search:
                 readers.append(name)
             else:
                 raise MethodError(
-                    f"the input of {name!r} does not turn with the stream of {width} channels: something on the way to it works "
-                    "on single channels, or writes to the stream and is no linear and no embedding"
+                    f"the input of {name!r} does not turn with the stream of {width} channels: something on the way to it "
+                    "works on single channels, or writes to the stream and is no linear and no embedding"
                 )
         noise = max((_distance(a, b) for a, b in zip(before.outputs, self.run(twins=twins)[0].outputs, strict=True)), default=0)
         if len(before.outputs) != len(after.outputs) or any(
