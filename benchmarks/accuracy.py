@@ -116,11 +116,9 @@ CANDIDATES: dict[str, Quantizer] = {
     "peer: llm-compressor SmoothQuant(0.8) + GPTQ": llmcompressor,
     "Rotate": ours("rotate"),
     "Rotate + SmoothQuant": ours(["rotate", "smoothquant"]),
-    "Rotate + SmoothQuant(0.5)": ours(["rotate", quantkit.SmoothQuant(0.5)]),
-    "Rotate, stream only + SmoothQuant": ours([quantkit.Rotate(heads=False), "smoothquant"]),
-    "Rotate, heads only + SmoothQuant": ours([quantkit.Rotate(stream=False), "smoothquant"]),
-    "Rotate + SmoothQuant + Hadamard": ours(["rotate", "smoothquant", "hadamard"]),
     "Rotate + SmoothQuant(0.5) + Hadamard": ours(["rotate", quantkit.SmoothQuant(0.5), "hadamard"]),
+    "Rotate(heads=False) + SmoothQuant": ours([quantkit.Rotate(heads=False), "smoothquant"]),
+    "Rotate(stream=False) + SmoothQuant": ours([quantkit.Rotate(stream=False), "smoothquant"]),
 }
 
 

@@ -48,8 +48,8 @@ __all__ = [
     "RTN", "BackendError", "CalibrationError", "Calibrator", "CheckpointError", "Codes", "Discovery", "Equivalence",
     "EquivalenceError", "Hadamard", "LLMInt8", "LayerRecord", "MethodError", "ModelError", "PerSite", "Plan", "Producer",
     "QuantkitError", "Range", "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant",
-    "Stage", "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "discover",
-    "load", "quantize", "report", "save", "use_backend", "verify_equivalence",
+    "Stage", "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends",
+    "discover", "load", "quantize", "report", "save", "use_backend", "verify_equivalence",
 ]  # fmt: skip
 
 _register()

@@ -13,8 +13,13 @@ from quantkit.calibrators.rtn import RTN
 from quantkit.calibrators.smoothquant import SmoothQuant
 from quantkit.errors import MethodError
 
-METHODS: dict[str, Callable[[], Any]] = {"rtn": RTN, "smoothquant": SmoothQuant, "llm_int8": LLMInt8, "hadamard": Hadamard}
-METHODS |= {"rotate": Rotate}
+METHODS: dict[str, Callable[[], Any]] = {
+    "rtn": RTN,
+    "smoothquant": SmoothQuant,
+    "llm_int8": LLMInt8,
+    "hadamard": Hadamard,
+    "rotate": Rotate,
+}
 
 
 def resolve(method: Any) -> list[Calibrator]:
