@@ -76,7 +76,8 @@ def quantize(
     """
     calibrators, number_format = resolve(method), None if scheme is None else Scheme.parse(scheme)
     _check(model, calibrators, number_format)
-    taken_apart = [] if number_format is None else unfuse(model)
+    rewrites = any(c.stage == Stage.MODEL for c in calibrators)
+    taken_apart = unfuse(model) if rewrites or number_format is not None else []
     undo = ExitStack()
     try:
         return _quantize(model, calibrators, calibration, tokenizer, number_format, ignore, targets, seed, progress, undo)

@@ -158,7 +158,7 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 
 def _bias(model: nn.Module, name: str) -> Tensor | None:
-    bias: Any = model.get_submodule(name).bias
+    bias: Any = getattr(model.get_submodule(name), "bias", None)
     return None if bias is None else bias.detach()
 
 

@@ -9,7 +9,8 @@ embeddings, outputs of linears) and, transposed, into all that reads it. That ho
 2. *Gains.* A norm whose input is the stream is replayed alone, to tell gain and bias from each other. The probe of
    :mod:`.discover` proves that nothing but linears read its output.
 3. *Readers.* All writers are rotated at once, with norms of gain one. Each linear's input must now be rotated, or be what it
-   was. Anything else, and any change of the model's outputs, means that the stream does not rotate.
+   was. Anything else, and any change of the model's outputs, means that the stream does not rotate. Routers that hold a bare
+   matrix are asked by themselves whether they multiply by it.
 
 Heads: the output rows of a value projection are rotated in blocks of d, for each d, the widest first. Where the output
 projection then reads what it read before, rotated in the same blocks, d is the width of a head.
@@ -64,7 +65,8 @@ class Stream:
     Attributes:
         width: its channels.
         embeddings, writers: whose rows, and linears whose outputs, add up to it.
-        readers: linear -> the norm in front of it whose gain it has to take over, or None.
+        readers: linear -> the norm in front of it whose gain it has to take over, or None. Routers that are no ``nn.Linear`` but
+            multiply their input by a ``weight [E, H]`` count as linears here.
         gains: the parameters of each of these norms.
     """
 
@@ -166,6 +168,7 @@ class _Search:
         *,
         width: int | None = None,
         twins: Mapping[str, nn.Module] | None = None,
+        multipliers: dict[str, Tensor] | None = None,
     ) -> tuple[Trace, dict[tuple[str, int, int], Tensor]]:
         """One pass with the outputs of linears and embeddings edited and norms replaced by their ``twins``.
 
@@ -191,7 +194,7 @@ class _Search:
                     stack.callback(module.register_forward_hook(lambda _, args, y, edit=edits[name]: edit(y)).remove)
             for name, twin in (twins or {}).items():
                 stack.enter_context(forward_replaced(self.model.get_submodule(name), twin.forward))
-            trace = self.probe.run({}, edits=edits)
+            trace = self.probe.run(multipliers or {}, edits=edits)
         return trace, seen
 
     def rotated(self, before: Trace, after: Trace, name: str, rotation: FullRotation) -> bool:
@@ -212,11 +215,12 @@ class _Search:
         reference, _ = self.run()
         gains = {name: self._gain(name, width, reference) for name in behind}
         absorbed = self._absorbed(gains, reference)
-        readers = self._readers(width, embeddings, writers, gains)
+        readers, routers = self._readers(width, embeddings, writers, gains)
         for linear, norm in absorbed.items():
             if linear not in readers:
                 raise MethodError(f"{linear!r} reads the norm {norm!r}, and not only its channels")
-        return Stream(width, embeddings, writers, {name: absorbed.get(name) for name in readers}, gains)
+        absorbed |= self._in_front(routers, width, gains)
+        return Stream(width, embeddings, writers, {name: absorbed.get(name) for name in (*readers, *routers)}, gains)
 
     def _width(self) -> tuple[int, tuple[str, ...]]:
         """Of the embeddings that most linears read or write, and their names."""
@@ -304,13 +308,14 @@ class _Search:
 
     def _readers(
         self, width: int, embeddings: Sequence[str], writers: Sequence[str], gains: Mapping[str, Gain]
-    ) -> tuple[str, ...]:
-        """Linears whose input rotates with all that writes the stream; everything else must stay what it is."""
+    ) -> tuple[list[str], list[str]]:
+        """Linears and routers whose input rotates with all that writes the stream; everything else must stay what it is."""
         rotation = FullRotation(width)
         twins = {name: _neutral_twin(self.norms[name], gain) for name, gain in gains.items()}
-        before, _ = self.run(twins=twins)
-        after, _ = self.run({name: lambda y: _turned(y, rotation) for name in (*embeddings, *writers)}, twins=twins)
-        readers = []
+        before, inputs = self.run(twins=twins, width=width)
+        edits = {name: lambda y: _turned(y, rotation) for name in (*embeddings, *writers)}
+        after, turned = self.run(edits, twins=twins, width=width)
+        readers, routers = [], []
         for name, linear in self.linears.items():
             if name not in before.inputs:
                 if width in weight_of(linear).shape:
@@ -324,12 +329,52 @@ class _Search:
                     f"the input of {name!r} does not turn with the stream of {width} channels: something on the way to it "
                     "works on single channels, or writes to the stream and is no linear and no embedding"
                 )
+        for key, x in inputs.items():
+            if self._is_router(key[0], width) and not self._agree([x], [turned[key]]):
+                if key[1:] != (0, 0) or not self._multiplies(key[0], x, rotation):
+                    raise MethodError(f"{key[0]!r} reads the stream of {width} channels, and does not only multiply by its weight")
+                routers.append(key[0])
         noise = max((_distance(a, b) for a, b in zip(before.outputs, self.run(twins=twins)[0].outputs, strict=True)), default=0)
         if len(before.outputs) != len(after.outputs) or any(
             _distance(a, b) > 10 * noise for a, b in zip(before.outputs, after.outputs, strict=True)
         ):
             raise MethodError(f"an output of the model reads the stream of {width} channels, and not through a linear")
-        return tuple(readers)
+        return readers, routers
+
+    def _is_router(self, name: str, width: int) -> bool:
+        """Whether this is a leaf with a bare matrix of its own for ``width`` channels."""
+        module = self.model.get_submodule(name)
+        weight = getattr(module, "weight", None)
+        plain = isinstance(weight, nn.Parameter) and weight.dim() == 2 and weight.shape[1] == width
+        return plain and name not in self.linears and not isinstance(module, nn.Embedding) and not any(module.children())
+
+    def _multiplies(self, name: str, x: Tensor, rotation: FullRotation) -> bool:
+        """Whether the module computes the same from a scaled and rotated input with its weight rewritten to match."""
+        module = self.model.get_submodule(name)
+        random = torch.Generator().manual_seed(5)
+        scale = (torch.rand(rotation.width, generator=random, dtype=torch.float64) + 0.5).to(x.device)
+        own = {key: _precise(p.detach()) for key, p in module.named_parameters()}
+        wide = _precise(x)
+        changed = {"weight": _turned(own["weight"] * scale.to(wide), rotation)}
+        with torch.no_grad():
+            wanted = list(tensors_in(torch.func.functional_call(module, own, (wide,))))
+            got = list(
+                tensors_in(torch.func.functional_call(module, own | changed, (_turned(wide / scale.to(wide), rotation),)))
+            )
+        return len(wanted) == len(got) and all(_near(b, a) for a, b in zip(wanted, got, strict=True))
+
+    def _in_front(self, routers: Sequence[str], width: int, gains: Mapping[str, Gain]) -> dict[str, str]:
+        """Router -> the norm that it reads, told by the size that its input takes when each norm is given one of its own."""
+        if not routers:
+            return {}
+        sizes = dict(zip(gains, torch.linspace(1.5, 3.0, len(gains)).tolist(), strict=True))
+        _, before = self.run(width=width)
+        _, after = self.run(width=width, multipliers={name: torch.full((width,), size) for name, size in sizes.items()})
+        found = {}
+        for router in routers:
+            ratio = float(after[router, 0, 0].double().norm() / before[router, 0, 0].double().norm())
+            found |= {router: norm for norm, size in sizes.items() if abs(ratio / size - 1) < 0.5 / (2 * max(len(sizes), 2))}
+        return found
 
 
 def is_neutral(norm: nn.Module, gain: Gain) -> bool:
