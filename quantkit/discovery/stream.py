@@ -65,8 +65,8 @@ class Stream:
     Attributes:
         width: its channels.
         embeddings, writers: whose rows, and linears whose outputs, add up to it.
-        readers: linear -> the norm in front of it whose gain it has to take over, or None. Routers that are no ``nn.Linear`` but
-            multiply their input by a ``weight [E, H]`` count as linears here.
+        readers: linear -> the norm in front of it whose gain it has to take over, or None. Routers that are no
+            ``nn.Linear`` but multiply their input by a ``weight [E, H]`` count as linears here.
         gains: the parameters of each of these norms.
     """
 
@@ -161,6 +161,9 @@ class _Search:
     def __init__(self, model: nn.Module, batch: Any) -> None:
         self.model, self.linears, self.norms = model, linears_of(model), norms_of(model)
         self.probe = Probe(model, self.linears, self.norms, batch)
+        # of the shortest format: what passed through it is no better, whatever it is added to
+        kinds = {p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1}
+        self.eps = max((torch.finfo(kind).eps for kind in kinds), default=torch.finfo(torch.float32).eps)
 
     def run(
         self,
@@ -201,11 +204,11 @@ class _Search:
         """Whether every input of this linear is that of ``before``, rotated."""
         return self._agree([_turned(x, rotation) for x in before.inputs[name]], after.inputs[name])
 
-    @staticmethod
-    def _agree(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
+    def _agree(self, wanted: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
         def near(a: Tensor, b: Tensor) -> bool:
-            error, size = (a.double() - b.double()).norm(), a.double().norm()
-            return a.shape == b.shape and bool(error <= max(1e-5, 4 * torch.finfo(b.dtype).eps) * size)
+            if a.shape != b.shape:
+                return False
+            return bool((a.double() - b.double()).norm() <= max(1e-5, 4 * self.eps) * a.double().norm())
 
         return len(wanted) == len(got) and all(near(a, b) for a, b in zip(wanted, got, strict=True))
 
@@ -243,7 +246,7 @@ class _Search:
             """The directions of which the change of each tensor is made."""
             _, after = self.run({name: _moved(name, direction) for name, direction in moves.items()}, width=width)
             same = [key for key, tensor in before.items() if key in after and after[key].shape == tensor.shape]
-            return {key: _parts(before[key], after[key], along) for key in same}
+            return {key: _parts(before[key], after[key], along, self.eps) for key in same}
 
         begun = arriving(dict.fromkeys(embeddings, along[-1]))
         sums = arriving({name: along[i] for i, names in enumerate(classes) for name in names})
@@ -332,7 +335,9 @@ class _Search:
         for key, x in inputs.items():
             if self._is_router(key[0], width) and not self._agree([x], [turned[key]]):
                 if key[1:] != (0, 0) or not self._multiplies(key[0], x, rotation):
-                    raise MethodError(f"{key[0]!r} reads the stream of {width} channels, and does not only multiply by its weight")
+                    raise MethodError(
+                        f"{key[0]!r} reads the stream of {width} channels, and does not only multiply by its weight"
+                    )
                 routers.append(key[0])
         noise = max((_distance(a, b) for a, b in zip(before.outputs, self.run(twins=twins)[0].outputs, strict=True)), default=0)
         if len(before.outputs) != len(after.outputs) or any(
@@ -373,7 +378,9 @@ class _Search:
         found = {}
         for router in routers:
             ratio = float(after[router, 0, 0].double().norm() / before[router, 0, 0].double().norm())
-            found |= {router: norm for norm, size in sizes.items() if abs(ratio / size - 1) < 0.5 / (2 * max(len(sizes), 2))}
+            norm, size = min(sizes.items(), key=lambda item: abs(item[1] - ratio), default=("", 1.0))
+            if abs(ratio - size) < 0.2 / len(sizes):  # and not 1, for a router that reads no norm with parameters
+                found[router] = norm
         return found
 
 
@@ -404,11 +411,11 @@ def _moved(name: str, direction: Tensor) -> Callable[[Tensor], Tensor]:
     return edit
 
 
-def _parts(before: Tensor, after: Tensor, along: Tensor) -> set[int]:
+def _parts(before: Tensor, after: Tensor, along: Tensor, eps: float) -> set[int]:
     """The directions ``along [n, H]`` that span the difference of two ``[..., H]`` token by token; none where they do not."""
     rows = (after.double() - before.double()).reshape(-1, along.shape[1]).cpu()
     share = torch.linalg.lstsq(along.T, rows.T).solution  # [n, rows]
-    bound = max(1e-4, 16 * torch.finfo(before.dtype).eps)
+    bound = max(1e-4, 16 * eps)
     if not bool((share.T @ along - rows).norm() <= bound * rows.norm()):
         return set()
     size = share.norm(dim=1)
