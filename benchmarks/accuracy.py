@@ -114,7 +114,7 @@ CANDIDATES: dict[str, Quantizer] = {
     "peer: torchao SmoothQuant(0.5)": torchao_smoothquant,
     "peer: bitsandbytes, threshold 6": bitsandbytes,
     "peer: llm-compressor SmoothQuant(0.8) + GPTQ": llmcompressor,
-    "Rotate": ours("rotate"),
+    "Rotate(), not smoothed": ours("rotate"),
     "Rotate + SmoothQuant": ours(["rotate", "smoothquant"]),
     "Rotate + SmoothQuant(0.5) + Hadamard": ours(["rotate", quantkit.SmoothQuant(0.5), "hadamard"]),
     "Rotate(heads=False) + SmoothQuant": ours([quantkit.Rotate(heads=False), "smoothquant"]),
