@@ -106,7 +106,7 @@ def _quantize(
     data = calibration_batches(model, calibration, tokenizer=tokenizer, needed=bool(kinds), seed=seed, progress=progress)
     first, data = _peek(data)
     piece = probe_batch(model, first)
-    turned, rewrites = _rewrite(model, calibrators, piece, seed, progress, undo)
+    turned, rewrites = _rewrite(model, calibrators, (piece, first), seed, progress, undo)
 
     discovery = discover(model, piece)
     if any(reason == NEVER_RAN for reason in discovery.kept.values()):
@@ -212,13 +212,18 @@ def _views(
 
 
 def _rewrite(
-    model: nn.Module, calibrators: Sequence[Calibrator], piece: Any, seed: int, progress: bool | None, undo: ExitStack
+    model: nn.Module,
+    calibrators: Sequence[Calibrator],
+    batches: tuple[Any, Any],
+    seed: int,
+    progress: bool | None,
+    undo: ExitStack,
 ) -> tuple[list[Turn], list[str]]:
     """Rewrite the float model as calibrators in ``Stage.MODEL`` say, and prove that it is still the same."""
-    turned: list[Turn] = []
+    piece, turned = batches[0], list[Turn]()
     said: list[str] = []
     for calibrator in (c for c in calibrators if c.stage == Stage.MODEL):
-        plan = _decide(calibrator, View(model, [], lambda: [piece], seed, functools.partial(_bar, progress)), [])
+        plan = _decide(calibrator, View(model, [], lambda: batches, seed, functools.partial(_bar, progress)), [])
         if plan.turn is None:
             continue
         wanted = outputs_of(model, piece)

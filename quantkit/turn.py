@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quantkit.discovery.stream import Gain, Heads, Stream, blocks_of
 from quantkit.errors import MethodError
 from quantkit.modules import weight_of
-from quantkit.transform import FullRotation
+from quantkit.transform import BlockRotation
 
 log = logging.getLogger("quantkit")
 
@@ -30,11 +30,21 @@ class Turn:
         stream: the residual stream, or None to leave it.
         heads: value projections with their readers.
         seed: of the signs of the rotations.
+        block: channels of the stream that are rotated together, a divisor of its width; None for all.
+        order: ``[H]`` int64, the channels of the stream block by block.
     """
 
     stream: Stream | None = None
     heads: tuple[Heads, ...] = ()
     seed: int = 0
+    block: int | None = None
+    order: Tensor | None = None
+
+    @property
+    def rotation(self) -> BlockRotation:
+        """Of the stream."""
+        assert self.stream is not None
+        return BlockRotation(self.block or self.stream.width, self.seed, self.order)
 
     def space_of(self, linears: Sequence[str]) -> str:
         """Which rotated space these linears read, for the report; empty for none."""
@@ -57,10 +67,8 @@ def turn(model: nn.Module, what: Turn, undo: ExitStack) -> list[str]:
     stream, said = what.stream, []
     if stream is not None:
         untied = _untie(model, stream, undo)
-        said.append(
-            f"residual stream of {stream.width} channels rotated: {len(stream.embeddings)} embeddings and "
-            f"{len(stream.writers)} linears write it, {len(stream.readers)} read it"
-        )
+        count = f"{len(stream.embeddings)} embeddings and {len(stream.writers)} linears write it, {len(stream.readers)} read it"
+        said.append(f"residual stream of {stream.width} channels rotated in blocks of {what.rotation.width}: {count}")
         said += [f"{name} is no longer tied to the embedding, {size / 2**20:.1f} MiB more" for name, size in untied.items()]
     if what.heads:
         said.append(f"values rotated within heads in front of {len({n for h in what.heads for n in h.readers})} linears")
@@ -77,7 +85,7 @@ class _Turner:
         names = dict.fromkeys(name for h in heads for name in (h.writer, *h.readers))
         columns: dict[str, tuple[Tensor, Tensor | None]] = {}
         if stream is not None:
-            rotation = FullRotation(stream.width, self.what.seed)
+            rotation = self.what.rotation
             names |= dict.fromkeys((*stream.readers, *stream.writers))
             columns = self._norms(stream, rotation)
             done: set[int] = set()
@@ -91,7 +99,7 @@ class _Turner:
         for name in names:
             self._linear(name, columns.get(name))
 
-    def _norms(self, stream: Stream, rotation: FullRotation) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def _norms(self, stream: Stream, rotation: BlockRotation) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Take gain and bias out of the norms: reader -> ``[H]`` that its columns take, and ``[H]`` that its bias takes."""
         columns: dict[str, tuple[Tensor, Tensor | None]] = {}
         for norm, gain in stream.gains.items():
@@ -123,16 +131,16 @@ class _Turner:
                 factor, shift = columns
                 new_bias = new_bias if new_bias is None or shift is None else new_bias + weight @ shift
                 weight = weight * factor
-            weight = FullRotation(stream.width, self.what.seed).apply(weight)
+            weight = self.what.rotation.apply(weight)
         for heads in self.what.heads:
-            rotation, rows = FullRotation(heads.width, self.what.seed), blocks_of(heads).flatten()
+            rotation, rows = BlockRotation(heads.width, self.what.seed), blocks_of(heads).flatten()
             if name in heads.readers:
                 weight = rotation.apply(weight)
             if name == heads.writer:
                 weight = weight.index_copy(0, rows, rotation.apply(weight[rows].T).T)
                 new_bias = None if new_bias is None else new_bias.index_copy(0, rows, rotation.apply(new_bias[rows]))
         if stream is not None and name in stream.writers:
-            rotation = FullRotation(stream.width, self.what.seed)
+            rotation = self.what.rotation
             weight = rotation.apply(weight.T).T
             new_bias = None if new_bias is None else rotation.apply(new_bias)
         self._write(stored, weight)

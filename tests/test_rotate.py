@@ -22,7 +22,7 @@ from quantkit.discovery.stream import find_heads, find_stream
 from quantkit.discovery.verify import outputs_of, relative_error
 from quantkit.experts import unfuse
 from quantkit.modules import weight_of
-from quantkit.transform import FullRotation
+from quantkit.transform import BlockRotation
 
 TURNING = {
     # embeddings, writers, readers, norms with parameters; a block has two writers and a norm for each branch
@@ -72,20 +72,23 @@ def rotated(model: nn.Module, batch: Any, method: Any = "rotate", **options: Any
 
 
 @given(width=st.one_of(st.integers(1, 200), st.sampled_from([576, 768, 1024, 2880])), seed=st.integers(0, 2**31))
-def test_full_rotation_is_orthogonal_and_keeps_the_mean(width: int, seed: int) -> None:
-    matrix = FullRotation(width, seed).apply(torch.eye(width, dtype=torch.float64))
+def test_rotation_is_orthogonal_and_keeps_the_mean(width: int, seed: int) -> None:
+    matrix = BlockRotation(width, seed).apply(torch.eye(width, dtype=torch.float64))
     assert float((matrix @ matrix.T - torch.eye(width)).abs().max()) < 1e-12
     assert float((matrix.sum(0) - 1).abs().max()) < 1e-12
     x = torch.randn(3, 2 * width)
     halves = [(half.double() @ matrix) for half in x.split(width, 1)]
-    torch.testing.assert_close(FullRotation(width, seed).apply(x), torch.cat(halves, 1), rtol=0, atol=1e-11)
+    torch.testing.assert_close(BlockRotation(width, seed).apply(x), torch.cat(halves, 1), rtol=0, atol=1e-11)
+    order = torch.randperm(2 * width)
+    mixed = BlockRotation(width, seed, order).apply(x)
+    torch.testing.assert_close(mixed[:, order], BlockRotation(width, seed).apply(x[:, order]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("width", [64, 96, 576, 1024])
-def test_full_rotation_is_nearly_flat(width: int) -> None:
-    matrix = FullRotation(width).apply(torch.eye(width))
+def test_rotation_is_nearly_flat(width: int) -> None:
+    matrix = BlockRotation(width).apply(torch.eye(width))
     assert float(matrix.abs().max()) < 5 / width**0.5
-    assert not torch.equal(matrix, FullRotation(width, 1).apply(torch.eye(width)))
+    assert not torch.equal(matrix, BlockRotation(width, 1).apply(torch.eye(width)))
 
 
 # ---- models that turn --------------------------------------------------------------------------------------------------------
@@ -106,7 +109,7 @@ def test_function_is_preserved(name: str) -> None:
     assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in original.named_modules()}
     assert not any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     new, old = (m.get_submodule(stream.embeddings[0]).weight.detach() for m in (model, original))
-    assert float((new - FullRotation(WIDTH).apply(old)).abs().max()) < 1e-6
+    assert float((new - BlockRotation(WIDTH).apply(old)).abs().max()) < 1e-6
     for norm, gain in stream.gains.items():
         if gain.weight:
             assert bool((model.get_submodule(norm).get_parameter(gain.weight) == gain.neutral).all())
@@ -133,6 +136,30 @@ def test_bfloat16(name: str) -> None:
     model = rotated(build(name).bfloat16(), batch)
     assert relative_error(outputs_of(original, batch), outputs_of(model, batch)) < 8 * 2**-7
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "nanogpt-no-bias", "nemotron", "olmo", "mixtral"])
+@pytest.mark.parametrize("block", [2, 8, 20, 64, "full"])
+def test_blocks(name: str, block: int | str) -> None:
+    batch, original = FAMILIES[name].batch(), build(name, outliers=True)
+    model = rotated(copy.deepcopy(original), batch, Rotate(block=block))
+    assert relative_error(outputs_of(original, batch), outputs_of(model, batch)) < 1e-5
+    used = {2: 2, 8: 8, 20: 16, 64: 32, "full": 32}[block]
+    assert f"in blocks of {used}:" in quantkit.report(model).rewrites[0]
+
+
+def test_blocks_hold_channels_that_are_alike() -> None:
+    """What is large in the stream, and damped by every norm, shares a block with its like and not with the rest."""
+    model = build("llama")
+    loud = torch.tensor([1, 7, 12, 30])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, loud] *= 50
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[loud] /= 50
+            layer.post_attention_layernorm.weight[loud] /= 50
+    before = model.model.embed_tokens.weight.detach().clone()
+    after = rotated(model, tokens(), Rotate(block=4)).model.embed_tokens.weight.detach()
+    torch.testing.assert_close(after[:, loud].norm(dim=1), before[:, loud].norm(dim=1), rtol=1e-4, atol=0)
 
 
 def test_seed_is_the_rotation() -> None:
@@ -175,7 +202,7 @@ def test_heads(name: str, width: int) -> None:
     assert relative_error(outputs_of(original, batch), outputs_of(model, batch)) < 1e-5
     for h in heads:
         new, old = (weight_of(m.get_submodule(h.readers[0])) for m in (model, original))
-        assert float((new - FullRotation(width).apply(old)).abs().max()) < 1e-6
+        assert float((new - BlockRotation(width).apply(old)).abs().max()) < 1e-6
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, original.get_parameter(n))}
     assert {n.rpartition(".")[0] for n in changed} == {n for h in heads for n in (h.writer, *h.readers)}
 
@@ -312,7 +339,7 @@ def test_int8_checkpoint(name: str, tmp_path: Path) -> None:
     again = quantkit.load(tmp_path / "saved", model=NanoGPT() if name == "nanogpt" else None)
     assert_same(outputs_of(again, tokens()), outputs_of(model, tokens()))
     assert quantkit.report(again).rewrites == quantkit.report(model).rewrites
-    assert "residual stream of 32 channels rotated" in str(quantkit.report(again))
+    assert "residual stream of 32 channels rotated in blocks of 32" in str(quantkit.report(again))
 
 
 @pytest.mark.parametrize("when", ["later calibrator", "interrupted half way"])
@@ -396,6 +423,10 @@ def test_orders_and_values_that_make_no_sense() -> None:
     for seed in seeds:
         with pytest.raises(MethodError, match="integer"):
             Rotate(seed=seed)
+    blocks: list[Any] = [0, 1, True, 64.0, "half"]
+    for block in blocks:
+        with pytest.raises(MethodError, match="number of channels"):
+            Rotate(block=block)
     with pytest.raises(MethodError, match="rotate nothing"):
         Rotate(stream=False, heads=False)
 

@@ -119,7 +119,7 @@ class SiteView:
 class View:
     """What a calibrator sees of the model. Nothing in it may be changed.
 
-    In ``Stage.MODEL`` there are no sites yet, and the only batch is the small one of the probe.
+    In ``Stage.MODEL`` there are no sites yet, and ``batches()`` has two: a small one to probe with, and the first of the data.
 
     Attributes:
         model: for calibrators that learn block by block; read only.

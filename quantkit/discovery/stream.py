@@ -33,7 +33,7 @@ from quantkit.discovery.probe import Probe, Trace, forward_replaced, norms_of
 from quantkit.errors import MethodError
 from quantkit.modules import linears_of, map_tensors, tensors_in, weight_of
 from quantkit.sites import Site
-from quantkit.transform import FullRotation
+from quantkit.transform import BlockRotation
 
 SMALLEST_HEAD = 8
 
@@ -117,7 +117,7 @@ def find_heads(model: nn.Module, batch: Any, sites: Sequence[Site]) -> list[Head
     for width in sorted({d for s in pending.values() for d in range(SMALLEST_HEAD, s.channels + 1) if s.channels % d == 0})[
         ::-1
     ]:
-        rotation = FullRotation(width)
+        rotation = BlockRotation(width)
         tried = {name: heads for name, site in pending.items() if (heads := _in_blocks(site, width)) is not None}
         if not tried:
             continue
@@ -144,7 +144,7 @@ def _in_blocks(site: Site, width: int) -> Heads | None:
     return heads if sum(map(len, distinct)) == len(heads.rows.unique()) == sum(len(set(b)) for b in distinct) else None
 
 
-def _rows_rotated(heads: Heads, rotation: FullRotation) -> Callable[[Tensor], Tensor]:
+def _rows_rotated(heads: Heads, rotation: BlockRotation) -> Callable[[Tensor], Tensor]:
     blocks = blocks_of(heads)
 
     def edit(y: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class _Search:
             trace = self.probe.run(multipliers or {}, edits=edits)
         return trace, seen
 
-    def rotated(self, before: Trace, after: Trace, name: str, rotation: FullRotation) -> bool:
+    def rotated(self, before: Trace, after: Trace, name: str, rotation: BlockRotation) -> bool:
         """Whether every input of this linear is that of ``before``, rotated."""
         return self._agree([_turned(x, rotation) for x in before.inputs[name]], after.inputs[name])
 
@@ -313,7 +313,7 @@ class _Search:
         self, width: int, embeddings: Sequence[str], writers: Sequence[str], gains: Mapping[str, Gain]
     ) -> tuple[list[str], list[str]]:
         """Linears and routers whose input rotates with all that writes the stream; everything else must stay what it is."""
-        rotation = FullRotation(width)
+        rotation = BlockRotation(width)
         twins = {name: _neutral_twin(self.norms[name], gain) for name, gain in gains.items()}
         before, inputs = self.run(twins=twins, width=width)
         edits = {name: lambda y: _turned(y, rotation) for name in (*embeddings, *writers)}
@@ -353,7 +353,7 @@ class _Search:
         plain = isinstance(weight, nn.Parameter) and weight.dim() == 2 and weight.shape[1] == width
         return plain and name not in self.linears and not isinstance(module, nn.Embedding) and not any(module.children())
 
-    def _multiplies(self, name: str, x: Tensor, rotation: FullRotation) -> bool:
+    def _multiplies(self, name: str, x: Tensor, rotation: BlockRotation) -> bool:
         """Whether the module computes the same from a scaled and rotated input with its weight rewritten to match."""
         module = self.model.get_submodule(name)
         random = torch.Generator().manual_seed(5)
@@ -422,7 +422,7 @@ def _parts(before: Tensor, after: Tensor, along: Tensor, eps: float) -> set[int]
     return set((size > max(0.01, bound / 2) * size.max()).nonzero()[:, 0].tolist())
 
 
-def _turned(x: Tensor, rotation: FullRotation) -> Tensor:
+def _turned(x: Tensor, rotation: BlockRotation) -> Tensor:
     return rotation.apply(x).to(x.dtype)
 
 
