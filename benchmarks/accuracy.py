@@ -117,6 +117,7 @@ CANDIDATES: dict[str, Quantizer] = {
     "Rotate(), not smoothed": ours("rotate"),
     "Rotate + SmoothQuant": ours(["rotate", "smoothquant"]),
     "Rotate + SmoothQuant(0.5) + Hadamard": ours(["rotate", quantkit.SmoothQuant(0.5), "hadamard"]),
+    "Rotate(block='full') + SmoothQuant": ours([quantkit.Rotate(block="full"), "smoothquant"]),
     "Rotate(heads=False) + SmoothQuant": ours([quantkit.Rotate(heads=False), "smoothquant"]),
     "Rotate(stream=False) + SmoothQuant": ours([quantkit.Rotate(stream=False), "smoothquant"]),
 }

@@ -342,6 +342,21 @@ def test_int8_checkpoint(name: str, tmp_path: Path) -> None:
     assert "residual stream of 32 channels rotated in blocks of 32" in str(quantkit.report(again))
 
 
+def test_int8_model_of_transformers(tmp_path: Path) -> None:
+    model = quantkit.quantize(build("gpt2"), ["rotate", "smoothquant"], calibration=[tokens()], progress=False)
+    model.save_pretrained(tmp_path)
+    assert_same(outputs_of(type(model).from_pretrained(tmp_path), tokens()), outputs_of(model, tokens()))
+
+
+def test_experts_that_few_tokens_reach() -> None:
+    """The first sixteen tokens need not reach every expert; the whole first batch has to."""
+    ids = torch.cat([torch.full((1, 64), 5), tokens(1)], 1)
+    model = build("moe")
+    wanted = outputs_of(model, ids)
+    rotated(model, ids)
+    assert relative_error(wanted, outputs_of(model, ids)) < 1e-5
+
+
 @pytest.mark.parametrize("when", ["later calibrator", "interrupted half way"])
 def test_what_fails_later_leaves_the_model_as_it_was(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Fails:
@@ -388,6 +403,15 @@ def test_outlier_channels_cost_less(name: str) -> None:
     plain, smooth = sqnr("rtn"), sqnr("smoothquant")
     assert sqnr("rotate") > plain + 6
     assert sqnr(["rotate", SmoothQuant(0.5)]) > max(plain + 6, smooth - 3)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "nanogpt", "gemma"])
+def test_with_smoothing_the_model_stays_a_plain_one(name: str) -> None:
+    original = build(name, outliers=True)
+    model = rotated(copy.deepcopy(original), tokens(), ["rotate", SmoothQuant(0.5)])
+    assert relative_error(outputs_of(original, tokens()), outputs_of(model, tokens())) < 1e-5
+    assert any(layer.folded_into for layer in quantkit.report(model).layers)
+    assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in original.named_modules()}
 
 
 def test_hadamard_takes_what_is_left() -> None:

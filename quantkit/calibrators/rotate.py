@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quantkit.calibrators.base import Plan, Stage, View
 from quantkit.discovery import discover
+from quantkit.discovery.discover import NEVER_RAN
 from quantkit.discovery.stream import Stream, find_heads, find_stream
 from quantkit.errors import MethodError
 from quantkit.modules import call, evaluating, first_input, weight_of
@@ -63,12 +64,14 @@ class Rotate:
 
     def plan(self, view: View) -> Plan:
         batch, whole = view.batches()
+        found = discover(view.model, batch)
+        if NEVER_RAN in found.kept.values():
+            batch, found = whole, discover(view.model, whole)  # more tokens reach more experts
         try:
             stream = find_stream(view.model, batch) if self.stream else None
         except MethodError as error:
             more = "Rotate(stream=False) rotates values only" if self.heads else "leave Rotate out"
             raise MethodError(f"{error}; {more}, and Hadamard() rotates any linear's input at run time") from None
-        found = discover(view.model, batch)
         heads = find_heads(view.model, batch, found.sites) if self.heads else []
         if stream is None:
             if not heads:
