@@ -133,7 +133,7 @@ class _Turner:
                 weight = weight * factor
             weight = self.what.rotation.apply(weight)
         for heads in self.what.heads:
-            rotation, rows = BlockRotation(heads.width, self.what.seed), blocks_of(heads).flatten()
+            rotation, rows = BlockRotation(heads.width, self.what.seed), blocks_of(heads).flatten().to(weight.device)
             if name in heads.readers:
                 weight = rotation.apply(weight)
             if name == heads.writer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import log
@@ -78,9 +79,7 @@ class Rotate:
                 raise MethodError("no value projection was found whose heads turn; leave Rotate out")
             return Plan(turn=Turn(None, tuple(heads), self.seed))
         block = stream.width if isinstance(self.block, str) else _nearest_divisor(stream.width, self.block)
-        order = (
-            None if block == stream.width else _order(view.model, whole, stream, {n for n in stream.readers if n in found.kept})
-        )
+        order = None if block == stream.width else _order(view.model, whole, stream, found.kept.keys())
         return Plan(turn=Turn(stream, tuple(heads), self.seed, block, order))
 
 
@@ -89,7 +88,7 @@ def _nearest_divisor(width: int, block: int) -> int:
 
 
 @torch.no_grad()
-def _order(model: nn.Module, batch: Any, stream: Stream, kept: set[str]) -> Tensor:
+def _order(model: nn.Module, batch: Any, stream: Stream, kept: Collection[str]) -> Tensor:
     """Channels of the stream from those that are read most for their size to those read least, ``[H]`` int64.
 
     For each norm and the linears behind it: RMS of the normalized stream over that of the columns with the gain in them, in

@@ -114,9 +114,8 @@ def find_heads(model: nn.Module, batch: Any, sites: Sequence[Site]) -> list[Head
     }  # fmt: skip
     found: dict[str, Heads] = {}
     reference, _ = search.run()
-    for width in sorted({d for s in pending.values() for d in range(SMALLEST_HEAD, s.channels + 1) if s.channels % d == 0})[
-        ::-1
-    ]:
+    widths = {d for site in pending.values() for d in range(SMALLEST_HEAD, site.channels + 1) if site.channels % d == 0}
+    for width in sorted(widths, reverse=True):
         rotation = BlockRotation(width)
         tried = {name: heads for name, site in pending.items() if (heads := _in_blocks(site, width)) is not None}
         if not tried:
