@@ -127,6 +127,12 @@ CANDIDATES: dict[str, Quantizer] = {
     "peer: torchao SmoothQuant(0.5)": torchao_smoothquant,
     "peer: bitsandbytes, threshold 6": bitsandbytes,
     "peer: llm-compressor SmoothQuant(0.8) + GPTQ": llmcompressor,
+    "Rotate(), not smoothed": ours("rotate"),
+    "Rotate + SmoothQuant": ours(["rotate", "smoothquant"]),
+    "Rotate + SmoothQuant(0.5) + Hadamard": ours(["rotate", quantkit.SmoothQuant(0.5), "hadamard"]),
+    "Rotate(block='full') + SmoothQuant": ours([quantkit.Rotate(block="full"), "smoothquant"]),
+    "Rotate(heads=False) + SmoothQuant": ours([quantkit.Rotate(heads=False), "smoothquant"]),
+    "Rotate(stream=False) + SmoothQuant": ours([quantkit.Rotate(stream=False), "smoothquant"]),
 }
 
 for size in (16, 32, 64, 128, "full"):

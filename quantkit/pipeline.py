@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ from quantkit.sites import Site
 from quantkit.statistics import Range, TokenSample
 from quantkit.targets import check_patterns, chosen
 from quantkit.transform import Rotation, Transform
+from quantkit.turn import Turn, turn
 
 log = logging.getLogger("quantkit")
 M = TypeVar("M", bound=nn.Module)
@@ -75,9 +77,14 @@ def quantize(
     """
     calibrators, number_format = resolve(method), None if scheme is None else Scheme.parse(scheme)
     _check(model, calibrators, number_format)
-    taken_apart = [] if number_format is None else unfuse(model)
+    rewrites = any(c.stage == Stage.MODEL for c in calibrators)
+    taken_apart = unfuse(model) if rewrites or number_format is not None else []
+    undo = ExitStack()
     try:
-        return _quantize(model, calibrators, calibration, tokenizer, number_format, ignore, targets, seed, progress)
+        return _quantize(model, calibrators, calibration, tokenizer, number_format, ignore, targets, seed, progress, undo)
+    except BaseException:
+        _take_back(model, undo)
+        raise
     finally:
         put_back(model, taken_apart)
 
@@ -92,6 +99,7 @@ def _quantize(
     targets: Sequence[str | type] | None,
     seed: int,
     progress: bool | None,
+    undo: ExitStack,
 ) -> M:
     linears = _linears(model, ignore, targets)
     static = number_format is not None and number_format.is_static
@@ -101,6 +109,7 @@ def _quantize(
     if static and any(c.stage == Stage.ROTATE for c in calibrators):
         _check_walks_again(data, "a static scale behind a rotation")
     piece = probe_batch(model, first)
+    turned, rewrites = _rewrite(model, calibrators, (piece, first), seed, progress, undo)
 
     discovery = discover(model, piece)
     if any(reason == NEVER_RAN for reason in discovery.kept.values()):
@@ -124,12 +133,16 @@ def _quantize(
                 f"no calibration token reached a layer to quantize ({', '.join(unreached)}): pass more data, or other targets="
             )
     views = _views(sites, linears, kept, statistics, number_format)
-    codes, notes = _plan(model, calibrators, views, data, calibration is not None, seed, progress)
+    for view in views:
+        view.turned = next((space for what in turned if (space := what.space_of(view.site.linears))), "")
+    later = [c for c in calibrators if c.stage != Stage.MODEL]
+    codes, notes = _plan(model, later, views, data, calibration is not None, seed, progress)
     record = Report(
         [c.name for c in calibrators],
         number_format.name if number_format else None,
         seed,
         "given" if calibration is not None else "sampled from the model" if kinds else "not needed",
+        rewrites=rewrites,
     )
     ranges = _static_ranges(model, views, data, seed, progress) if static else {}
     _convert(model, views, codes, notes, kept, number_format, ranges, piece, record, progress)
@@ -202,6 +215,59 @@ def _views(
     return views
 
 
+def _rewrite(
+    model: nn.Module,
+    calibrators: Sequence[Calibrator],
+    batches: tuple[Any, Any],
+    seed: int,
+    progress: bool | None,
+    undo: ExitStack,
+) -> tuple[list[Turn], list[str]]:
+    """Rewrite the float model as calibrators in ``Stage.MODEL`` say, and prove that it is still the same."""
+    piece, turned = batches[0], list[Turn]()
+    said: list[str] = []
+    for calibrator in (c for c in calibrators if c.stage == Stage.MODEL):
+        plan = _decide(calibrator, View(model, [], lambda: batches, seed, functools.partial(_bar, progress)), [])
+        if plan.turn is None:
+            continue
+        wanted = outputs_of(model, piece)
+        noise = relative_error(wanted, outputs_of(model, piece))
+        try:
+            said += turn(model, plan.turn, undo)
+        except MethodError as error:
+            raise MethodError(f"{calibrator.name}: {error}") from error
+        change, tolerance = relative_error(wanted, outputs_of(model, piece)), tolerance_for(wanted, noise, model)
+        if change > tolerance:
+            raise EquivalenceError(
+                f"{calibrator.name} changed the model by {change:.1e} (allowed {tolerance:.1e}); it was undone. In a short "
+                "format, rounding the rotated weights may be the cause: rotate in float32, and cast afterwards"
+            )
+        turned.append(plan.turn)
+        said.append(f"this changed the float model by {change:.1e} (relative)")
+    return turned, said
+
+
+def _take_back(model: nn.Module, undo: ExitStack) -> None:
+    """Undo rewrites of the float model, unless its linears are on their way to INT8 already."""
+    if not getattr(model, BROKEN, False):
+        setattr(model, BROKEN, True)  # an interruption from here on would leave it half way
+        undo.close()
+        delattr(model, BROKEN)
+
+
+def _decide(calibrator: Calibrator, view: View, views: Sequence[SiteView]) -> Plan:
+    try:
+        plan = calibrator.plan(view)
+    except MethodError as error:
+        raise MethodError(f"{calibrator.name}: {error}") from error
+    _check_plan(calibrator, plan, views)
+    return plan
+
+
+def _bar(progress: bool | None, items: Sequence[Any], what: str) -> Iterable[Any]:
+    return tqdm(items, desc=what, disable=_off(progress))
+
+
 def _plan(
     model: nn.Module,
     calibrators: Sequence[Calibrator],
@@ -222,24 +288,18 @@ def _plan(
         _check_walks_again(data, calibrator.name)
         return data
 
-    def bar(items: Sequence[Any], what: str) -> Iterable[Any]:
-        return tqdm(items, desc=what, disable=_off(progress))
-
     codes: dict[str, Codes] = {}
-    notes: dict[str, dict[str, Any]] = {}
+    notes: dict[str, dict[str, Any]] = {view.name: {"turned": view.turned} if view.turned else {} for view in views}
     for index, calibrator in enumerate(calibrators):
         for view in views:
             view.rotation_ahead = rotation_ahead(view, calibrators[index + 1 :])
-        try:
-            plan = calibrator.plan(View(model, views, functools.partial(again, calibrator), seed, bar))
-        except MethodError as error:
-            raise MethodError(f"{calibrator.name}: {error}") from error
-        _check_plan(calibrator, plan, views)
+        view_of_model = View(model, views, functools.partial(again, calibrator), seed, functools.partial(_bar, progress))
+        plan = _decide(calibrator, view_of_model, views)
         for view in views:
             if view.name in plan.transforms:
                 later = copy.deepcopy(plan.transforms[view.name])  # it may hold a parameter, which a fold would change
                 view.transform = snap(model, view.site, view.transform.then(later))
-            notes.setdefault(view.name, {}).update(plan.notes.get(view.name, {}))
+            notes[view.name].update(plan.notes.get(view.name, {}))
         codes |= plan.codes
     return codes, notes
 
@@ -247,8 +307,10 @@ def _plan(
 def _check_plan(calibrator: Calibrator, plan: Plan, views: Sequence[SiteView]) -> None:
     """Raises MethodError for an answer that cannot be carried out, while nothing has changed."""
     name, sites = calibrator.name, {view.name: view for view in views}
-    if not isinstance(plan, Plan) or not all(isinstance(part, dict) for part in vars(plan).values()):
+    if not isinstance(plan, Plan) or not all(isinstance(part, dict) for key, part in vars(plan).items() if key != "turn"):
         raise MethodError(f"{name}.plan() returned {_kind(plan)}: return a quantkit.Plan, which holds dicts")
+    if plan.turn is not None and calibrator.stage != Stage.MODEL:
+        raise MethodError(f"{name} rotated the model in stage {calibrator.stage.name}: that is for Stage.MODEL")
     unknown = [str(site) for site in (*plan.transforms, *plan.notes) if site not in sites]
     if unknown:
         raise MethodError(f"{name} planned for sites that do not exist: {', '.join(unknown)}; use the `name` of a site")
@@ -470,6 +532,8 @@ def _store_and_prove(model: nn.Module, folds: Sequence[Fold], piece: Any, record
 
 def _scale_float(linear: Any, scale: Tensor | None, factor: Tensor | None) -> None:
     """Multiply the columns of a float linear by ``scale [K]`` and its first rows (and bias) by ``factor``, in float32."""
+    if scale is None and factor is None:
+        return
     weight = weight_of(linear)
     new = weight.float() if scale is None else weight.float() * scale
     if factor is not None:

@@ -57,6 +57,7 @@ class Report:
         seed, calibration: how to repeat it.
         equivalence: relative error of the folded float model against the original on one batch.
         layers: one record per linear.
+        rewrites: what was done to the float model as a whole, before anything else.
     """
 
     method: list[str]
@@ -65,6 +66,7 @@ class Report:
     calibration: str
     equivalence: float | None = None
     layers: list[LayerRecord] = field(default_factory=list)
+    rewrites: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -88,7 +90,7 @@ class Report:
         )
         if self.equivalence is not None:
             lines.append(f"  folding changed the float model by {self.equivalence:.1e} (relative)")
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  {what}" for what in self.rewrites])
 
     def __str__(self) -> str:
         head = f"{'layer':<52} {'kind':<6} {'SQNR':>8}  what happened"

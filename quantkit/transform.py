@@ -68,6 +68,49 @@ def hadamard(n: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class BlockRotation:
+    """Orthogonal matrix R of nearly flat blocks: every channel goes to all others of its block in about equal parts.
+
+    Random signs, then a Hadamard matrix for the largest power of two in ``width`` and a Hartley matrix for the odd rest
+    (whose entries are at most ``sqrt(2 / odd)``), then a reflection that takes the image of the all-ones vector back to it.
+    So R keeps the mean over channels, and a LayerNorm commutes with it as an RMSNorm does.
+
+    Attributes:
+        width: channels of a block, any number.
+        seed: of the signs.
+        order: ``[n width]`` int64, the channels of the first block, of the second and so on; None as they come.
+    """
+
+    width: int
+    seed: int = 0
+    order: Tensor | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x R`` for each block of ``width`` channels of ``x [..., n width]``, computed in float64."""
+        random = torch.Generator().manual_seed(self.seed)
+        signs = (torch.randint(0, 2, (self.width,), generator=random) * 2.0 - 1).double().to(x.device)
+        axis = torch.full_like(signs, self.width**-0.5)
+        normal = self._spread(axis * signs) - axis
+        normal = normal / normal.norm().clamp_min(1e-300)  # all signs alike may leave nothing to reflect
+        order = None if self.order is None else self.order.to(x.device)
+        y = self._spread((x if order is None else x[..., order]).double().unflatten(-1, (-1, self.width)) * signs)
+        y = (y - 2 * (y @ normal)[..., None] * normal).flatten(-2)
+        return y if order is None else torch.empty_like(y).index_copy_(-1, order, y)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        power = self.width & -self.width
+        angle = torch.arange(self.width // power, dtype=torch.float64, device=x.device)
+        angle = 2 * torch.pi * torch.outer(angle, angle) / len(angle)
+        x = x.unflatten(-1, (power, -1)) @ ((angle.cos() + angle.sin()) / len(angle) ** 0.5)
+        step = 1
+        while step < power:
+            a, b = x.unflatten(-2, (-1, 2, step)).unbind(-3)
+            x = torch.stack([a + b, a - b], -3).flatten(-4, -2)
+            step *= 2
+        return x.flatten(-2) / power**0.5
+
+
+@dataclass(frozen=True)
 class Transform:
     """A function-preserving rewrite of the K input channels of a site. Every field is optional.
 

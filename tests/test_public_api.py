@@ -21,7 +21,7 @@ ROOMS = [
     {"ops"},
     {"linear", "experts"},
     {"discovery", "data"},
-    {"fold", "observe", "calibrators"},
+    {"fold", "turn", "observe", "calibrators"},
     {"pipeline", "checkpoint", "evaluate"},
     {"integrations"},
     {"__init__"},

@@ -8,6 +8,7 @@ from typing import Any
 from quantkit.calibrators.base import Calibrator, Codes, PerSite, Plan, SiteView, Stage, View, check_attributes, check_order
 from quantkit.calibrators.hadamard import Hadamard
 from quantkit.calibrators.llmint8 import LLMInt8
+from quantkit.calibrators.rotate import Rotate
 from quantkit.calibrators.rtn import RTN
 from quantkit.calibrators.smoothquant import SmoothQuant
 from quantkit.errors import MethodError
@@ -18,6 +19,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "llm_int8": LLMInt8,
     "hadamard": Hadamard,
     "best": lambda: [SmoothQuant(), Hadamard()],
+    "rotate": Rotate,
 }
 
 
@@ -52,6 +54,6 @@ def resolve(method: Any) -> list[Calibrator]:
 
 
 __all__ = [
-    "METHODS", "RTN", "Calibrator", "Codes", "Hadamard", "LLMInt8", "PerSite", "Plan", "SiteView", "SmoothQuant", "Stage",
-    "View", "resolve",
+    "METHODS", "RTN", "Calibrator", "Codes", "Hadamard", "LLMInt8", "PerSite", "Plan", "Rotate", "SiteView", "SmoothQuant",
+    "Stage", "View", "resolve",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from quantkit.scheme import Scheme
 from quantkit.sites import Site
 from quantkit.statistics import Statistic, TokenSample
 from quantkit.transform import Rotation, Transform
+from quantkit.turn import Turn
 
 S = TypeVar("S", bound=Statistic)
 
@@ -25,6 +26,7 @@ S = TypeVar("S", bound=Statistic)
 class Stage(IntEnum):
     """What a calibrator decides. A list of calibrators runs in this order, never backwards."""
 
+    MODEL = 0  # a rewrite of the float model as a whole, which everything later sees
     SCALE = 1  # scales and shifts of channels
     OUTLIERS = 2  # which channels stay out of the INT8 product; may come before SCALE, which then sees the rest
     PARTITION = 3  # which channels go together
@@ -48,11 +50,13 @@ class Plan:
         transforms: site name -> what to do to its channels, on top of earlier calibrators.
         codes: linear name -> its integers; linears without an entry are rounded to nearest.
         notes: site name -> a few values for the report, such as ``{"alpha": 0.6}``.
+        turn: in ``Stage.MODEL``, and only there: which spaces of the float model to rotate first of all.
     """
 
     transforms: dict[str, Transform] = field(default_factory=dict)
     codes: dict[str, Codes] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    turn: Turn | None = None
 
 
 @dataclass
@@ -67,6 +71,7 @@ class SiteView:
         linears: those to be quantized, by name; read only.
         rotation_ahead: what a later calibrator is known to apply to the channels as they are numbered now: errors are to be
             judged behind it, see :class:`Foreseen`.
+        turned: the rotated space that it is in already, such as ``"residual stream"``; empty for none.
     """
 
     site: Site
@@ -76,6 +81,7 @@ class SiteView:
     linears: Mapping[str, nn.Module]
     _statistics: Mapping[type[Statistic], Statistic]
     rotation_ahead: Rotation | None = None
+    turned: str = ""
 
     @property
     def name(self) -> str:
@@ -115,6 +121,8 @@ class SiteView:
 @dataclass
 class View:
     """What a calibrator sees of the model. Nothing in it may be changed.
+
+    In ``Stage.MODEL`` there are no sites yet, and ``batches()`` has two: a small one to probe with, and the first of the data.
 
     Attributes:
         model: for calibrators that learn block by block; read only.
@@ -209,7 +217,10 @@ def check_attributes(calibrator: Calibrator) -> None:
             raise MethodError(f"{name}: {kind.__name__} is to be built from (channels, device, seed): {error}") from None
 
 
-REASONS = {
+FIRST = "it rewrites the float model, which everything else looks at"
+
+REASONS: dict[tuple[Stage, Stage], str] = {
+    **{(stage, Stage.MODEL): FIRST for stage in Stage if stage != Stage.MODEL},
     (Stage.ROUND, Stage.SCALE): "rounding comes last: a scale after it would undo the integers",
     (Stage.ROUND, Stage.OUTLIERS): "rounding comes last: choosing outliers after it would undo the integers",
     (Stage.ROUND, Stage.PARTITION): "rounding comes last: choosing other channels after it would undo the integers",

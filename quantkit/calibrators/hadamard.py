@@ -53,6 +53,8 @@ class Hadamard(PerSite):
 
     def plan_site(self, site: SiteView) -> tuple[Transform, dict[str, Any]]:
         rotation = self.foresee(site)
+        if rotation is None and site.turned:
+            return Transform(), {}  # the report says so already
         if rotation is None:
             return Transform(), {"rotated": "no: nothing is folded" if site.fold_only else f"no: {site.site.channels} channels"}
         return Transform(rotation=rotation), {"block": rotation.block}
@@ -62,7 +64,7 @@ class Hadamard(PerSite):
         k = site.site.channels
         divides = k & -k
         block = divides if isinstance(self.block, str) else min(self.block, divides)
-        if site.fold_only or block < LEAST:
+        if site.fold_only or site.turned or block < LEAST:
             return None
         signs = None
         if self.seed is not None:

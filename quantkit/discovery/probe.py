@@ -8,9 +8,10 @@ so channels can be read off bit patterns, at the cost of attention and element-w
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,14 +51,24 @@ class Probe:
         self.model, self.linears, self.norms, self.batch = model, linears, norms, batch
         self._synthetic: dict[tuple[str, int], Tensor] = {}
 
-    def run(self, multipliers: dict[str, Tensor], *, mode: TorchFunctionMode | None = None) -> Trace:
-        """One forward pass; ``multipliers[name] [N]`` scale the output of that linear or norm."""
+    def run(
+        self,
+        multipliers: dict[str, Tensor],
+        *,
+        mode: TorchFunctionMode | None = None,
+        edits: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+    ) -> Trace:
+        """One forward pass; ``multipliers[name] [N]`` scale the output of that linear or norm.
+
+        ``edits[name]`` make another tensor of the output of that linear.
+        """
         trace = Trace()
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(running_everywhere(self.model))
             for name, linear in self.linears.items():
-                stack.enter_context(_forward_replaced(linear, self._answer(name, linear, trace, multipliers.get(name), mode)))
+                answer = self._answer(name, linear, trace, multipliers.get(name), mode, edits.get(name))
+                stack.enter_context(forward_replaced(linear, answer))
             for name, norm in self.norms.items():
                 handle = norm.register_forward_hook(self._watch(name, trace, multipliers.get(name)), with_kwargs=True)
                 stack.callback(handle.remove)
@@ -66,7 +77,9 @@ class Probe:
             trace.outputs = list(tensors_in(call(self.model, self.batch)))
         return trace
 
-    def _answer(self, name: str, linear: nn.Module, trace: Trace, multiplier: Tensor | None, mode: Any) -> Any:
+    def _answer(
+        self, name: str, linear: nn.Module, trace: Trace, multiplier: Tensor | None, mode: Any, edit: Any = None
+    ) -> Any:
         rows = weight_of(linear).shape[0]
         weight = weight_of(linear)
 
@@ -79,6 +92,7 @@ class Probe:
             trace.identities.setdefault(name, []).append(key)
             trace.alive.append(x)
             y = y.clone() if multiplier is None else y * multiplier.to(y)
+            y = y if edit is None else edit(y)
             if isinstance(mode, TopKWatch):
                 mode.mark(name, y)
             return y
@@ -150,7 +164,8 @@ def norms_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Inside, calling ``module`` calls ``forward``."""
     own = module.__dict__.get("forward")  # accelerate and others replace it on the instance too
     module.forward = forward
     try:
