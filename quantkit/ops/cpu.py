@@ -9,6 +9,7 @@ plain torch that Inductor fuses: a call from compiled code costs more than they 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from quantkit.numerics import qmax
 from quantkit.ops.native import library
 from quantkit.ops.plain import Plain
+from quantkit.ops.reference import row_sums
 
 if TYPE_CHECKING:
     from quantkit.linear import W8A8Linear
@@ -96,10 +98,10 @@ class CPU(Plain):
         plain = not layer.scheme.is_static and layer.scheme.symmetric
         plain = plain and (layer.pre_scale is None or layer.pre_scale.dtype == torch.float32)  # C reads it as it is
         only_scale = all(v is None for v in (layer.shift, layer.permutation, layer.outlier_index))
-        only_scale = only_scale and not layer.rotation_block and not layer.threshold
+        only_scale = only_scale and not layer.rotation_block and not layer.threshold and not layer.groups
         return CPUPacked(
             self, layer.weight.device, layer.weight, high, low,
-            weight.sum(dim=1, dtype=torch.int32), layer.weight_scale.reshape(-1).float().contiguous(),
+            row_sums(weight, layer.groups), layer.weight_scale.reshape(-1).float().contiguous(),
             None if layer.bias is None else layer.bias.float().contiguous(),
             layer.pre_scale, float(qmax(layer.scheme.activation_bits)),
             plain and only_scale and _has_library(),
@@ -110,6 +112,13 @@ class CPU(Plain):
         if torch.compiler.is_compiling():
             return torch.ops.quantkit.int_matmul(q, packed.high, packed.low)
         return int_matmul(q, packed.high, packed.low)
+
+    def segments(self, layer: W8A8Linear, q: Tensor) -> Iterator[Tensor]:
+        packed, groups = layer.packed, layer.groups
+        product = torch.ops.quantkit.int_matmul if torch.compiler.is_compiling() else int_matmul
+        lows = [None] * len(groups) if packed.low is None else packed.low.split(groups, dim=1)
+        for part, high, low in zip(q.split(groups, dim=1), packed.high.split(groups, dim=1), lows, strict=True):
+            yield product(part, high, low)
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed = layer.packed
