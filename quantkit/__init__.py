@@ -7,7 +7,20 @@
 """
 
 from quantkit._version import __version__
-from quantkit.calibrators import RTN, Calibrator, Codes, Hadamard, LLMInt8, PerSite, Plan, SiteView, SmoothQuant, Stage, View
+from quantkit.calibrators import (
+    RPTQ,
+    RTN,
+    Calibrator,
+    Codes,
+    Hadamard,
+    LLMInt8,
+    PerSite,
+    Plan,
+    SiteView,
+    SmoothQuant,
+    Stage,
+    View,
+)
 from quantkit.checkpoint import load, save
 from quantkit.discovery import Equivalence, discover, verify_equivalence
 from quantkit.errors import (
@@ -27,12 +40,13 @@ from quantkit.ops import backends, use_backend
 from quantkit.pipeline import quantize
 from quantkit.report import LayerRecord, Report, report
 from quantkit.scheme import Scheme
-from quantkit.sites import Discovery, Producer, Site
+from quantkit.sites import Carriers, Discovery, Producer, Site
 from quantkit.statistics import Range, Statistic, TokenSample
 from quantkit.transform import Rotation, Transform
 
 __all__ = [
-    "RTN", "BackendError", "CalibrationError", "Calibrator", "CheckpointError", "Codes", "Discovery", "Equivalence",
+    "RPTQ", "RTN", "BackendError", "CalibrationError", "Calibrator", "Carriers", "CheckpointError", "Codes", "Discovery",
+    "Equivalence",
     "EquivalenceError", "Hadamard", "LLMInt8", "LayerRecord", "MethodError", "ModelError", "PerSite", "Plan", "Producer",
     "QuantkitError", "Range", "Report", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage",
     "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "discover",

@@ -119,13 +119,13 @@ class W8A8Linear(nn.Linear):
             bias: ``[N]`` float32 or None, after the transformation.
             leftover: what is done to the activation at run time, and its clusters.
             outlier_weight: ``[N, n]``, with ``leftover.outliers``.
-            input_range: minimum and maximum of the transformed activation, scalar or of each cluster ``[G]``, for static schemes.
+            input_range: for static schemes, minimum and maximum of the transformed activation, or of each cluster ``[G]``.
         """
         rows, channels = weight_of(linear).shape
         like = weight_of(linear)
         leftover = leftover or Transform()
-        sizes, groups = {"device": like.device, "dtype": like.dtype}, leftover.groups or ()
-        new = cls(channels, rows, scheme=scheme, bias=bias is not None, groups=groups, **sizes)
+        groups, where = leftover.groups or (), {"device": like.device, "dtype": like.dtype}
+        new = cls(channels, rows, scheme=scheme, bias=bias is not None, groups=groups, **where)  # type: ignore[arg-type]
         new.train(linear.training)
         new.weight.copy_(codes)
         new.weight_scale.copy_(weight_scale)
@@ -163,6 +163,13 @@ class W8A8Linear(nn.Linear):
             self.rotation_block = leftover.rotation.block
             signs = leftover.rotation.signs
             self.rotation_signs = None if signs is None else own(signs.float())
+
+    def reorder_rows(self, source: Tensor) -> None:
+        """Put the output rows ``source [n]`` int64 in the place of the first n, in place."""
+        for rows in (self.weight, self.weight_scale, self.bias, self.outlier_weight):
+            if rows is not None:
+                rows[: len(source)] = rows[source]
+        self._packed = None
 
     @property
     def rewrites_input(self) -> bool:

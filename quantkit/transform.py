@@ -99,7 +99,9 @@ class Transform:
                 "choice would act on other channels than it was computed for; put the rotation last"
             )
         if self.groups is not None and later.permutation is not None and later.groups is None:
-            raise MethodError("clusters are runs of channels, which another permutation would break up; put the clusters after it")
+            raise MethodError(
+                "clusters are runs of channels, which another permutation would break up; put the clusters after it"
+            )
         order = self.permutation
         shift, scale, outliers = later.shift, later.scale, later.outliers
         if order is not None:  # bring later's vectors back to the model's own numbering

@@ -8,11 +8,13 @@ from typing import Any
 from quantkit.calibrators.base import Calibrator, Codes, PerSite, Plan, SiteView, Stage, View, check_attributes, check_order
 from quantkit.calibrators.hadamard import Hadamard
 from quantkit.calibrators.llmint8 import LLMInt8
+from quantkit.calibrators.rptq import RPTQ
 from quantkit.calibrators.rtn import RTN
 from quantkit.calibrators.smoothquant import SmoothQuant
 from quantkit.errors import MethodError
 
 METHODS: dict[str, Callable[[], Any]] = {"rtn": RTN, "smoothquant": SmoothQuant, "llm_int8": LLMInt8, "hadamard": Hadamard}
+METHODS |= {"rptq": RPTQ}
 
 
 def resolve(method: Any) -> list[Calibrator]:
@@ -44,6 +46,6 @@ def resolve(method: Any) -> list[Calibrator]:
 
 
 __all__ = [
-    "METHODS", "RTN", "Calibrator", "Codes", "Hadamard", "LLMInt8", "PerSite", "Plan", "SiteView", "SmoothQuant", "Stage",
-    "View", "resolve",
+    "METHODS", "RPTQ", "RTN", "Calibrator", "Codes", "Hadamard", "LLMInt8", "PerSite", "Plan", "SiteView", "SmoothQuant",
+    "Stage", "View", "resolve",
 ]  # fmt: skip

@@ -50,14 +50,24 @@ class Probe:
         self.model, self.linears, self.norms, self.batch = model, linears, norms, batch
         self._synthetic: dict[tuple[str, int], Tensor] = {}
 
-    def run(self, multipliers: dict[str, Tensor], *, mode: TorchFunctionMode | None = None) -> Trace:
-        """One forward pass; ``multipliers[name] [N]`` scale the output of that linear or norm."""
+    def run(
+        self,
+        multipliers: dict[str, Tensor],
+        *,
+        orders: dict[str, Tensor] | None = None,
+        mode: TorchFunctionMode | None = None,
+    ) -> Trace:
+        """One forward pass; ``multipliers[name] [N]`` scale the output of that linear or norm, and ``orders[name] [N]`` say
+        which old row each new one of a linear is."""
         trace = Trace()
+        orders = orders or {}
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(running_everywhere(self.model))
             for name, linear in self.linears.items():
-                stack.enter_context(_forward_replaced(linear, self._answer(name, linear, trace, multipliers.get(name), mode)))
+                stack.enter_context(
+                    _forward_replaced(linear, self._answer(name, linear, trace, multipliers.get(name), orders.get(name), mode))
+                )
             for name, norm in self.norms.items():
                 handle = norm.register_forward_hook(self._watch(name, trace, multipliers.get(name)), with_kwargs=True)
                 stack.callback(handle.remove)
@@ -66,7 +76,9 @@ class Probe:
             trace.outputs = list(tensors_in(call(self.model, self.batch)))
         return trace
 
-    def _answer(self, name: str, linear: nn.Module, trace: Trace, multiplier: Tensor | None, mode: Any) -> Any:
+    def _answer(
+        self, name: str, linear: nn.Module, trace: Trace, multiplier: Tensor | None, order: Tensor | None, mode: Any
+    ) -> Any:
         rows = weight_of(linear).shape[0]
         weight = weight_of(linear)
 
@@ -79,6 +91,7 @@ class Probe:
             trace.identities.setdefault(name, []).append(key)
             trace.alive.append(x)
             y = y.clone() if multiplier is None else y * multiplier.to(y)
+            y = y if order is None else y[..., order.to(y.device)]
             if isinstance(mode, TopKWatch):
                 mode.mark(name, y)
             return y

@@ -123,7 +123,7 @@ def segment_epilogue(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``sum over g of (acc_g - zero_g * weight_sum_g) * x_scale_g * weight_scale_g``, ``+ side + bias``, in this order in float32.
+    """``sum over g of (acc_g - zero_g * weight_sum_g) * x_scale_g * weight_scale_g + side + bias``, in this order in float32.
 
     Args:
         products: of each of G clusters, ``[M, N]`` int32.
