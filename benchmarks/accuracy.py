@@ -114,7 +114,29 @@ CANDIDATES: dict[str, Quantizer] = {
     "peer: torchao SmoothQuant(0.5)": torchao_smoothquant,
     "peer: bitsandbytes, threshold 6": bitsandbytes,
     "peer: llm-compressor SmoothQuant(0.8) + GPTQ": llmcompressor,
+    "RTN, static": ours("rtn", "w8a8-static"),
+    "RTN, static-asym": ours("rtn", "w8a8-static-asym"),
 }
+for scheme in ("static-asym", "static", "per token"):
+    suffix = "" if scheme == "per token" else f"-{scheme}"
+    for clusters in (2, 4, 8, 32):
+        CANDIDATES[f"RPTQ({clusters}), {scheme}"] = ours(quantkit.RPTQ(clusters), f"w8a8{suffix}")
+        CANDIDATES[f"SmoothQuant + RPTQ({clusters}), {scheme}"] = ours(
+            ["smoothquant", quantkit.RPTQ(clusters)], f"w8a8{suffix}"
+        )
+        CANDIDATES[f"RPTQ({clusters}, by='kmeans'), {scheme}"] = ours(quantkit.RPTQ(clusters, by="kmeans"), f"w8a8{suffix}")
+        CANDIDATES[f"SmoothQuant + RPTQ({clusters}, by='kmeans'), {scheme}"] = ours(
+            ["smoothquant", quantkit.RPTQ(clusters, by="kmeans")], f"w8a8{suffix}"
+        )
+for bits in ("w4a8", "w4a4"):
+    for scheme in ("static-asym", "per token"):
+        for name, method in (
+            ("RTN", "rtn"),
+            ("SmoothQuant", "smoothquant"),
+            ("RPTQ(32)", quantkit.RPTQ(32)),
+            ("SmoothQuant + RPTQ(32)", ["smoothquant", quantkit.RPTQ(32)]),
+        ):
+            CANDIDATES[f"{bits}: {name}, {scheme}"] = ours(method, bits if scheme == "per token" else f"{bits}-{scheme}")
 
 
 def main() -> None:
