@@ -168,7 +168,7 @@ class W8A8Linear(nn.Linear):
         """Put the output rows ``source [n]`` int64 in the place of the first n, in place."""
         for rows in (self.weight, self.weight_scale, self.bias, self.outlier_weight):
             if rows is not None:
-                rows[: len(source)] = rows[source]
+                rows[: len(source)] = rows[source.to(rows.device)]
         self._packed = None
 
     @property

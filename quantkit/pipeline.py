@@ -492,6 +492,7 @@ def _change_float(
             bias[: len(factor)] *= factor
             linear.bias.data.copy_(bias)
     if source is not None:
+        source = source.to(new.device)
         new[: len(source)] = new[source]
         if linear.bias is not None:
             linear.bias.data[: len(source)] = linear.bias.data[source]
