@@ -278,7 +278,7 @@ def test_plans_hold_to_their_promises(ends: tuple[Tensor, Tensor], count: int, t
         return
     for order, sizes in (
         by_kmeans(low, high, count, torch.Generator().manual_seed(0)),
-        by_tiles(low, high, count, tile),
+        by_tiles(low, high, torch.rand(k), count, tile),
     ):
         assert sorted(order.tolist()) == list(range(k))
         assert sum(sizes) == k
@@ -300,13 +300,14 @@ def test_tiles_of_one_channel_are_cut_as_well_as_can_be(ends: tuple[Tensor, Tens
     k = len(low)
     if k < 2:
         return
-    order, sizes = by_tiles(low, high, min(count, k), 1)
-    low, high = low[order], high[order]
+    weight = torch.rand(k, dtype=torch.float64)
+    order, sizes = by_tiles(low, high, weight, min(count, k), 1)
+    low, high, weight = low[order], high[order], weight[order]
 
     def noise(parts: list[int]) -> float:
         return sum(
-            len(a) * float(b.max().clamp_min(0) - a.min().clamp_max(0)) ** 2
-            for a, b in zip(low.split(parts), high.split(parts), strict=True)
+            float(w.sum() * (b.max().clamp_min(0) - a.min().clamp_max(0)) ** 2)
+            for a, b, w in zip(low.split(parts), high.split(parts), weight.split(parts), strict=True)
         )
 
     best = min(
@@ -346,7 +347,8 @@ def test_tiny_widths(width: int, by: str) -> None:
     model, x = nn.Sequential(nn.Linear(width, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(20, width)
     ours = quantized(model, RPTQ(32, by=by), x, "w8a8-static-asym")
     assert len(ours[0].groups) <= width
-    assert relative_error([model(x)], [ours(x)]) < 0.05
+    with torch.no_grad():
+        assert relative_error([model(x)], [ours(x)]) < 0.05
 
 
 @pytest.mark.parametrize("by", ["tiles", "kmeans"])

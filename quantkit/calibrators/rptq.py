@@ -62,15 +62,17 @@ class RPTQ(PerSite):
             return Transform(), {"clusters": "no: nothing is rounded"}
         seen, carriers, k = site.statistic(Range), site.site.carriers, site.site.channels
         low, high = seen.low.clamp_max(0), seen.high.clamp_min(0)  # 0 has a code in any case
+        # an error in channel j reaches the outputs through column j
+        weight = torch.stack([w.square().sum(0) for _, w in site.weights()]).sum(0)
         runs = 1
         if carriers is not None and carriers.span < k and self.clusters >= 2 * (k // carriers.span):
             # Each head can have clusters of its own, and then no channel leaves its head: its rows can be reordered.
             runs = k // carriers.span
-            low, high = -site.site.tie(-low), site.site.tie(high)
+            low, high, weight = -site.site.tie(-low), site.site.tie(high), site.site.tie(weight)
         order, groups = [], []
         for first in range(0, k, k // runs):
             part = slice(first, first + k // runs)
-            mine, sizes = self._clusters(site, low[part].cpu(), high[part].cpu(), self.clusters // runs)
+            mine, sizes = self._clusters(site, low[part].cpu(), high[part].cpu(), weight[part].cpu(), self.clusters // runs)
             order.append(mine + first)
             groups += sizes
         permutation = torch.cat(order)
@@ -82,7 +84,7 @@ class RPTQ(PerSite):
             {"clusters": len(groups)},
         )
 
-    def _clusters(self, site: SiteView, low: Tensor, high: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    def _clusters(self, site: SiteView, low: Tensor, high: Tensor, weight: Tensor, count: int) -> tuple[Tensor, list[int]]:
         """An order of these channels, widest cluster first, and the sizes of at most ``count`` clusters."""
         if site.scheme.symmetric:
             high = torch.maximum(high, -low)
@@ -94,7 +96,7 @@ class RPTQ(PerSite):
         if self.by == "kmeans":
             random = torch.Generator().manual_seed(self.seed + zlib.crc32(site.name.encode()))
             return by_kmeans(low, high, count, random)
-        return by_tiles(low, high, count, self.tile)
+        return by_tiles(low, high, weight, count, self.tile)
 
 
 def by_kmeans(low: Tensor, high: Tensor, count: int, random: torch.Generator) -> tuple[Tensor, list[int]]:
@@ -133,22 +135,22 @@ def _kmeans(points: Tensor, count: int, random: torch.Generator) -> tuple[float,
     return float((points - centers[label]).square().sum()), label
 
 
-def by_tiles(low: Tensor, high: Tensor, count: int, tile: int) -> tuple[Tensor, list[int]]:
+def by_tiles(low: Tensor, high: Tensor, weight: Tensor, count: int, tile: int) -> tuple[Tensor, list[int]]:
     """Order ``[K]`` and sizes of at most ``count`` clusters, all but the first and the last a multiple of ``tile`` channels.
 
-    The noise of a cluster is its number of channels times the square of its range. The first cluster may have any size up to a
-    tile; the rest is cut between tiles so that the noise is least (dynamic programming).
+    The noise of a cluster is the square of its range times the sum of ``weight [K]``, how much each channel's error counts. The
+    first cluster may have any size up to a tile; the rest is cut between tiles so that the noise is least (dynamic programming).
     """
     k = len(low)
     while tile > 1 and tile * count > k:
         tile //= 2
     order = (high - low).argsort(descending=True, stable=True)
-    low, high = low[order].double(), high[order].double()
+    low, high, weight = low[order].double(), high[order].double(), weight[order].double()
     best: tuple[float, list[int]] = (float("inf"), [k])
     for first in range(min(tile, k - 1) + 1):
-        head = first * float(high[:first].max() - low[:first].min()) ** 2 if first else 0.0
+        head = float(weight[:first].sum() * (high[:first].max() - low[:first].min()) ** 2) if first else 0.0
         if head < best[0]:
-            noise, sizes = _cut(low[first:], high[first:], count - (first > 0), tile)
+            noise, sizes = _cut(low[first:], high[first:], weight[first:], count - (first > 0), tile)
             best = min(best, (head + noise, [first, *sizes] if first else sizes), key=lambda found: found[0])
     sizes = best[1]
     while len(sizes) > 1 and not bool((high > low)[k - sizes[-1] :].any()):  # dead channels alone would have no range
@@ -156,7 +158,7 @@ def by_tiles(low: Tensor, high: Tensor, count: int, tile: int) -> tuple[Tensor, 
     return order, sizes
 
 
-def _cut(low: Tensor, high: Tensor, count: int, tile: int) -> tuple[float, list[int]]:
+def _cut(low: Tensor, high: Tensor, weight: Tensor, count: int, tile: int) -> tuple[float, list[int]]:
     """Least noise of at most ``count`` clusters of whole tiles of sorted channels, and their sizes."""
     starts = torch.arange(0, len(low), tile)
     ends = (starts + tile).clamp_max(len(low))
@@ -166,7 +168,8 @@ def _cut(low: Tensor, high: Tensor, count: int, tile: int) -> tuple[float, list[
     later = torch.ones(n, n, dtype=torch.bool).triu()
     top, bottom = tops.where(later, 0.0).cummax(1).values, bottoms.where(later, 0.0).cummin(1).values
     # [i, j]: of tiles i to j in one cluster
-    noise = ((ends[None, :] - starts[:, None]) * (top - bottom) ** 2).where(later, float("inf"))
+    total = torch.cat([weight.new_zeros(1), weight.cumsum(0)])
+    noise = ((total[ends][None, :] - total[starts][:, None]) * (top - bottom) ** 2).where(later, float("inf"))
     least, origins = noise[0], []
     for _ in range(min(count, n) - 1):
         # one cluster more: up to tile i - 1 as before, and then i to j
