@@ -117,26 +117,21 @@ CANDIDATES: dict[str, Quantizer] = {
     "RTN, static": ours("rtn", "w8a8-static"),
     "RTN, static-asym": ours("rtn", "w8a8-static-asym"),
 }
-for scheme in ("static-asym", "static", "per token"):
-    suffix = "" if scheme == "per token" else f"-{scheme}"
-    for clusters in (2, 4, 8, 32):
-        CANDIDATES[f"RPTQ({clusters}), {scheme}"] = ours(quantkit.RPTQ(clusters), f"w8a8{suffix}")
-        CANDIDATES[f"SmoothQuant + RPTQ({clusters}), {scheme}"] = ours(
-            ["smoothquant", quantkit.RPTQ(clusters)], f"w8a8{suffix}"
-        )
-        CANDIDATES[f"RPTQ({clusters}, by='kmeans'), {scheme}"] = ours(quantkit.RPTQ(clusters, by="kmeans"), f"w8a8{suffix}")
-        CANDIDATES[f"SmoothQuant + RPTQ({clusters}, by='kmeans'), {scheme}"] = ours(
-            ["smoothquant", quantkit.RPTQ(clusters, by="kmeans")], f"w8a8{suffix}"
-        )
+SMOOTHED = {"": [], "SmoothQuant + ": ["smoothquant"]}
+for scheme, suffix in (("static-asym", "-static-asym"), ("static", "-static"), ("per token", "")):
+    for clusters in (2, 4, 8, 32) if scheme != "static" else (8, 32):
+        for first, before in SMOOTHED.items():
+            one = quantkit.RPTQ(clusters)
+            CANDIDATES[f"{first}RPTQ({clusters}), {scheme}"] = ours([*before, one], f"w8a8{suffix}")
+            if clusters in (8, 32) and scheme == "static-asym":
+                one = quantkit.RPTQ(clusters, by="kmeans")
+                CANDIDATES[f"{first}RPTQ({clusters}, by='kmeans'), {scheme}"] = ours([*before, one], f"w8a8{suffix}")
 for bits in ("w4a8", "w4a4"):
-    for scheme in ("static-asym", "per token"):
-        for name, method in (
-            ("RTN", "rtn"),
-            ("SmoothQuant", "smoothquant"),
-            ("RPTQ(32)", quantkit.RPTQ(32)),
-            ("SmoothQuant + RPTQ(32)", ["smoothquant", quantkit.RPTQ(32)]),
-        ):
-            CANDIDATES[f"{bits}: {name}, {scheme}"] = ours(method, bits if scheme == "per token" else f"{bits}-{scheme}")
+    for scheme, suffix in (("static-asym", "-static-asym"), ("per token", "")):
+        CANDIDATES[f"{bits}: RTN, {scheme}"] = ours("rtn", f"{bits}{suffix}")
+        CANDIDATES[f"{bits}: SmoothQuant, {scheme}"] = ours("smoothquant", f"{bits}{suffix}")
+        for first, before in SMOOTHED.items():
+            CANDIDATES[f"{bits}: {first}RPTQ(32), {scheme}"] = ours([*before, quantkit.RPTQ(32)], f"{bits}{suffix}")
 
 
 def main() -> None:

@@ -241,6 +241,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "accuracy": ("accuracy", accuracy),
     "accuracy-llmcompressor": ("accuracy-llmcompressor", accuracy),
     "accuracy-llmint8": ("accuracy-llmint8", accuracy),
+    "accuracy-rptq": ("accuracy-rptq", accuracy),
     "load": ("load", load),
     "load-gpu": ("load-gpu", load),
     "sites": ("accuracy", sites),

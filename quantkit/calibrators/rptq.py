@@ -139,7 +139,7 @@ def by_tiles(low: Tensor, high: Tensor, weight: Tensor, count: int, tile: int) -
     """Order ``[K]`` and sizes of at most ``count`` clusters, all but the first and the last a multiple of ``tile`` channels.
 
     The noise of a cluster is the square of its range times the sum of ``weight [K]``, how much each channel's error counts. The
-    first cluster may have any size up to a tile; the rest is cut between tiles so that the noise is least (dynamic programming).
+    first cluster may have any size up to a tile; where the rest is cut, between tiles, is found by dynamic programming.
     """
     k = len(low)
     while tile > 1 and tile * count > k:
