@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from helpers import assert_same, example, gpt2, llama, mlp, normal, outputs, tokens
 from hypothesis import given
 from hypothesis import strategies as st
+from test_architectures import build
 from torch import Tensor, nn
 
 import quantkit
@@ -33,7 +35,7 @@ from quantkit import (
 )
 from quantkit.calibrators.rptq import by_kmeans, by_tiles
 from quantkit.checkpoint import _digest
-from quantkit.discovery.verify import relative_error
+from quantkit.discovery.verify import outputs_of, relative_error
 from quantkit.numerics import quantize_weight
 from quantkit.ops import reference, use_backend
 
@@ -214,6 +216,19 @@ def test_a_permuted_model_gives_the_same_logits(name: str, scheme: str) -> None:
     plain, ours = quantized(model, "rtn", x, scheme), quantized(model, Shuffle(), x, scheme)
     assert relative_error(outputs(plain, x), outputs(ours, x)) <= 1e-5
     assert any("order" in layer.notes for layer in quantkit.report(ours).layers)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the probe believes about orders holds for the real model, and INT8 is as close as without them."""
+    model, batch = build(name), FAMILIES[name].batch()
+    wanted = outputs_of(model, batch)
+    errors = []
+    for method in (quantkit.RTN(), Shuffle()):
+        ours = quantkit.quantize(copy.deepcopy(model), method, calibration=[batch], progress=False)
+        errors.append(relative_error(wanted, outputs_of(ours, batch)))
+    assert "cannot be folded" not in caplog.text
+    assert errors[1] <= 1.5 * errors[0] + 1e-3
 
 
 def test_norm_producers_gather_at_run_time() -> None:
