@@ -133,7 +133,24 @@ CANDIDATES: dict[str, Quantizer] = {
     "Rotate(block='full') + SmoothQuant": ours([quantkit.Rotate(block="full"), "smoothquant"]),
     "Rotate(heads=False) + SmoothQuant": ours([quantkit.Rotate(heads=False), "smoothquant"]),
     "Rotate(stream=False) + SmoothQuant": ours([quantkit.Rotate(stream=False), "smoothquant"]),
+    "RTN, static": ours("rtn", "w8a8-static"),
+    "RTN, static-asym": ours("rtn", "w8a8-static-asym"),
 }
+SMOOTHED = {"": [], "SmoothQuant + ": ["smoothquant"]}
+for scheme, suffix in (("static-asym", "-static-asym"), ("static", "-static"), ("per token", "")):
+    for clusters in (2, 4, 8, 32) if scheme != "static" else (8, 32):
+        for first, before in SMOOTHED.items():
+            one = quantkit.RPTQ(clusters)
+            CANDIDATES[f"{first}RPTQ({clusters}), {scheme}"] = ours([*before, one], f"w8a8{suffix}")
+            if clusters in (8, 32) and scheme == "static-asym":
+                one = quantkit.RPTQ(clusters, by="kmeans")
+                CANDIDATES[f"{first}RPTQ({clusters}, by='kmeans'), {scheme}"] = ours([*before, one], f"w8a8{suffix}")
+for bits in ("w4a8", "w4a4"):
+    for scheme, suffix in (("static-asym", "-static-asym"), ("per token", "")):
+        CANDIDATES[f"{bits}: RTN, {scheme}"] = ours("rtn", f"{bits}{suffix}")
+        CANDIDATES[f"{bits}: SmoothQuant, {scheme}"] = ours("smoothquant", f"{bits}{suffix}")
+        for first, before in SMOOTHED.items():
+            CANDIDATES[f"{bits}: {first}RPTQ(32), {scheme}"] = ours([*before, quantkit.RPTQ(32)], f"{bits}{suffix}")
 
 for size in (16, 32, 64, 128, "full"):
     CANDIDATES |= {

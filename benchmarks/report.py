@@ -317,6 +317,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "accuracy-bits": ("accuracy-bits", bits),
     "encoder": ("encoder", encoder),
     "encoder-bits": ("encoder", bits),
+    "accuracy-rptq": ("accuracy-rptq", accuracy),
     "load": ("load", load),
     "load-gpu": ("load-gpu", load),
     "sites": ("accuracy", sites),

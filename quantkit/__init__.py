@@ -8,6 +8,7 @@
 
 from quantkit._version import __version__
 from quantkit.calibrators import (
+    RPTQ,
     RTN,
     Calibrator,
     Codes,
@@ -40,12 +41,13 @@ from quantkit.ops import backends, use_backend
 from quantkit.pipeline import quantize
 from quantkit.report import LayerRecord, Report, report
 from quantkit.scheme import Scheme
-from quantkit.sites import Discovery, Producer, Site
+from quantkit.sites import Carriers, Discovery, Producer, Site
 from quantkit.statistics import Range, Statistic, TokenSample
 from quantkit.transform import Rotation, Transform
 
 __all__ = [
-    "RTN", "BackendError", "CalibrationError", "Calibrator", "CheckpointError", "Codes", "Discovery", "Equivalence",
+    "RPTQ", "RTN", "BackendError", "CalibrationError", "Calibrator", "Carriers", "CheckpointError", "Codes", "Discovery",
+    "Equivalence",
     "EquivalenceError", "Hadamard", "LLMInt8", "LayerRecord", "MethodError", "ModelError", "PerSite", "Plan", "Producer",
     "QuantkitError", "Range", "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant",
     "Stage", "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends",

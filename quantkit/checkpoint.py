@@ -33,13 +33,16 @@ from quantkit.linear import W8A8Linear
 from quantkit.modules import linears_of, replace_module, weight_of
 from quantkit.report import Report, attach, report
 from quantkit.scheme import Scheme
+from quantkit.transform import groups_fault
 
 RECORD_FILE = "quantkit.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = (2, 3)
+"""Layers of version 2 have no clusters of channels; nothing else is new."""
 MAX_RECORD_BYTES = 64 * 2**20
 FILE_NAME = re.compile(r"[\w\- ][\w.\- ]{0,200}")
 LAYER_FACTS = {"in_features": int, "out_features": int, "scheme": str, "bias": bool, "rotation_block": int}
-LAYER_FACTS |= {"threshold": float, "outliers": int, "buffers": list}
+LAYER_FACTS |= {"threshold": float, "outliers": int, "buffers": list, "groups": list}
 OPTIONAL = ("pre_scale", "shift", "permutation", "rotation_signs", "outlier_index", "outlier_weight")
 DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
@@ -226,6 +229,7 @@ def layer_record(layer: W8A8Linear) -> dict[str, Any]:
         "threshold": float(layer.threshold),
         "outliers": 0 if layer.outlier_index is None else len(layer.outlier_index),
         "buffers": [name for name in OPTIONAL if getattr(layer, name) is not None],
+        "groups": list(layer.groups),
     }
 
 
@@ -247,15 +251,22 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(body, dict) or body.get("format") != "quantkit":
         raise CheckpointError(f"{file} was not written by quantkit")
     version = body.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE:
         raise CheckpointError(
-            f"{folder} has format version {version!r} and this quantkit reads {FORMAT_VERSION}: "
+            f"{folder} has format version {version!r} and this quantkit reads {' and '.join(map(str, READABLE))}: "
             "upgrade quantkit-w8a8, or quantize the model again"
         )
     if digest != wanted:
         raise CheckpointError(f"{file} was changed after it was written (its digest does not match)")
+    if version == 2 and isinstance(body.get("layers"), dict):
+        body["layers"] = {name: from_version_2(facts) for name, facts in body["layers"].items()}
     _check_record(file, body)
     return body
+
+
+def from_version_2(facts: Any) -> Any:
+    """The record of a layer as this version has it."""
+    return {**facts, "groups": []} if isinstance(facts, dict) else facts
 
 
 def _check_record(file: Path, body: dict[str, Any]) -> None:
@@ -391,12 +402,18 @@ def empty_layer(name: str, facts: dict[str, Any]) -> W8A8Linear:
     if not _is_record(facts, LAYER_FACTS):
         raise CheckpointError(f"the record of layer {name!r} is damaged")
     n, k, block, outliers = (facts[key] for key in ("out_features", "in_features", "rotation_block", "outliers"))
+    groups = tuple(facts["groups"])
+    fault = groups_fault(groups, k) if groups else None
+    if fault:
+        raise CheckpointError(f"layer {name!r}: {fault}")
+    if block and any(size % block for size in groups):
+        raise CheckpointError(f"layer {name!r} rotates blocks of {block} across the borders of its groups {groups}")
     if block < 0 or (block and (k % block or block & (block - 1))):
         raise CheckpointError(f"layer {name!r} rotates blocks of {block}, which does not go with {k} channels")
     if not 0 <= outliers <= k or not 0 <= facts["threshold"] < float("inf"):
         raise CheckpointError(f"layer {name!r} has {outliers} outliers of {k} channels and a threshold of {facts['threshold']}")
     try:
-        layer = W8A8Linear(k, n, scheme=Scheme.parse(facts["scheme"]), bias=facts["bias"], device="meta")
+        layer = W8A8Linear(k, n, scheme=Scheme.parse(facts["scheme"]), bias=facts["bias"], groups=groups, device="meta")
     except QuantkitError as error:
         raise CheckpointError(f"layer {name!r}: {error}") from None
     layer.rotation_block, layer.threshold = block, facts["threshold"]
@@ -414,7 +431,7 @@ def empty_layer(name: str, facts: dict[str, Any]) -> W8A8Linear:
         setattr(layer, buffer, room[buffer])
     if (layer.outlier_index is None) != (layer.outlier_weight is None):
         raise CheckpointError(f"layer {name!r} has outlier_index or outlier_weight without the other")
-    if layer.threshold and (facts["buffers"] or block or layer.scheme.is_static or not layer.scheme.symmetric):
+    if layer.threshold and (facts["buffers"] or block or groups or layer.scheme.is_static or not layer.scheme.symmetric):
         raise CheckpointError(f"layer {name!r} has a threshold, which goes with symmetric scales per token and nothing else")
     return layer
 

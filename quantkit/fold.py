@@ -1,4 +1,5 @@
-"""The one place that changes float parameters: put a site's scale into its producer, and return what is left."""
+"""The one place that changes float parameters: put a site's scale into its producer, its order into its carriers, and return
+what is left."""
 
 from __future__ import annotations
 
@@ -118,6 +119,49 @@ def row_factors(folds: Sequence[Fold]) -> dict[str, Tensor]:
             known = factors.get(name)
             factors[name] = fold.row_factor if known is None else _multiply(known, fold.row_factor)
     return factors
+
+
+@dataclass(frozen=True)
+class Reorder:
+    """A permutation that the carriers of a site take over: the activation arrives in its new order.
+
+    Attributes:
+        site: whose channels.
+        permutation: ``[K]`` int64, in place of which channel the one at i arrives.
+        sources: linear -> ``[n]`` int64, which old row its first n new ones are.
+    """
+
+    site: Site
+    permutation: Tensor
+    sources: dict[str, Tensor]
+
+    @property
+    def inverse(self) -> Tensor:
+        """``[K]`` int64: indexing with it brings an activation back to the old order."""
+        return self.permutation.argsort()
+
+
+def split_order(site: Site, leftover: Transform) -> tuple[Reorder | None, Transform]:
+    """The order that the site's carriers can bring about, and ``leftover`` (from :func:`split`) in the terms of that order."""
+    order = leftover.permutation
+    sources = None if order is None or site.carriers is None else site.carriers.sources(order)
+    if order is None or sources is None:
+        return None, leftover
+    reorder = Reorder(site, order, sources)
+
+    def moved(vector: Tensor | None) -> Tensor | None:
+        return None if vector is None else vector[order]
+
+    outliers = None if leftover.outliers is None else reorder.inverse[leftover.outliers]
+    left = replace(
+        leftover, permutation=None, scale=moved(leftover.scale), shift=moved(leftover.shift), outliers=outliers
+    )  # fmt: skip
+    return reorder, left
+
+
+def row_sources(reorders: Sequence[Reorder]) -> dict[str, Tensor]:
+    """Linear name -> ``[n]`` int64, which old row its first n new ones are."""
+    return {name: source for reorder in reorders for name, source in reorder.sources.items()}
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import ops
-from quantkit.errors import ModelError
+from quantkit.errors import MethodError, ModelError
 from quantkit.modules import weight_of
 from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, absmax_scale, range_scale
 from quantkit.scheme import Scheme
-from quantkit.transform import Rotation, Transform
+from quantkit.transform import Rotation, Transform, groups_fault
 
 log = logging.getLogger("quantkit")
 
@@ -28,22 +28,25 @@ class W8A8Linear(nn.Linear):
         in_features, out_features: K and N.
         scheme: number formats.
         bias: whether there is one.
+        groups: sizes of G clusters of consecutive channels, each with scales of its own; none for one of all channels.
         device, dtype: of the bias and of the side product.
 
     Attributes:
         rotation_block: channels of a block of the rotation, 0 for none.
         threshold: columns that reach this value anywhere in a batch are multiplied without rounding, 0 for never.
+        groups: as given; never a single one.
 
     Buffers:
-        weight: ``[N, K]`` int8. weight_scale: ``[N, 1]`` float32.
+        weight: ``[N, K]`` int8. weight_scale: ``[N, 1]`` float32, ``[N, G]`` with groups.
         bias: ``[N]`` float or None.
-        input_scale, input_zero_point: ``[1]`` float32 and int32, static schemes only.
+        input_scale, input_zero_point: ``[1]`` (``[G]``) float32 and int32, static schemes only.
         pre_scale: ``[K]`` float32 or None, ``1 / s`` of a scale that no producer could take.
         shift, permutation, rotation_signs: ``[K]`` or None, see :class:`quantkit.Transform`.
         outlier_index ``[n]`` int64, outlier_weight ``[N, n]``, in the model's dtype: columns outside of the INT8 product.
 
     Raises:
         ModelError: K is beyond the exact range of an int32 accumulator.
+        MethodError: groups that are not sizes which sum to K.
     """
 
     weight: Tensor
@@ -65,6 +68,7 @@ class W8A8Linear(nn.Linear):
         *,
         scheme: Scheme | None = None,
         bias: bool = True,
+        groups: tuple[int, ...] = (),
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,12 +78,18 @@ class W8A8Linear(nn.Linear):
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.rotation_block = 0
         self.threshold = 0.0
+        fault = groups_fault(groups, in_features) if groups else None
+        if fault:
+            raise MethodError(f"W8A8Linear: {fault}")
+        self.groups = tuple(groups) if len(groups) > 1 else ()
+        count = max(1, len(self.groups))
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device, dtype=torch.float32))
+        self.register_buffer("weight_scale", torch.ones(out_features, count, device=device, dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
-        static = torch.ones(1, device=device, dtype=torch.float32) if scheme.is_static else None
+        static = torch.ones(count, device=device, dtype=torch.float32) if scheme.is_static else None
         self.register_buffer("input_scale", static)
-        zero = torch.zeros(1, dtype=torch.int32, device=device) if scheme.is_static and not scheme.symmetric else None
+        zeros = torch.zeros(count, dtype=torch.int32, device=device)
+        zero = zeros if scheme.is_static and not scheme.symmetric else None
         self.register_buffer("input_zero_point", zero)
         for name in ("pre_scale", "shift", "permutation", "rotation_signs", "outlier_index", "outlier_weight"):
             self.register_buffer(name, None)
@@ -105,15 +115,17 @@ class W8A8Linear(nn.Linear):
         Args:
             linear: the ``nn.Linear`` or ``Conv1D`` to stand in for; gives dtype, device and sizes.
             scheme: number formats.
-            codes, weight_scale: ``[N, K]`` int8 and ``[N, 1]`` float32 of the transformed weight.
+            codes, weight_scale: ``[N, K]`` int8 and ``[N, 1]`` (``[N, G]``) float32 of the transformed weight.
             bias: ``[N]`` float32 or None, after the transformation.
-            leftover: what is done to the activation at run time.
+            leftover: what is done to the activation at run time, and its clusters.
             outlier_weight: ``[N, n]``, with ``leftover.outliers``.
-            input_range: scalar minimum and maximum of the transformed activation, for static schemes.
+            input_range: for static schemes, minimum and maximum of the transformed activation, or of each cluster ``[G]``.
         """
         rows, channels = weight_of(linear).shape
         like = weight_of(linear)
-        new = cls(channels, rows, scheme=scheme, bias=bias is not None, device=like.device, dtype=like.dtype)
+        leftover = leftover or Transform()
+        groups, where = leftover.groups or (), {"device": like.device, "dtype": like.dtype}
+        new = cls(channels, rows, scheme=scheme, bias=bias is not None, groups=groups, **where)  # type: ignore[arg-type]
         new.train(linear.training)
         new.weight.copy_(codes)
         new.weight_scale.copy_(weight_scale)
@@ -122,17 +134,17 @@ class W8A8Linear(nn.Linear):
         if new.scheme.is_static:
             assert input_range is not None
             new._set_static_range(*input_range)
-        new._set_leftover(leftover or Transform(), outlier_weight, like)
+        new._set_leftover(leftover, outlier_weight, like)
         return new
 
     def _set_static_range(self, low: Tensor, high: Tensor) -> None:
         assert self.input_scale is not None
         if self.input_zero_point is None:
-            self.input_scale.fill_(absmax_scale(torch.maximum(-low, high), self.scheme.activation_bits))
+            self.input_scale.copy_(absmax_scale(torch.maximum(-low, high), self.scheme.activation_bits))
         else:
             scale, zero = range_scale(low, high, self.scheme.activation_bits)
-            self.input_scale.fill_(scale)
-            self.input_zero_point.fill_(zero)
+            self.input_scale.copy_(scale)
+            self.input_zero_point.copy_(zero)
 
     def _set_leftover(self, leftover: Transform, outlier_weight: Tensor | None, like: Tensor) -> None:
         def own(tensor: Tensor | None) -> Tensor | None:
@@ -151,6 +163,13 @@ class W8A8Linear(nn.Linear):
             self.rotation_block = leftover.rotation.block
             signs = leftover.rotation.signs
             self.rotation_signs = None if signs is None else own(signs.float())
+
+    def reorder_rows(self, source: Tensor) -> None:
+        """Put the output rows ``source [n]`` int64 in the place of the first n, in place."""
+        for rows in (self.weight, self.weight_scale, self.bias, self.outlier_weight):
+            if rows is not None:
+                rows[: len(source)] = rows[source.to(rows.device)]
+        self._packed = None
 
     @property
     def rewrites_input(self) -> bool:
@@ -183,7 +202,10 @@ class W8A8Linear(nn.Linear):
 
     def dequantized_weight(self) -> Tensor:
         """``[N, K]`` float32: what the integers stand for, in the channels of the rewritten activation."""
-        return self.weight.float() * self.weight_scale
+        scale = self.weight_scale
+        if self.groups:
+            scale = scale.repeat_interleave(torch.tensor(self.groups, device=scale.device), dim=1)
+        return self.weight.float() * scale
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The ``nn.Linear`` that computes the same but for the rounding of activations, in ``dtype`` (default: float32)."""
@@ -248,6 +270,7 @@ class W8A8Linear(nn.Linear):
         extra = [n for n in names if getattr(self, n) is not None]
         extra += [f"rotation({self.rotation_block})"] if self.rotation_block else []
         extra += [f"outliers({len(self.outlier_index)})"] if self.outlier_index is not None else []
+        parts += [f"groups={self.groups}"] if self.groups else []
         extra += [f"threshold({self.threshold:g})"] if self.threshold else []
         if extra:
             parts.append(f"at run time: {'+'.join(extra)}")

@@ -9,6 +9,8 @@ row of zeros           all codes 0; the output is exactly the bias
 NaN or Inf in a row    its scale is NaN, so that the whole output row is NaN, never a finite number; the same
                        with an asymmetric range ``high - low`` beyond float32
 accumulator            int32, exact while ``K <= MAX_EXACT_K``
+clusters of channels   each has scales and zero points of its own, as if it were a matrix product by itself; the products
+                       are rescaled and added up in float32, first to last, starting from 0
 =====================  ==========================================================================
 
 -128 is left out of symmetric codes so that ``-q`` always exists and ``|acc| <= K * 127**2``.
@@ -86,17 +88,23 @@ PIECE = 2**20
 """Elements that :func:`quantize_weight` rounds at a time."""
 
 
-def quantize_weight(weight: Tensor, bits: int = 8, *, per_tensor: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight: Tensor, bits: int = 8, *, per_tensor: bool = False, groups: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
     """Symmetric round-to-nearest codes of a weight.
 
     Args:
         weight: ``[N, K]``, any floating dtype.
         bits: 2 to 8.
         per_tensor: one scale for the whole weight (repeated over its rows) in place of one per row.
+        groups: sizes of G consecutive clusters of columns, each of which is rounded by itself.
 
     Returns:
-        codes ``[N, K]`` int8 and scale ``[N, 1]`` float32.
+        codes ``[N, K]`` int8 and scale ``[N, 1]`` (``[N, G]`` with groups) float32.
     """
+    if groups:
+        parts = [quantize_weight(part, bits, per_tensor=per_tensor) for part in weight.split(groups, dim=1)]
+        return torch.cat([codes for codes, _ in parts], 1), torch.cat([scale for _, scale in parts], 1)
     # A few rows at a time: float32 copies of a whole weight would be the peak of memory while a model is loaded.
     rows = max(1, PIECE // max(weight.shape[1], 1))
     if weight.shape[1]:

@@ -19,10 +19,10 @@ from quantkit.calibrators.base import rotation_ahead
 from quantkit.data import _off, _peek, calibration_batches, probe_batch
 from quantkit.discovery import discover
 from quantkit.discovery.discover import NEVER_RAN
-from quantkit.discovery.verify import outputs_of, relative_error, scaled_by_hooks, tolerance_for
+from quantkit.discovery.verify import outputs_of, relative_error, reordered_by_hooks, scaled_by_hooks, tolerance_for
 from quantkit.errors import CalibrationError, EquivalenceError, MethodError, ModelError
 from quantkit.experts import put_back, unfuse
-from quantkit.fold import Fold, restore_norms, row_factors, snap, split, store_norms
+from quantkit.fold import Fold, Reorder, restore_norms, row_factors, row_sources, snap, split, split_order, store_norms
 from quantkit.linear import W8A8Linear, check_exact
 from quantkit.modules import linears_of, replace_module, weight_of
 from quantkit.numerics import qmax, quantize_weight, sqnr_db
@@ -32,7 +32,7 @@ from quantkit.scheme import Scheme
 from quantkit.sites import Site
 from quantkit.statistics import Range, TokenSample
 from quantkit.targets import check_patterns, chosen
-from quantkit.transform import Rotation, Transform
+from quantkit.transform import Rotation, Transform, groups_fault
 from quantkit.turn import Turn, turn
 
 log = logging.getLogger("quantkit")
@@ -111,9 +111,10 @@ def _quantize(
     piece = probe_batch(model, first)
     turned, rewrites = _rewrite(model, calibrators, (piece, first), seed, progress, undo)
 
-    discovery = discover(model, piece)
+    orders = number_format is not None and any(c.stage == Stage.PARTITION for c in calibrators)
+    discovery = discover(model, piece, carriers=orders)
     if any(reason == NEVER_RAN for reason in discovery.kept.values()):
-        discovery = discover(model, first)  # more tokens reach more experts
+        discovery = discover(model, first, carriers=orders)  # more tokens reach more experts
     kept = chosen(linears, discovery.kept, ignore, targets)
     placed = {name for site in discovery.sites for name in site.linears}
     # Heads and routers have no site unless something else reads their input; targets= may still ask for them.
@@ -366,6 +367,15 @@ def _transform_fault(transform: Transform, view: SiteView, stage: Stage) -> str 
             )
         if view.scheme.is_static or not view.scheme.symmetric:
             return "a threshold goes with symmetric scales per token only, such as scheme='w8a8'"
+    groups = transform.groups or view.transform.groups
+    if transform.groups is not None and (wrong := groups_fault(transform.groups, k)):
+        return wrong
+    if view.transform.groups is not None and transform.permutation is not None:
+        return "an earlier calibrator has put them in clusters, which another permutation would break up"
+    if rotation is not None and groups is not None and any(size % rotation.block for size in groups):
+        return (
+            f"a rotation of {rotation.block} would mix clusters of {', '.join(map(str, groups))}; take borders at its multiples"
+        )
 
     def exists(index: Tensor) -> Tensor:
         return (index >= 0) & (index < k)
@@ -392,13 +402,16 @@ def _codes_fault(codes: Codes, view: SiteView, linear: str) -> str | None:
     if not isinstance(codes, Codes):
         return f"{_kind(codes)} is no quantkit.Codes"
     (rows, channels), top, device = weight_of(view.linears[linear]).shape, qmax(view.scheme.weight_bits), view.device
+    scales = len(view.transform.groups or (channels,))
     return _tensor_fault(
         "codes",
         codes.codes,
         f"[{rows}, {channels}] torch.int8 on {device}",
         lambda q: (q >= -top) & (q <= top),
         f"-{top} to {top}",
-    ) or _tensor_fault("scale", codes.scale, f"[{rows}, 1] torch.float32 on {device}", _invertible, "positive and finite")
+    ) or _tensor_fault(
+        "scale", codes.scale, f"[{rows}, {scales}] torch.float32 on {device}", _invertible, "positive and finite"
+    )
 
 
 def _tensor_fault(what: str, value: Any, wanted: str, holds: Callable[[Tensor], Tensor], rule: str) -> str | None:
@@ -447,13 +460,16 @@ def _static_ranges(
 
 
 def _static_range(view: SiteView, seen: Range) -> tuple[Tensor, Tensor]:
-    """Least and largest value of a site. Raises CalibrationError where float32 holds no scale for them."""
-    low, high = seen.low.min(), seen.high.max()
+    """Least and largest value of a site, or of each of its clusters ``[G]``. Raises CalibrationError where float32 holds no
+    scale for them."""
+    groups = view.transform.groups or (view.site.channels,)
+    low = torch.stack([part.min() for part in seen.low.split(groups)])
+    high = torch.stack([part.max() for part in seen.high.split(groups)])
     reach = torch.maximum(-low, high) if view.scheme.symmetric else high.clamp_min(0) - low.clamp_max(0)
-    if not bool(reach.isfinite()):
+    if not bool(reach.isfinite().all()):
         raise CalibrationError(
-            f"the input of {view.name!r} goes from {low:.1e} to {high:.1e} in calibration, too far apart for one scale in "
-            "float32: look at the data, or take a symmetric scheme"
+            f"the input of {view.name!r} goes from {low.min():.1e} to {high.max():.1e} in calibration, too far apart for one "
+            "scale in float32: look at the data, or take a symmetric scheme"
         )
     return low, high
 
@@ -471,34 +487,43 @@ def _convert(
     progress: bool | None,
 ) -> None:
     folds: list[Fold] = []
-    leftovers: dict[str, Transform] = {}
+    reorders: list[Reorder] = []
+    in_order, leftovers = {}, {}
     for view in views:
-        fold, leftovers[view.name] = split(model, view.site, view.transform)
+        fold, in_order[view.name] = split(model, view.site, view.transform)
         folds += [fold] if fold else []
-    _store_and_prove(model, folds, piece, record)
+        reorder, leftovers[view.name] = split_order(view.site, in_order[view.name])
+        reorders += [reorder] if reorder else []
+    if not _store_and_prove(model, folds, reorders, piece, record):
+        reorders, leftovers = [], in_order
     setattr(model, BROKEN, True)
     try:
-        factors = row_factors(folds)
+        factors, sources = row_factors(folds), row_sources(reorders)
+        orders = {reorder.site.name: reorder for reorder in reorders}
         folded = {fold.site.name: fold.scale for fold in folds}
         for view in tqdm(views, desc="converting", unit="site", disable=_off(progress)):
             for name in view.site.linears:
                 linear = model.get_submodule(name)
+                order = orders.get(view.name)
+                said = {"order": f"of the rows of {' and '.join(order.sources)}"} if order else {}
                 into = view.site.producer.module if view.site.producer and view.name in folded else None
                 layer = LayerRecord(
-                    name, "float", view.name, into, reason=kept.get(name) or view.site.reason, notes=notes[view.name]
+                    name, "float", view.name, into, reason=kept.get(name) or view.site.reason, notes=notes[view.name] | said
                 )
                 if scheme is None or name in kept:
-                    _scale_float(linear, folded.get(view.name), factors.pop(name, None))
+                    _change_float(linear, folded.get(view.name), factors.pop(name, None), order, sources.pop(name, None))
                 else:
                     factor = factors.pop(name, None)
                     new = _to_int8(linear, view, leftovers[view.name], factor, codes.get(name), scheme, ranges.get(view.name))
-                    layer.sqnr_db = _output_sqnr(view, linear, new, folded.get(view.name), factor)
+                    layer.sqnr_db = _output_sqnr(view, linear, new, folded.get(view.name), factor, order)
+                    if name in sources:
+                        new.reorder_rows(sources.pop(name))
                     layer.kind = "int8"
-                    layer.at_run_time = leftovers[view.name].steps
+                    layer.at_run_time = leftovers[view.name].without("groups").steps
                     replace_module(model, name, new)
                 record.layers.append(layer)
-        for name, factor in factors.items():
-            _scale_float(model.get_submodule(name), None, factor)
+        for name in factors | sources:
+            _change_float(model.get_submodule(name), None, factors.get(name), None, sources.get(name))
     except BaseException:
         log.error("the conversion stopped half way: this model object is unusable, load it again")
         raise
@@ -507,41 +532,61 @@ def _convert(
     record.layers += [LayerRecord(name, "float", reason=reason) for name, reason in kept.items() if name not in done]
 
 
-def _store_and_prove(model: nn.Module, folds: Sequence[Fold], piece: Any, record: Report) -> None:
-    """Write the norms, and prove with the real scales that the float model is still the same; otherwise put them back."""
-    if not folds:
-        return
+def _store_and_prove(model: nn.Module, folds: Sequence[Fold], reorders: Sequence[Reorder], piece: Any, record: Report) -> bool:
+    """Write the norms, and prove with the real values that the float model is still the same; otherwise put them back.
+
+    Returns:
+        Whether the orders hold. The model is as it was but for them, where they do not.
+    """
+    if not folds and not reorders:
+        return True
     wanted = outputs_of(model, piece)
     noise = relative_error(wanted, outputs_of(model, piece))
     old = store_norms(model, folds)
     try:
-        with scaled_by_hooks(model, [(f.site, f.row_factor, f.scale) for f in folds]):
-            record.equivalence = relative_error(wanted, outputs_of(model, piece))
         tolerance = tolerance_for(wanted, noise, model)
+        with scaled_by_hooks(model, [(f.site, f.row_factor, f.scale) for f in folds]):
+            with reordered_by_hooks(model, [(r.site.linears, r.inverse, r.sources) for r in reorders]):
+                record.equivalence = relative_error(wanted, outputs_of(model, piece))
+            ordered = record.equivalence <= tolerance
+            if not ordered and reorders:
+                log.warning("the orders of %d sites cannot be folded, and are brought about at run time", len(reorders))
+                record.equivalence = relative_error(wanted, outputs_of(model, piece))
         if record.equivalence > tolerance:
             raise EquivalenceError(
                 f"folding changed the model by {record.equivalence:.1e} (allowed {tolerance:.1e}); it was undone. "
                 "Please report the architecture; quantkit.quantize(model, method='rtn') needs no folding"
             )
-        if all(bool((fold.scale == 1).all()) for fold in folds):
+        if folds and all(bool((fold.scale == 1).all()) for fold in folds):
             log.warning("every smoothing scale is 1: the transformation did nothing")
     except BaseException:
         restore_norms(model, old)
         raise
+    return ordered
 
 
-def _scale_float(linear: Any, scale: Tensor | None, factor: Tensor | None) -> None:
-    """Multiply the columns of a float linear by ``scale [K]`` and its first rows (and bias) by ``factor``, in float32."""
-    if scale is None and factor is None:
+def _change_float(
+    linear: Any, scale: Tensor | None, factor: Tensor | None, order: Reorder | None, source: Tensor | None
+) -> None:
+    """Multiply the columns of a float linear by ``scale [K]`` and its first rows (and bias) by ``factor``, in float32; then put
+    the columns in their new order, and in the place of its first rows those in ``source``."""
+    if scale is None and factor is None and order is None and source is None:
         return
     weight = weight_of(linear)
     new = weight.float() if scale is None else weight.float() * scale
+    if order is not None:
+        new = new[:, order.permutation]
     if factor is not None:
         new[: len(factor)] *= factor[:, None]
         if linear.bias is not None:
             bias = linear.bias.data.float()
             bias[: len(factor)] *= factor
             linear.bias.data.copy_(bias)
+    if source is not None:
+        source = source.to(new.device)
+        new[: len(source)] = new[source]
+        if linear.bias is not None:
+            linear.bias.data[: len(source)] = linear.bias.data[source]
     weight.copy_(new)
 
 
@@ -559,11 +604,12 @@ def _to_int8(
     extra = view.transform.bias(weight)
     bias = extra if bias is None else bias if extra is None else bias + extra
     inner, side = view.transform.weight(weight)
+    groups = view.transform.groups or ()
     if side is not None and leftover.scale is not None:
         assert leftover.outliers is not None
         side = side / leftover.scale[leftover.outliers]
     if codes is None:
-        codes = Codes(*quantize_weight(inner, scheme.weight_bits, per_tensor=scheme.weights == "tensor"))
+        codes = Codes(*quantize_weight(inner, scheme.weight_bits, per_tensor=scheme.weights == "tensor", groups=groups))
     scale = codes.scale
     if factor is not None:  # a row factor only moves the scale of the row: the codes stay
         rows = torch.ones(len(weight), device=weight.device)
@@ -578,7 +624,12 @@ def _to_int8(
 
 
 def _output_sqnr(
-    view: SiteView, linear: nn.Module, new: W8A8Linear, folded: Tensor | None, factor: Tensor | None
+    view: SiteView,
+    linear: nn.Module,
+    new: W8A8Linear,
+    folded: Tensor | None,
+    factor: Tensor | None,
+    order: Reorder | None,
 ) -> float | None:
     """Of the layer's output on the sampled tokens, in the model's dtype: the float layer against the INT8 one."""
     if not view.has(TokenSample):
@@ -586,7 +637,8 @@ def _output_sqnr(
     tokens, _ = view.sampled()
     weight = weight_of(linear).float()
     wanted = tokens @ weight.t()
-    got = new(tokens if folded is None else tokens / folded)
+    given = tokens if folded is None else tokens / folded
+    got = new(given if order is None else given[:, order.permutation])
     if new.bias is not None:
         got = got - new.bias.float()
     if view.transform.shift is not None:

@@ -34,6 +34,38 @@ class Producer:
 
 
 @dataclass(frozen=True)
+class Carriers:
+    """Linears whose output rows bring the channels of a site, so that reordering these rows reorders the channels.
+
+    Attributes:
+        rows: name of the linear and ``[K]`` int64, the row behind each channel. A linear may occur twice, with a gate and
+            what it multiplies in one weight; grouped-query attention repeats rows.
+        span: channels may change places within runs of so many.
+    """
+
+    rows: tuple[tuple[str, Tensor], ...]
+    span: int
+
+    def sources(self, permutation: Tensor) -> dict[str, Tensor] | None:
+        """Linear -> ``[n]`` int64, which old row its first n new ones are, so that channel i arrives as ``permutation[i]``
+        did; None if channels leave their run, or channels that share a row go different ways."""
+        here = torch.arange(len(permutation), device=permutation.device)
+        if bool((permutation // self.span != here // self.span).any()):
+            return None
+        sources: dict[str, Tensor] = {}
+        for name, rows in self.rows:
+            rows = rows.to(permutation.device)
+            source = sources.get(name, rows.new_empty(0))
+            more = torch.arange(len(source), int(rows.max()) + 1, device=rows.device)
+            source = torch.cat([source, more])
+            source[rows] = rows[permutation]
+            if not torch.equal(source[rows], rows[permutation]):
+                return None
+            sources[name] = source
+        return sources
+
+
+@dataclass(frozen=True)
 class Site:
     """One activation tensor and everything that reads it.
 
@@ -44,6 +76,7 @@ class Site:
         channels: K.
         producer: who wrote it, when a scale may be folded there.
         reason: why it has no producer, for the report.
+        carriers: whose rows may be reordered, when discovery was asked and found some.
     """
 
     name: str
@@ -52,6 +85,7 @@ class Site:
     channels: int
     producer: Producer | None = None
     reason: str = ""
+    carriers: Carriers | None = None
 
     def tie(self, values: Tensor) -> Tensor:
         """The largest of ``values [K]`` over the channels that share a producer row, for each channel.

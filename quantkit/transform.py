@@ -121,6 +121,7 @@ class Transform:
         threshold: LLM.int8() as published: channels that reach this absolute value anywhere in a batch leave the INT8 product
             for this batch, and are multiplied with the codes of the weight.
         permutation: ``[K]`` int64, ``x'[i] = x[permutation[i]]``.
+        groups: sizes of consecutive clusters of channels, in their new order; they sum to K. Each gets scales of its own.
         rotation: applied last, on what is not an outlier.
     """
 
@@ -130,6 +131,7 @@ class Transform:
     permutation: Tensor | None = None
     rotation: Rotation | None = None
     threshold: float | None = None
+    groups: tuple[int, ...] | None = None
 
     @property
     def steps(self) -> list[str]:
@@ -145,7 +147,7 @@ class Transform:
         """The transform that applies ``self`` and afterwards ``later``, which sees the channels of ``self``'s output.
 
         Raises:
-            MethodError: ``later`` changes ranges that an earlier rotation has already mixed.
+            MethodError: ``later`` changes ranges that an earlier rotation has already mixed, or the order within clusters.
         """
         if later.is_identity:
             return self
@@ -153,6 +155,10 @@ class Transform:
             raise MethodError(
                 "nothing may follow a rotation: it mixes channels, so a later scale, shift, permutation or outlier "
                 "choice would act on other channels than it was computed for; put the rotation last"
+            )
+        if self.groups is not None and later.permutation is not None and later.groups is None:
+            raise MethodError(
+                "clusters are runs of channels, which another permutation would break up; put the clusters after it"
             )
         order = self.permutation
         shift, scale, outliers = later.shift, later.scale, later.outliers
@@ -173,6 +179,7 @@ class Transform:
             threshold=_merge(self.threshold, later.threshold, min),
             permutation=permutation,
             rotation=later.rotation,
+            groups=self.groups if later.groups is None else later.groups,
         )
 
     def activation(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -203,6 +210,15 @@ class Transform:
     def without(self, *names: str) -> Transform:
         """A copy with the named fields dropped."""
         return replace(self, **dict.fromkeys(names))
+
+
+def groups_fault(groups: object, channels: int) -> str | None:
+    """What is wrong with ``groups`` as sizes of clusters of ``channels``, if anything."""
+    if not isinstance(groups, tuple) or not all(type(size) is int and size > 0 for size in groups):
+        return f"groups is {groups!r}, not a tuple of positive sizes"
+    if sum(groups) != channels:
+        return f"groups {groups} sum to {sum(groups)}, not to the {channels} channels"
+    return None
 
 
 def _merge(first, second, combine):  # type: ignore[no-untyped-def]  # None is the identity

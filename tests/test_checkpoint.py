@@ -277,10 +277,10 @@ def put(*path: Any) -> Callable[[dict[str, Any]], None]:
 
 VALUES = ("wrong", "w9a8", "../x", "BertModel")
 STRANGER = {"in_features": 1, "out_features": 1, "scheme": "w8a8", "bias": True, "rotation_block": 0}
-STRANGER |= {"threshold": 0.0, "outliers": 0, "buffers": []}
+STRANGER |= {"threshold": 0.0, "outliers": 0, "buffers": [], "groups": []}
 RECORDS: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     "another format": (put("format", "wrong"), ["not written by quantkit"]),
-    "newer": (put("format_version", 3), ["version 3", "upgrade"]),
+    "newer": (put("format_version", 4), ["version 4", "upgrade"]),
     "older": (put("format_version", 1), ["version 1", "quantize the model again"]),
     "no version": (drop("format_version"), ["version None"]),
     "a list": (lambda body: [body], ["not written by quantkit"]),

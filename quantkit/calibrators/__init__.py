@@ -9,6 +9,7 @@ from quantkit.calibrators.base import Calibrator, Codes, PerSite, Plan, SiteView
 from quantkit.calibrators.hadamard import Hadamard
 from quantkit.calibrators.llmint8 import LLMInt8
 from quantkit.calibrators.rotate import Rotate
+from quantkit.calibrators.rptq import RPTQ
 from quantkit.calibrators.rtn import RTN
 from quantkit.calibrators.smoothquant import SmoothQuant
 from quantkit.errors import MethodError
@@ -20,6 +21,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "hadamard": Hadamard,
     "best": lambda: [SmoothQuant(), Hadamard()],
     "rotate": Rotate,
+    "rptq": RPTQ,
 }
 
 
@@ -54,6 +56,7 @@ def resolve(method: Any) -> list[Calibrator]:
 
 
 __all__ = [
-    "METHODS", "RTN", "Calibrator", "Codes", "Hadamard", "LLMInt8", "PerSite", "Plan", "Rotate", "SiteView", "SmoothQuant",
+    "METHODS", "RPTQ", "RTN", "Calibrator", "Codes", "Hadamard", "LLMInt8", "PerSite", "Plan", "Rotate", "SiteView",
+    "SmoothQuant",
     "Stage", "View", "resolve",
 ]  # fmt: skip

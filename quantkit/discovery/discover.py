@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from quantkit.discovery.carriers import with_carriers
 from quantkit.discovery.probe import Probe, TopKWatch, Trace, norms_of
 from quantkit.discovery.verify import rehearse
 from quantkit.modules import linears_of, map_tensors, weight_of
@@ -47,12 +48,13 @@ MIXED = Mixed()
 Response = Tensor | Mixed | None
 
 
-def discover(model: nn.Module, batch: Any) -> Discovery:
+def discover(model: nn.Module, batch: Any, *, carriers: bool = False) -> Discovery:
     """Find the sites of ``model`` on a small ``batch``; the model is only watched, never changed.
 
     Args:
         model: any module, in any dtype, with its weights in memory.
         batch: a tensor, dict of keyword arguments or tuple of arguments, with at least two tokens.
+        carriers: also find out whose rows may be reordered, see :mod:`.carriers`.
 
     Returns:
         The sites, and the linears that are kept in floating point with the reason for each.
@@ -69,7 +71,31 @@ def discover(model: nn.Module, batch: Any) -> Discovery:
     sites = [_with_fold_rule(site, norms, reference) for site in sites]
     unfoldable = rehearse(model, batch, [site for site in sites if site.producer])
     sites = [replace(s, producer=None, reason="the rehearsal changed the model") if s.name in unfoldable else s for s in sites]
+    if carriers:
+        groups = [group for group in _classes(model, prober.rows) if group[0] in linears]
+        movable = [site for site in sites if _may_be_reordered(site, linears, reference, kept)]
+        movable = with_carriers(probe, reference, prober.noise, groups, movable)
+        carried = {site.name: _untied(site, kept) for site in movable}
+        sites = [carried.get(site.name, site) for site in sites]
     return Discovery(sites=tuple(sites), kept=kept)
+
+
+def _may_be_reordered(site: Site, linears: dict[str, nn.Module], reference: Trace, kept: dict[str, str]) -> bool:
+    """Whether its linears may take their columns in another order, as far as one can tell without asking who writes them."""
+    if site.producer is not None and site.producer.kind == "norm":
+        return False  # the residual stream has no order of its own for each reader
+    blocks = {name.rpartition(".")[0] for name in site.linears}
+    unseen = (name for name in linears if name not in reference.inputs and weight_of(linears[name]).shape[1] == site.channels)
+    return not any(name.rpartition(".")[0] in blocks for name in unseen) and not _tied(site.linears, kept)
+
+
+def _untied(site: Site, kept: dict[str, str]) -> Site:
+    tied = site.carriers is not None and _tied([name for name, _ in site.carriers.rows], kept)
+    return replace(site, carriers=None) if tied else site
+
+
+def _tied(names: Sequence[str], kept: dict[str, str]) -> bool:
+    return any(kept.get(name, "").startswith("its weight is tied") for name in names)
 
 
 class _Prober:

@@ -55,19 +55,22 @@ class Probe:
         self,
         multipliers: dict[str, Tensor],
         *,
+        orders: dict[str, Tensor] | None = None,
         mode: TorchFunctionMode | None = None,
         edits: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     ) -> Trace:
-        """One forward pass; ``multipliers[name] [N]`` scale the output of that linear or norm.
+        """One forward pass; ``multipliers[name] [N]`` scale the output of that linear or norm, and ``orders[name] [N]`` say
+        which old row each new one of a linear is.
 
         ``edits[name]`` make another tensor of the output of that linear.
         """
         trace = Trace()
+        orders = orders or {}
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(running_everywhere(self.model))
             for name, linear in self.linears.items():
-                answer = self._answer(name, linear, trace, multipliers.get(name), mode, edits.get(name))
+                answer = self._answer(name, linear, trace, multipliers.get(name), orders.get(name), mode, edits.get(name))
                 stack.enter_context(forward_replaced(linear, answer))
             for name, norm in self.norms.items():
                 handle = norm.register_forward_hook(self._watch(name, trace, multipliers.get(name)), with_kwargs=True)
@@ -78,7 +81,14 @@ class Probe:
         return trace
 
     def _answer(
-        self, name: str, linear: nn.Module, trace: Trace, multiplier: Tensor | None, mode: Any, edit: Any = None
+        self,
+        name: str,
+        linear: nn.Module,
+        trace: Trace,
+        multiplier: Tensor | None,
+        order: Tensor | None,
+        mode: Any,
+        edit: Any = None,
     ) -> Any:
         rows = weight_of(linear).shape[0]
         weight = weight_of(linear)
@@ -92,6 +102,7 @@ class Probe:
             trace.identities.setdefault(name, []).append(key)
             trace.alive.append(x)
             y = y.clone() if multiplier is None else y * multiplier.to(y)
+            y = y if order is None else y[..., order.to(y.device)]
             y = y if edit is None else edit(y)
             if isinstance(mode, TopKWatch):
                 mode.mark(name, y)

@@ -157,6 +157,38 @@ def scaled_by_hooks(model: nn.Module, scales: Sequence[tuple[Site, Tensor | None
         yield
 
 
+@contextmanager
+def reordered_by_hooks(model: nn.Module, orders: Sequence[tuple[Sequence[str], Tensor, dict[str, Tensor]]]) -> Iterator[None]:
+    """Inside, for each ``(readers, inverse, sources)``, each linear in ``sources`` puts out the rows named there first, and the
+    input of every reader is indexed with ``inverse``; the former behind other hooks, the latter ahead of them."""
+    with ExitStack() as stack:
+        for readers, inverse, sources in orders:
+            for name, source in sources.items():
+                stack.callback(model.get_submodule(name).register_forward_hook(_reorder_output(source)).remove)
+            for name in readers:
+                linear = model.get_submodule(name)
+                hook = linear.register_forward_pre_hook(_reorder_input(inverse), with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
+        yield
+
+
+def _reorder_output(source: Tensor) -> Any:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        whole = torch.arange(output.shape[-1], device=output.device)
+        whole[: len(source)] = source.to(output.device)
+        return output[..., whole]
+
+    return hook
+
+
+def _reorder_input(order: Tensor) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = first_input(args, kwargs)
+        return (x[..., order.to(x.device)], *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
+
+    return hook
+
+
 def _scale_output(factor: Tensor) -> Any:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         whole = torch.ones(output.shape[-1], device=output.device)

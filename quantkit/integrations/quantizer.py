@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from quantkit.calibrators import RTN, LLMInt8, resolve
-from quantkit.checkpoint import FORMAT_VERSION, empty_layer, layer_record
+from quantkit.checkpoint import FORMAT_VERSION, READABLE, empty_layer, from_version_2, layer_record
 from quantkit.errors import CheckpointError, MethodError, ModelError
 from quantkit.experts import unfuse
 from quantkit.linear import W8A8Linear, check_exact
@@ -72,13 +72,15 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         unknown.pop("quant_method", None)
         if unknown:
             log.warning("QuantKitConfig: %s not known to this quantkit, and left alone", ", ".join(unknown))
-        if format_version != FORMAT_VERSION:
+        if format_version not in READABLE:
             raise CheckpointError(
-                f"the model has format version {format_version} and this quantkit reads {FORMAT_VERSION}: "
+                f"the model has format version {format_version} and this quantkit reads {' and '.join(map(str, READABLE))}: "
                 "upgrade quantkit-w8a8, or quantize the model again"
             )
         self.quant_method = NAME
-        self.format_version = format_version
+        if layers and format_version == 2:
+            layers = {name: from_version_2(facts) for name, facts in layers.items()}
+        self.format_version = FORMAT_VERSION
         self.scheme = Scheme.parse(scheme).name
         self.ignore, self.threshold, self.seed, self.layers = list(ignore), threshold, seed, layers
         self._calibration, self._tokenizer = calibration, tokenizer

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from quantkit.numerics import qmax
 from quantkit.ops.native import TILE, Rewrite, library
 from quantkit.ops.plain import Plain
+from quantkit.ops.reference import row_sums
 from quantkit.transform import Rotation
 
 if TYPE_CHECKING:
@@ -109,7 +111,8 @@ class CPU(Plain):
         if not int_mm_is_exact():
             high = weight.clamp(-64, 64)  # two products of 255 * 64 fit the int16 that AVX2 adds them in
             low = weight - high
-        fused = not layer.scheme.is_static and layer.scheme.symmetric and layer.outlier_index is None and not layer.threshold
+        fused = not layer.scheme.is_static and layer.scheme.symmetric and layer.outlier_index is None
+        fused = fused and not layer.threshold and not layer.groups
         order, block = layer.permutation, layer.rotation_block
 
         def ordered(vector: Tensor | None) -> Tensor | None:
@@ -123,7 +126,7 @@ class CPU(Plain):
             factors = torch.nn.functional.pad(factors, (0, -len(factors) % TILE))
         return CPUPacked(
             self, layer.weight.device, layer.weight, high, low,
-            weight.sum(dim=1, dtype=torch.int32), layer.weight_scale.reshape(-1).float().contiguous(),
+            row_sums(weight, layer.groups), layer.weight_scale.reshape(-1).float().contiguous(),
             None if layer.bias is None else layer.bias.float().contiguous(),
             None if order is None else order.to(torch.int32), ordered(layer.shift), ordered(layer.pre_scale), factors, block,
             float(qmax(layer.scheme.activation_bits)), fused and _has_library(),
@@ -134,6 +137,13 @@ class CPU(Plain):
         if torch.compiler.is_compiling():
             return torch.ops.quantkit.int_matmul(q, packed.high, packed.low)
         return int_matmul(q, packed.high, packed.low)
+
+    def segments(self, layer: W8A8Linear, q: Tensor) -> Iterator[Tensor]:
+        packed, groups = layer.packed, layer.groups
+        product = torch.ops.quantkit.int_matmul if torch.compiler.is_compiling() else int_matmul
+        lows = [None] * len(groups) if packed.low is None else packed.low.split(groups, dim=1)
+        for part, high, low in zip(q.split(groups, dim=1), packed.high.split(groups, dim=1), lows, strict=True):
+            yield product(part, high, low)
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed = layer.packed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PlainPacked:
-    """Only the sums of the weight's rows, for zero points."""
+    """Only the sums of the weight's rows, for zero points; ``[N, G]`` with clusters of channels."""
 
     backend: Any
     device: torch.device
@@ -34,18 +35,23 @@ class Plain:
         return None
 
     def pack(self, layer: W8A8Linear) -> Any:
-        return PlainPacked(self, layer.weight.device, layer.weight, layer.weight.sum(dim=1, dtype=torch.int32))
+        return PlainPacked(self, layer.weight.device, layer.weight, reference.row_sums(layer.weight, layer.groups))
 
     def matmul(self, layer: W8A8Linear, q: Tensor) -> Tensor:
         """``q [M, K] @ weight [N, K]^T`` to int32, exact."""
         return reference.int_matmul(q, layer.weight)
 
+    def segments(self, layer: W8A8Linear, q: Tensor) -> Iterator[Tensor]:
+        """The product of each cluster of channels, ``[M, N]`` int32, exact."""
+        for part, weight in zip(q.split(layer.groups, dim=1), layer.weight.split(layer.groups, dim=1), strict=True):
+            yield reference.int_matmul(part, weight)
+
     def codes(self, layer: W8A8Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes ``[M, K]`` int8, scale ``[M, 1]`` float32 and zero point of the rewritten activation."""
-        scheme, zero = layer.scheme, layer.input_zero_point
+        """Codes ``[M, K]`` int8, scale ``[M, 1]`` (or ``[M, G]``) float32 and zero point of the rewritten activation."""
+        scheme, zero, groups = layer.scheme, layer.input_zero_point, layer.groups
         if layer.input_scale is None:
-            return reference.quantize_rows(x, bits=scheme.activation_bits, symmetric=scheme.symmetric)
-        return *reference.quantize_static(x, layer.input_scale, zero, bits=scheme.activation_bits), zero
+            return reference.quantize_rows(x, bits=scheme.activation_bits, symmetric=scheme.symmetric, groups=groups)
+        return *reference.quantize_static(x, layer.input_scale, zero, bits=scheme.activation_bits, groups=groups), zero
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         dtype = x.dtype
@@ -59,13 +65,18 @@ class Plain:
         q, scale, zero = self.codes(layer, x)
         if columns is not None:
             q = q.masked_fill(columns, 0)
-        acc = self.matmul(layer, q)
+        product = None
         if side is not None:
             assert layer.outlier_weight is not None
             # float64, so that no bit of float32 shows how the library splits the sum: a token is the same in any batch
             product = (side.double() @ layer.outlier_weight.double().t()).float()
-            extra = product if extra is None else product + extra.float()
         sums = None if zero is None else layer.packed.sums
+        if layer.groups:
+            products = self.segments(layer, q)
+            return reference.segment_epilogue(products, scale, layer.weight_scale, zero, sums, product, layer.bias, dtype)
+        if product is not None:
+            extra = product if extra is None else product + extra.float()
+        acc = self.matmul(layer, q)
         return reference.epilogue(acc, scale, layer.weight_scale.view(-1), zero, sums, extra, dtype)
 
 

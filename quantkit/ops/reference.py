@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from quantkit.numerics import absmax_scale, encode, encode_asymmetric, range_scale
 
 
-def quantize_rows(x: Tensor, *, bits: int = 8, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize_rows(
+    x: Tensor, *, bits: int = 8, symmetric: bool = True, groups: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Dynamic per-token codes of ``x [M, K]``.
 
+    Args:
+        x: float.
+        bits, symmetric: number format.
+        groups: sizes of G consecutive clusters of channels, each of which is quantized by itself; none is one of all.
+
     Returns:
-        codes ``[M, K]`` int8, scale ``[M, 1]`` float32, and zero ``[M, 1]`` int32 or None when symmetric.
+        codes ``[M, K]`` int8, scale ``[M, G]`` float32, and zero ``[M, G]`` int32 or None when symmetric.
     """
+    if groups:
+        parts = [quantize_rows(part, bits=bits, symmetric=symmetric) for part in x.split(groups, dim=1)]
+        zeros = None if symmetric else torch.cat([zero for _, _, zero in parts if zero is not None], 1)
+        return torch.cat([q for q, _, _ in parts], 1), torch.cat([scale for _, scale, _ in parts], 1), zeros
     if not x.shape[1]:
         return x.to(torch.int8), x.new_ones(len(x), 1, dtype=torch.float32), None
     if symmetric:
@@ -24,12 +37,19 @@ def quantize_rows(x: Tensor, *, bits: int = 8, symmetric: bool = True) -> tuple[
     return encode_asymmetric(x, scale, zero, bits), scale, zero
 
 
-def quantize_static(x: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Static per-tensor codes of ``x [M, K]`` for ``scale [1]`` and ``zero [1]``; values outside saturate.
+def quantize_static(
+    x: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int = 8, groups: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """Static codes of ``x [M, K]`` for ``scale [G]`` and ``zero [G]``, G clusters or one; values outside saturate.
 
     Returns:
-        codes ``[M, K]`` int8 and scale ``[M, 1]`` float32: the given one, NaN for rows that are not finite.
+        codes ``[M, K]`` int8 and scale ``[M, G]`` float32: the given one, NaN for rows that are not finite in this cluster.
     """
+    if groups:
+        zeros = [None] * len(groups) if zero is None else zero.split(1)
+        columns = x.split(groups, dim=1)
+        parts = [quantize_static(*part, bits=bits) for part in zip(columns, scale.split(1), zeros, strict=True)]
+        return torch.cat([q for q, _ in parts], 1), torch.cat([scale for _, scale in parts], 1)
     top = 2 ** (bits - 1) - 1
     if zero is None:
         q = torch.round(x.float() * (1.0 / scale)).clamp(-top, top).nan_to_num(0.0).to(torch.int8)
@@ -84,3 +104,40 @@ def epilogue(
         acc = acc - zero * weight_sum
     y = acc.float() * x_scale * weight_scale
     return (y if extra is None else y + extra.float()).to(dtype)
+
+
+def row_sums(weight: Tensor, groups: tuple[int, ...] = ()) -> Tensor:
+    """Sums of the codes in each row of ``weight [N, K]``, int32: ``[N]``, or ``[N, G]`` of each cluster of channels."""
+    if not groups:
+        return weight.sum(dim=1, dtype=torch.int32)
+    return torch.stack([part.sum(dim=1, dtype=torch.int32) for part in weight.split(groups, dim=1)], 1)
+
+
+def segment_epilogue(
+    products: Iterable[Tensor],
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    zero: Tensor | None,
+    weight_sum: Tensor | None,
+    side: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``sum over g of (acc_g - zero_g * weight_sum_g) * x_scale_g * weight_scale_g + side + bias``, in this order in float32.
+
+    Args:
+        products: of each of G clusters, ``[M, N]`` int32.
+        x_scale, weight_scale: ``[M, G]`` and ``[N, G]`` float32.
+        zero, weight_sum: ``[M, G]`` (or ``[G]``) and ``[N, G]`` int32, for asymmetric activations.
+        side, bias: ``[M, N]`` and ``[N]``, float.
+        dtype: of the result, cast last.
+    """
+    y = x_scale.new_zeros(len(x_scale), len(weight_scale))
+    for g, acc in enumerate(products):
+        if zero is not None:
+            assert weight_sum is not None
+            acc = acc - zero[..., g : g + 1] * weight_sum[:, g]
+        y = y + acc.float() * x_scale[:, g : g + 1] * weight_scale[:, g]
+    for extra in (side, bias):
+        y = y if extra is None else y + extra.float()
+    return y.to(dtype)

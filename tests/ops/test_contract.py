@@ -38,6 +38,8 @@ STEPS = [
     ("outliers",),
     ("shift", "scale", "permutation", "rotation"),
     ("shift", "scale", "outliers", "permutation", "rotation"),
+    ("groups",),
+    ("shift", "scale", "outliers", "permutation", "rotation", "groups"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 VARIANTS = [(b.name, how) for b in BACKENDS for how in (("native", "plain", "split") if b.name == "cpu" else ("",))]
@@ -57,6 +59,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     library.cache_clear()
 
 
+def clusters(k: int) -> tuple[int, ...]:
+    """Three runs of channels at borders where a rotation may have them, or what there is room for."""
+    block = math.gcd(k, 64)
+    sizes = (block, (k // block - 1) // 2 * block)
+    return tuple(size for size in (*sizes, k - sum(sizes)) if size)
+
+
 def transform(k: int, *steps: str) -> Transform:
     values = {
         "shift": torch.randn(k),
@@ -64,6 +73,7 @@ def transform(k: int, *steps: str) -> Transform:
         "permutation": torch.randperm(k),
         "outliers": torch.randperm(k)[: max(1, k // 20)],
         "rotation": Rotation(math.gcd(k, 64), torch.randint(0, 2, (k,)) * 2.0 - 1),
+        "groups": clusters(k),
     }
     return Transform(**{step: values[step] for step in steps})
 
@@ -84,7 +94,8 @@ def layer(
     weight[n // 2] = 0
     inner, side = leftover.weight(weight)
     kind = Scheme.parse(scheme)
-    codes, scale = quantize_weight(inner, kind.weight_bits, per_tensor=kind.weights == "tensor")
+    groups = leftover.groups or ()
+    codes, scale = quantize_weight(inner, kind.weight_bits, per_tensor=kind.weights == "tensor", groups=groups)
     return W8A8Linear.from_float(
         linear, scheme=kind, codes=codes, weight_scale=scale, bias=torch.randn(n) if bias else None, leftover=leftover,
         outlier_weight=side, input_range=(torch.tensor(-2.0), torch.tensor(3.0)),
@@ -138,9 +149,10 @@ def test_the_native_passes_build() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_shapes(backend: str, scheme: str, bias: bool) -> None:
+@pytest.mark.parametrize("steps", [(), ("groups",)], ids=str)
+def test_shapes(backend: str, scheme: str, bias: bool, steps: tuple[str, ...]) -> None:
     for k, n in ((1, 1), (1, 64), (64, 1), (7, 5), (63, 65), (64, 64), (577, 33), (33, 577)):
-        module = layer(k, n, scheme, bias=bias)
+        module = layer(k, n, scheme, bias=bias, steps=steps)
         for m in (0, 1, 2, 17, 300) if k * n < 5000 else (1, 17):
             check(module, hostile(m, k))
 
@@ -150,7 +162,7 @@ def test_shapes(backend: str, scheme: str, bias: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rewritten_inputs(backend: str, scheme: str, steps: tuple[str, ...], dtype: torch.dtype) -> None:
     module = layer(40, 19, scheme, steps=steps, dtype=dtype)
-    assert module.rewrites_input == bool(steps)
+    assert module.rewrites_input == bool(set(steps) - {"groups"})
     for m in (1, 17):
         check(module, hostile(m, 40, dtype))
 
@@ -243,8 +255,9 @@ def test_arithmetic(backend: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_rows_that_are_zero_or_not_finite(backend: str, scheme: str) -> None:
-    module = layer(32, 8, scheme)
+@pytest.mark.parametrize("steps", [(), ("groups",)], ids=str)
+def test_rows_that_are_zero_or_not_finite(backend: str, scheme: str, steps: tuple[str, ...]) -> None:
+    module = layer(32, 8, scheme, steps=steps)
     x = torch.randn(6, 32)
     x[1], x[2, 3], x[3, 0], x[4, 31] = 0, math.nan, math.inf, -math.inf
     y = check(module, x)
@@ -284,6 +297,23 @@ def test_accumulators(k: int, m: int) -> None:
             assert_same(cpu.int_matmul(a, b, None), wanted)
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-static-asym"])
+def test_clusters_are_products_of_their_own(backend: str, scheme: str) -> None:
+    """The sum, first to last and from 0, of a layer for each cluster; then the bias."""
+    module, x = layer(40, 19, scheme, steps=("groups",)), hostile(17, 40)
+    wanted, first = torch.zeros(17, 19), 0
+    for g, size in enumerate(module.groups):
+        part = W8A8Linear(size, 19, scheme=Scheme.parse(scheme), bias=False)
+        columns = slice(first, first + size)
+        part.weight.copy_(module.weight[:, columns])
+        part.weight_scale.copy_(module.weight_scale[:, g : g + 1])
+        for name in ("input_scale", "input_zero_point"):
+            if getattr(part, name) is not None:
+                getattr(part, name).copy_(getattr(module, name)[g : g + 1])
+        wanted, first = wanted + part(x[:, columns]), first + size
+    assert_same(module(x), wanted + module.bias)
+
+
 def test_halves_cannot_saturate() -> None:
     """Where int_mm adds pairs of products u8 * s8 in int16, both halves of every weight must be small enough."""
     for value in (*range(-127, 128),):
@@ -292,7 +322,7 @@ def test_halves_cannot_saturate() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("steps", [(), ("scale",), ("rotation",)], ids=str)
+@pytest.mark.parametrize("steps", [(), ("scale",), ("rotation",), ("groups",)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_token_is_the_same_in_any_company(backend: str, scheme: str, steps: tuple[str, ...], dtype: torch.dtype) -> None:
     module, x = layer(96, 70, scheme, steps=steps), hostile(17, 96, dtype)
@@ -328,7 +358,7 @@ def test_threads(steps: tuple[str, ...]) -> None:
 def test_copies_and_state(scheme: str, steps: tuple[str, ...]) -> None:
     module, x = layer(16, 8, scheme, steps=steps), torch.randn(5, 16)
     wanted = module(x)
-    fresh = W8A8Linear(16, 8, scheme=Scheme.parse(scheme))
+    fresh = W8A8Linear(16, 8, scheme=Scheme.parse(scheme), groups=module.groups)
     fresh.rotation_block = module.rotation_block
     fresh(x)  # what it packed is out of date afterwards
     assert not fresh.load_state_dict(module.state_dict()).missing_keys

@@ -13,6 +13,7 @@ from torch import Tensor
 from quantkit.errors import BackendError
 from quantkit.ops.gpu.configs import padded, padded_side
 from quantkit.ops.plain import Plain
+from quantkit.ops.reference import row_sums
 
 if TYPE_CHECKING:
     from quantkit.linear import W8A8Linear
@@ -72,13 +73,13 @@ class GPU(Plain):
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block
         return GPUPacked(
             self, layer.weight.device, layer.weight, weight, layer.weight_scale.reshape(-1).float().contiguous(),
-            None if layer.scheme.symmetric else weight.sum(dim=1, dtype=torch.int32), side, mask, _signed_scale(layer),
+            None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups), side, mask, _signed_scale(layer),
             vector and not layer.threshold and all(v is None for v in rest),
         )  # fmt: skip
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed, scheme = layer.packed, layer.scheme
-        if x.dtype not in DTYPES or not packed.codes.numel():
+        if x.dtype not in DTYPES or not packed.codes.numel() or layer.groups:
             return super().linear(layer, x)
         ops = kernels()  # also under torch.compile: it registers the operators
         if torch.compiler.is_compiling():
