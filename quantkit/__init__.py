@@ -7,7 +7,21 @@
 """
 
 from quantkit._version import __version__
-from quantkit.calibrators import RTN, Calibrator, Codes, Hadamard, LLMInt8, PerSite, Plan, SiteView, SmoothQuant, Stage, View
+from quantkit.calibrators import (
+    GPTQ,
+    RTN,
+    Calibrator,
+    Codes,
+    Hadamard,
+    Hessian,
+    LLMInt8,
+    PerSite,
+    Plan,
+    SiteView,
+    SmoothQuant,
+    Stage,
+    View,
+)
 from quantkit.checkpoint import load, save
 from quantkit.discovery import Equivalence, discover, verify_equivalence
 from quantkit.errors import (
@@ -32,8 +46,8 @@ from quantkit.statistics import Range, Statistic, TokenSample
 from quantkit.transform import Rotation, Transform
 
 __all__ = [
-    "RTN", "BackendError", "CalibrationError", "Calibrator", "CheckpointError", "Codes", "Discovery", "Equivalence",
-    "EquivalenceError", "Hadamard", "LLMInt8", "LayerRecord", "MethodError", "ModelError", "PerSite", "Plan", "Producer",
+    "GPTQ", "RTN", "BackendError", "CalibrationError", "Calibrator", "CheckpointError", "Codes", "Discovery", "Equivalence",
+    "EquivalenceError", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError", "ModelError", "PerSite", "Plan", "Producer",
     "QuantkitError", "Range", "Report", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage",
     "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "discover",
     "load", "quantize", "report", "save", "use_backend", "verify_equivalence",

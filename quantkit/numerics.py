@@ -86,13 +86,16 @@ PIECE = 2**20
 """Elements that :func:`quantize_weight` rounds at a time."""
 
 
-def quantize_weight(weight: Tensor, bits: int = 8, *, per_tensor: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight: Tensor, bits: int = 8, *, per_tensor: bool = False, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Symmetric round-to-nearest codes of a weight.
 
     Args:
         weight: ``[N, K]``, any floating dtype.
         bits: 2 to 8.
         per_tensor: one scale for the whole weight (repeated over its rows) in place of one per row.
+        clip: ``[N, 1]``, the share of its largest value that a row's grid spans; all of it if left out.
 
     Returns:
         codes ``[N, K]`` int8 and scale ``[N, 1]`` float32.
@@ -105,6 +108,8 @@ def quantize_weight(weight: Tensor, bits: int = 8, *, per_tensor: bool = False) 
         absmax = torch.zeros(len(weight), 1, device=weight.device)
     if per_tensor and absmax.numel():
         absmax = absmax.amax().expand_as(absmax).contiguous()
+    if clip is not None:
+        absmax = absmax * clip
     # A row of zeros keeps scale 1, as every checkpoint format expects of an empty row.
     scale = torch.where(absmax == 0, torch.ones_like(absmax), absmax_scale(absmax, bits))
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)

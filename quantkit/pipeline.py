@@ -234,8 +234,14 @@ def _plan(
         _check_plan(calibrator, plan, views)
         for view in views:
             if view.name in plan.transforms:
+                if view.clips and not plan.transforms[view.name].is_identity:
+                    raise MethodError(
+                        f"{calibrator.name} changes the weights of {view.name!r}, whose clipping was learned before: put "
+                        f"{calibrator.name} first"
+                    )
                 later = copy.deepcopy(plan.transforms[view.name])  # it may hold a parameter, which a fold would change
                 view.transform = snap(model, view.site, view.transform.then(later))
+            view.clips |= {linear: plan.clips[linear].clone() for linear in view.linears if linear in plan.clips}
             notes.setdefault(view.name, {}).update(plan.notes.get(view.name, {}))
         codes |= plan.codes
     return codes, notes
@@ -274,6 +280,14 @@ def _check_plan(calibrator: Calibrator, plan: Plan, views: Sequence[SiteView]) -
         fault = _codes_fault(codes, owners[linear], linear)
         if fault:
             raise MethodError(f"{name} rounded {linear!r} to what cannot be: {fault}")
+    for linear, clip in plan.clips.items():
+        if linear not in owners:
+            raise MethodError(f"{name} clipped {linear!r}, which is not among the layers to quantize")
+        rows = len(weight_of(owners[linear].linears[linear]))
+        wanted = f"[{rows}, 1] torch.float32 on {owners[linear].device}"
+        fault = _tensor_fault("clip", clip, wanted, lambda c: (c > 0) & (c <= 1), "above 0 and up to 1")
+        if fault:
+            raise MethodError(f"{name} clipped {linear!r} to what cannot be: {fault}")
 
 
 def _transform_fault(transform: Transform, view: SiteView, stage: Stage) -> str | None:
@@ -403,7 +417,10 @@ def _convert(
                     _scale_float(linear, folded.get(view.name), factors.pop(name, None))
                 else:
                     factor = factors.pop(name, None)
-                    new = _to_int8(linear, view, leftovers[view.name], factor, codes.get(name), scheme, ranges.get(view.name))
+                    new = _to_int8(
+                        linear, view, leftovers[view.name], factor, codes.get(name), view.clips.get(name), scheme,
+                        ranges.get(view.name),
+                    )  # fmt: skip
                     layer.sqnr_db = _output_sqnr(view, linear, new, folded.get(view.name), factor)
                     layer.kind = "int8"
                     layer.at_run_time = leftovers[view.name].steps
@@ -461,6 +478,7 @@ def _to_int8(
     leftover: Transform,
     factor: Tensor | None,
     codes: Codes | None,
+    clip: Tensor | None,
     scheme: Scheme,
     input_range: tuple[Tensor, Tensor] | None,
 ) -> W8A8Linear:
@@ -473,7 +491,8 @@ def _to_int8(
         assert leftover.outliers is not None
         side = side / leftover.scale[leftover.outliers]
     if codes is None:
-        codes = Codes(*quantize_weight(inner, scheme.weight_bits, per_tensor=scheme.weights == "tensor"))
+        per_tensor = scheme.weights == "tensor"
+        codes = Codes(*quantize_weight(inner, scheme.weight_bits, per_tensor=per_tensor, clip=clip))
     scale = codes.scale
     if factor is not None:  # a row factor only moves the scale of the row: the codes stay
         rows = torch.ones(len(weight), device=weight.device)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from quantkit.calibrators.base import Calibrator, Codes, PerSite, Plan, SiteView, Stage, View, check_attributes, check_order
+from quantkit.calibrators.gptq import GPTQ, Hessian
 from quantkit.calibrators.hadamard import Hadamard
 from quantkit.calibrators.llmint8 import LLMInt8
 from quantkit.calibrators.rtn import RTN
@@ -13,6 +14,7 @@ from quantkit.calibrators.smoothquant import SmoothQuant
 from quantkit.errors import MethodError
 
 METHODS: dict[str, Callable[[], Any]] = {"rtn": RTN, "smoothquant": SmoothQuant, "llm_int8": LLMInt8, "hadamard": Hadamard}
+METHODS["gptq"] = GPTQ
 
 
 def resolve(method: Any) -> list[Calibrator]:
@@ -44,6 +46,6 @@ def resolve(method: Any) -> list[Calibrator]:
 
 
 __all__ = [
-    "METHODS", "RTN", "Calibrator", "Codes", "Hadamard", "LLMInt8", "PerSite", "Plan", "SiteView", "SmoothQuant", "Stage",
+    "GPTQ", "METHODS", "RTN", "Calibrator", "Codes", "Hadamard", "Hessian", "LLMInt8", "PerSite", "Plan", "SiteView", "SmoothQuant", "Stage",
     "View", "resolve",
 ]  # fmt: skip

@@ -47,12 +47,15 @@ class Plan:
     Attributes:
         transforms: site name -> what to do to its channels, on top of earlier calibrators.
         codes: linear name -> its integers; linears without an entry are rounded to nearest.
+        clips: linear name -> ``[N, 1]`` float32 in (0, 1], the share of each row's largest (transformed) weight that its grid
+            spans; what is beyond saturates. Whoever chooses the integers later starts from it.
         notes: site name -> a few values for the report, such as ``{"alpha": 0.6}``.
     """
 
     transforms: dict[str, Transform] = field(default_factory=dict)
     codes: dict[str, Codes] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    clips: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,6 +68,7 @@ class SiteView:
         transform: what earlier calibrators decided; statistics and weights below include it.
         fold_only: the model stays in floating point, so that only what folds into the producer can be applied.
         linears: those to be quantized, by name; read only.
+        clips: grids that earlier calibrators chose, by linear, see :class:`Plan`.
     """
 
     site: Site
@@ -73,6 +77,7 @@ class SiteView:
     transform: Transform
     linears: Mapping[str, nn.Module]
     _statistics: Mapping[type[Statistic], Statistic]
+    clips: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
