@@ -15,6 +15,7 @@ from quantkit.calibrators import (
     Hadamard,
     Hessian,
     LLMInt8,
+    OmniQuant,
     PerSite,
     Plan,
     SiteView,
@@ -39,6 +40,7 @@ from quantkit.integrations import register_with_transformers as _register
 from quantkit.linear import W8A8Linear
 from quantkit.ops import backends, use_backend
 from quantkit.pipeline import quantize
+from quantkit.recipe import Recipe
 from quantkit.report import LayerRecord, Report, report
 from quantkit.scheme import Scheme
 from quantkit.sites import Discovery, Producer, Site
@@ -47,10 +49,10 @@ from quantkit.transform import Rotation, Transform
 
 __all__ = [
     "GPTQ", "RTN", "BackendError", "CalibrationError", "Calibrator", "CheckpointError", "Codes", "Discovery", "Equivalence",
-    "EquivalenceError", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError", "ModelError", "PerSite", "Plan", "Producer",
-    "QuantkitError", "Range", "Report", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage",
-    "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "discover",
-    "load", "quantize", "report", "save", "use_backend", "verify_equivalence",
+    "EquivalenceError", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError", "ModelError", "OmniQuant", "PerSite",
+    "Plan", "Producer", "QuantkitError", "Range", "Recipe", "Report", "Rotation", "Scheme", "SchemeError", "Site", "SiteView",
+    "SmoothQuant", "Stage", "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__",
+    "backends", "discover", "load", "quantize", "report", "save", "use_backend", "verify_equivalence",
 ]  # fmt: skip
 
 _register()

@@ -25,6 +25,7 @@ from quantkit.linear import W8A8Linear, check_exact
 from quantkit.modules import linears_of, replace_module, weight_of
 from quantkit.numerics import qmax, quantize_weight, sqnr_db
 from quantkit.observe import SiteStatistics, observe
+from quantkit.recipe import Recipe
 from quantkit.report import LayerRecord, Report, attach
 from quantkit.scheme import Scheme
 from quantkit.sites import Site
@@ -128,6 +129,9 @@ def _quantize(
         seed,
         "given" if calibration is not None else "sampled from the model" if kinds else "not needed",
     )
+    if all(isinstance(pattern, str) for pattern in (*ignore, *(targets or ()))):
+        chosen_by = None if targets is None else tuple(map(str, targets))
+        record.recipe = Recipe(tuple(calibrators), number_format, seed, tuple(map(str, ignore)), chosen_by).to_dict()
     _convert(model, views, codes, notes, kept, number_format, piece, record, progress)
     attach(model, record)
     log.info(record.summary)

@@ -57,6 +57,8 @@ class Report:
         seed, calibration: how to repeat it.
         equivalence: relative error of the folded float model against the original on one batch.
         layers: one record per linear.
+        recipe: all arguments that decided it, for :meth:`quantkit.Recipe.from_dict`; None in reports of older versions, and
+            where a layer was chosen by its class.
     """
 
     method: list[str]
@@ -65,6 +67,7 @@ class Report:
     calibration: str
     equivalence: float | None = None
     layers: list[LayerRecord] = field(default_factory=list)
+    recipe: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

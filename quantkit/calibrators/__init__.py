@@ -9,12 +9,20 @@ from quantkit.calibrators.base import Calibrator, Codes, PerSite, Plan, SiteView
 from quantkit.calibrators.gptq import GPTQ, Hessian
 from quantkit.calibrators.hadamard import Hadamard
 from quantkit.calibrators.llmint8 import LLMInt8
+from quantkit.calibrators.omniquant import OmniQuant
 from quantkit.calibrators.rtn import RTN
 from quantkit.calibrators.smoothquant import SmoothQuant
 from quantkit.errors import MethodError
 
-METHODS: dict[str, Callable[[], Any]] = {"rtn": RTN, "smoothquant": SmoothQuant, "llm_int8": LLMInt8, "hadamard": Hadamard}
-METHODS["gptq"] = GPTQ
+METHODS: dict[str, Callable[[], Any]] = {
+    "rtn": RTN,
+    "smoothquant": SmoothQuant,
+    "llm_int8": LLMInt8,
+    "hadamard": Hadamard,
+    "gptq": GPTQ,
+    "omniquant": lambda: [SmoothQuant(), OmniQuant()],
+}
+"""A name may also stand for several calibrators, in order; those that the user lists before it are not repeated."""
 
 
 def resolve(method: Any) -> list[Calibrator]:
@@ -26,7 +34,7 @@ def resolve(method: Any) -> list[Calibrator]:
     parts: Sequence[Any] = method if isinstance(method, (list, tuple)) else [method]
     if not parts:
         raise MethodError(f"method is empty: pass a name ({', '.join(METHODS)}) or a calibrator such as quantkit.SmoothQuant()")
-    calibrators = []
+    calibrators: list[Calibrator] = []
     for part in parts:
         if isinstance(part, str):
             if part not in METHODS:
@@ -34,6 +42,10 @@ def resolve(method: Any) -> list[Calibrator]:
                     f"method {part!r} is not known: pass one of {', '.join(METHODS)}, or a calibrator of your own"
                 )
             part = METHODS[part]()
+            if isinstance(part, (list, tuple)):
+                known = {c.name for c in calibrators}
+                calibrators += [c for c in part if c.name not in known]
+                continue
         if isinstance(part, type) or not isinstance(part, Calibrator):
             hint = f"; did you mean {part.__name__}()?" if isinstance(part, type) else ""
             raise MethodError(
@@ -46,6 +58,6 @@ def resolve(method: Any) -> list[Calibrator]:
 
 
 __all__ = [
-    "GPTQ", "METHODS", "RTN", "Calibrator", "Codes", "Hadamard", "Hessian", "LLMInt8", "PerSite", "Plan", "SiteView", "SmoothQuant", "Stage",
-    "View", "resolve",
+    "GPTQ", "METHODS", "RTN", "Calibrator", "Codes", "Hadamard", "Hessian", "LLMInt8", "OmniQuant", "PerSite", "Plan",
+    "SiteView", "SmoothQuant", "Stage", "View", "resolve",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrators.base import Codes, Plan, SiteView, Stage, View
+from quantkit.calibrators.noise import best_clip
 from quantkit.errors import MethodError
 from quantkit.numerics import absmax_scale, decode, encode, quantize_weight
 from quantkit.ops.reference import quantize_rows
@@ -23,9 +24,6 @@ BLOCK = 128
 
 HELD = 7
 """Every seventh token is held out: a stride that no usual length of a text divides, so first tokens are among them too."""
-
-CLIPS = tuple(1 - i / 40 for i in range(21))
-"""Shares of a row's largest weight that its grid may span: 1 down to 1/2."""
 
 
 class Hessian:
@@ -164,22 +162,13 @@ class GPTQ:
     def _grid(self, site: SiteView, name: str, weight: Tensor, diagonal: Tensor) -> Tensor:
         """Largest value ``[N, 1]`` of each row's grid."""
         whole = weight.abs().amax(1, keepdim=True)
-        together = site.scheme.weights == "tensor"
-        if together:
+        if site.scheme.weights == "tensor":
             whole = whole.amax().expand_as(whole)
         if name in site.clips:
             return whole * site.clips[name]
         if not self.clip:
             return whole
-        best, grid = torch.full_like(whole, float("inf")), whole
-        for share in CLIPS:
-            absmax = whole * share
-            codes = encode(weight, absmax, site.scheme.weight_bits)
-            error = ((decode(codes, absmax_scale(absmax, site.scheme.weight_bits)) - weight) ** 2 @ diagonal)[:, None]
-            error = error.sum().expand_as(error) if together else error
-            grid = torch.where(error < best, absmax, grid)
-            best = torch.minimum(error, best)
-        return grid
+        return whole * best_clip(weight, diagonal, site.scheme)
 
 
 def as_rounded(x: Tensor, scheme: Scheme) -> Tensor:
