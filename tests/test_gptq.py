@@ -78,15 +78,15 @@ def test_codes_are_codes(seed: int, bits: int, rows: int, channels: int) -> None
     assert_same(got.codes[:, dead], nearest[:, dead])  # nothing says to move them, and they move nothing
 
 
+ORDER = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+SCALE = normal(16, seed=1).exp()
 TRANSFORMS: dict[str, Transform] = {
-    "scale": Transform(scale=torch.rand(16) + 0.5),
-    "shift": Transform(shift=torch.randn(16)),
-    "permutation": Transform(permutation=torch.randperm(16)),
+    "scale": Transform(scale=SCALE),
+    "shift": Transform(shift=normal(16)),
+    "permutation": Transform(permutation=ORDER),
     "outliers": Transform(outliers=torch.tensor([3, 9])),
     "rotation": Transform(rotation=Rotation(8, torch.tensor([1.0, -1.0] * 8))),
-    "all": Transform(
-        torch.randn(16), torch.rand(16) + 0.5, torch.tensor([0, 7]), torch.randperm(16), Rotation(16, torch.ones(16))
-    ),
+    "all": Transform(normal(16), SCALE, torch.tensor([0, 7]), ORDER, Rotation(16, torch.ones(16))),
 }
 
 
@@ -102,7 +102,7 @@ def test_moment_follows_transforms(name: str) -> None:
     torch.testing.assert_close(got.total, after.total, rtol=1e-6, atol=1e-4)
     assert (got.count, got.held.seen) == (after.count, after.held.seen) == (429, 71)
     for ours, theirs in zip(got.held.weighted(), after.held.weighted(), strict=True):
-        torch.testing.assert_close(ours.sum(0), theirs.sum(0))
+        torch.testing.assert_close(ours.sum(0), theirs.sum(0), rtol=1e-5, atol=1e-3)
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6))

@@ -132,7 +132,7 @@ def test_what_cannot_be_written_is_told() -> None:
         ({"method": ["gptq", "smoothquant"]}, "rounding comes last"),
         ({"method": "rtn", "seed": "x"}, "whole number"),
         ({"method": "rtn", "seed": True}, "whole number"),
-        ({"method": "rtn", "scheme": "w9a9"}, "not known"),
+        ({"method": "rtn", "scheme": "w9a9"}, "2 to 8"),
         ({"method": "rtn", "scheme": 8}, "write its name"),
         ({"method": "rtn", "ignore": "lm_head"}, "list of layer names"),
         ({"method": "rtn", "targets": [1]}, "list of layer names"),

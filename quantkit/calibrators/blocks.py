@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -95,14 +97,16 @@ class Stream:
     def __init__(self, place: Place, device: torch.device) -> None:
         self.device, self.place = device, place
         self.tensors: dict[int, Tensor] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="quantkit-stream-") if place == "disk" else None
+        self._folder = Path(tempfile.mkdtemp(prefix="quantkit-stream-")) if place == "disk" else None
+        if self._folder is not None:
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def __setitem__(self, index: int, x: Tensor) -> None:
         x = x.detach()
         if self._folder is not None:
             known = self.tensors.get(index)
             if known is None or known.shape != x.shape or known.dtype != x.dtype:
-                file = Path(self._folder.name) / f"{index}-{len(x.shape)}-{x.numel()}-{str(x.dtype)[6:]}"
+                file = self._folder / f"{index}-{len(x.shape)}-{x.numel()}-{str(x.dtype)[6:]}"
                 known = torch.from_file(str(file), shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
             known.copy_(x)
             self.tensors[index] = known

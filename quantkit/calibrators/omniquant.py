@@ -251,7 +251,7 @@ class Block:
             if linear.steps is not None:
                 tokens, counts = linear.site.view.statistic(TokenSample).weighted()
                 share = best_clip(linear.inner_weight()[0].float(), counts @ tokens**2, linear.site.view.scheme)
-                linear.steps.copy_((1 - share) * qmax(linear.site.view.scheme.weight_bits))
+                linear.steps.copy_((1 - share[: len(linear.steps)]) * qmax(linear.site.view.scheme.weight_bits))
 
     @torch.no_grad()
     def keep_in_range(self) -> None:
@@ -280,7 +280,11 @@ class LearnedSite:
     """A site whose scale is learned: one logarithm per producer row, on top of what earlier calibrators decided."""
 
     def __init__(self, view: SiteView, dtype: torch.dtype) -> None:
-        self.view = view
+        self.view, self.start = view, view.transform
+        self.range: Tensor | None = None
+        if view.scheme.is_static:
+            seen = view.statistic(Range)
+            self.range = torch.stack([seen.low, seen.high])
         self.log_scale: Tensor | None = None
         self.last: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
         if view.site.producer is not None:
@@ -292,22 +296,20 @@ class LearnedSite:
         assert self.log_scale is not None
         assert self.view.site.producer is not None
         scale = self.log_scale.exp()[self.view.site.producer.rows.to(self.log_scale.device)]
-        order = self.view.transform.permutation
+        order = self.start.permutation
         return scale if order is None else scale[order]
 
     def transform(self) -> Transform:
         """Everything that happens to the channels."""
-        return self.view.transform if self.log_scale is None else self.view.transform.then(Transform(scale=self.own_scale()))
+        return self.start if self.log_scale is None else self.start.then(Transform(scale=self.own_scale()))
 
     def rounded(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rounded activation ``[..., K]`` and the side that is not rounded; linears of a site ask for the same x."""
         if self.last is None or self.last[0] is not x:
             inner, side = self.transform().activation(x)
             scheme = self.view.scheme
-            if scheme.is_static:
-                seen = self.view.statistic(Range)
-                ends = torch.stack([seen.low, seen.high])
-                ends = ends if self.log_scale is None else ends / self.own_scale()
+            if self.range is not None:
+                ends = self.range if self.log_scale is None else self.range / self.own_scale()
                 inner = round_activation(inner, scheme, ends.min(), ends.max())
             elif scheme.symmetric:
                 inner = round_activation(inner, scheme, *(2 * [inner.abs().amax(-1, keepdim=True)]))
@@ -326,7 +328,7 @@ class LearnedLinear(nn.Module):
         self.weight = weight_of(linear).detach()
         bias = getattr(linear, "bias", None)
         self.bias = None if bias is None else bias.detach()
-        extra = site.view.transform.bias(self.weight)
+        extra = site.start.bias(self.weight)
         if extra is not None:
             self.bias = extra if self.bias is None else self.bias + extra
         self.constant: tuple[Tensor, Tensor | None] | None = None
