@@ -1,11 +1,12 @@
 """Every method and the compositions that make sense, at W8A8, W6A6, W4A8 and W4A4: how far each moves SmolLM2 from fp32.
 
-    python benchmarks/methods.py --data ../shared/data/wikitext-2 [--windows 20] [--schemes w4a4] [--only PATTERN ...] [--seeds 0 1 2]
+    python benchmarks/methods.py --data ../shared/data/wikitext-2 [--windows 20] [--schemes w4a4] [--only PATTERN ...]
 
 Perplexity, mean KL(fp32 || quantized) and top-1 agreement over the first windows of 1024 tokens of the WikiText-2 raw test
-split, calibration on 32 windows of 512 tokens of the validation split, the seconds that quantizing takes, and the memory that it
-takes at its peak over what the float model has. All decoder linears, the head left out. Rows are written as they come, and those
-that the result has already for as many windows are not run again: delete the file to start over. Also writes docs/images/methods.png.
+split, calibration on 32 windows of 512 tokens of the validation split, the seconds that quantizing takes, and the memory that
+it takes at its peak over what the float model has. All decoder linears, the head left out. Rows are written as they come, and
+those that the result has already for as many windows are not run again: delete the file to start over. Also draws
+docs/images/methods.png.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ def known(name: str) -> list[dict[str, Any]]:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Perplexity over bits, one line for each method: the mean of seeds, with their range."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
 
-    figure, axes = pyplot.subplots(figsize=(9, 5))
+    figure, axes = plt.subplots(figsize=(9, 5))
     schemes = [s for s in SCHEMES if any(r["scheme"] == s for r in rows)]
     methods = [m for m in METHODS if any(r["method"] == m for r in rows)]
     markers = "osD^vP*X<>hd"
@@ -85,7 +86,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -125,8 +126,8 @@ def main() -> None:
                 rows.sort(key=lambda r: (SCHEMES.index(r["scheme"]), list(METHODS).index(r["method"]), r["seed"], r["windows"]))
                 path = record(args.name, rows, length=1024)
                 print(
-                    f"{scheme} {name:42} seed {seed} KL {row['kl']:.5f} perplexity {row['perplexity']:.3f} top-1 {row['top1']:.1%} "
-                    f"{seconds:.0f} s {row['peak_MiB']} MiB -> {path.name}",
+                    f"{scheme} {name:42} seed {seed} KL {row['kl']:.5f} perplexity {row['perplexity']:.3f} "
+                    f"top-1 {row['top1']:.1%} {seconds:.0f} s {row['peak_MiB']} MiB -> {path.name}",
                     flush=True,
                 )
     rows = known(args.name)
