@@ -115,8 +115,7 @@ class Recipe:
 def calibrator_dict(calibrator: Calibrator) -> dict[str, Any]:
     """Its name, or where to import it from, and its options. One that plain data cannot say gets a reason in their place."""
     kind = type(calibrator)
-    ours = METHODS.get(calibrator.name) is kind or kind in _classes()
-    where = {"name": calibrator.name} if ours else {"import": f"{kind.__module__}:{kind.__qualname__}"}
+    where = {"name": calibrator.name} if kind in _classes() else {"import": f"{kind.__module__}:{kind.__qualname__}"}
     if is_dataclass(calibrator):
         options = {f.name: getattr(calibrator, f.name) for f in options_of(kind)}
     else:

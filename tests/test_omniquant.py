@@ -258,6 +258,9 @@ def test_other_floating_point(dtype: torch.dtype) -> None:
     ours = learn(llama().to(dtype), scheme="w4a8")
     assert all(after <= before for before, after in errors(ours))
     assert ours(tokens()).logits.dtype == dtype
+    with_biases = learn(Chain().to(dtype), ["smoothquant", OmniQuant()], [x.to(dtype) for x in chain_data()])
+    assert all(after <= before for before, after in errors(with_biases))
+    assert with_biases(chain_data()[0].to(dtype)).dtype == dtype
 
 
 # ---- going on after a kill

@@ -138,7 +138,8 @@ class GPTQ:
         codes: dict[str, Codes] = {}
         shares, kept = [], []
         for name, weight in site.weights():
-            nearest = Codes(*nearest_codes(weight, site.scheme))
+            per_tensor, learned = site.scheme.weights == "tensor", site.clips.get(name)
+            nearest = Codes(*quantize_weight(weight, site.scheme.weight_bits, per_tensor=per_tensor, clip=learned))
             absmax = self._grid(site, name, weight, moment.diagonal())
             found = round_columns(weight, absmax, factor, order, site.scheme.weight_bits)
             wanted = tokens @ weight.T
@@ -149,7 +150,7 @@ class GPTQ:
                 codes[name] = found
                 shares.append(after / before)
             else:
-                kept.append(name.rpartition(".")[2])
+                kept.append(name.rpartition(".")[2])  # the pipeline rounds it as ``nearest`` is
         notes: dict[str, Any] = {}
         if shares:
             notes["gptq error"] = math.prod(shares) ** (1 / len(shares))
@@ -177,11 +178,6 @@ def as_rounded(x: Tensor, scheme: Scheme) -> Tensor:
         return x
     codes, scale, zero = quantize_rows(x, bits=scheme.activation_bits, symmetric=scheme.symmetric)
     return decode(codes, scale, 0 if zero is None else zero)
-
-
-def nearest_codes(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """What the pipeline would choose by itself: codes ``[N, K]`` and scale ``[N, 1]``."""
-    return quantize_weight(weight, scheme.weight_bits, per_tensor=scheme.weights == "tensor")
 
 
 def dampings(least: float) -> Iterator[float]:

@@ -72,8 +72,8 @@ class OmniQuant:
 
     samples: int = 32
     epochs: int = 2
-    scale_lr: float = 5e-3
-    clip_lr: float = 1e-2
+    scale_lr: float = 2e-2
+    clip_lr: float = 5e-2
     offload: Place = field(default="cpu", metadata={"recipe": False})
     folder: str | os.PathLike[str] | None = field(default=None, metadata={"recipe": False})
 
@@ -358,10 +358,8 @@ class LearnedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inner, side = self.site.rounded(x)
         weight, side_weight = self.rounded_weight() if self.constant is None else self.constant
-        y = F.linear(inner, weight.to(inner.dtype), self.bias)
-        if side is not None and side_weight is not None:
-            y = y + side @ side_weight.T
-        return y.to(x.dtype)
+        y = F.linear(inner.to(x.dtype), weight.to(x.dtype), self.bias)
+        return y if side is None or side_weight is None else y + side @ side_weight.T
 
 
 class StraightThrough(torch.autograd.Function):
