@@ -36,6 +36,7 @@ METHODS: dict[str, Any] = {
     "SmoothQuant + LLMInt8": ["smoothquant", "llm_int8"],
     "SmoothQuant + GPTQ": ["smoothquant", "gptq"],
     "SmoothQuant + LLMInt8 + GPTQ": ["smoothquant", "llm_int8", "gptq"],
+    "LLMInt8 + GPTQ": ["llm_int8", "gptq"],
     "SmoothQuant(0.5) + Hadamard": [HALF, "hadamard"],
     "SmoothQuant(0.5) + Hadamard + GPTQ": [HALF, "hadamard", "gptq"],
     "OmniQuant": "omniquant",

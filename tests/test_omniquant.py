@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from helpers import assert_same, gpt2, llama, mlp, normal, state, tokens
 from torch import Tensor, nn
 
@@ -261,6 +262,16 @@ def test_other_floating_point(dtype: torch.dtype) -> None:
     with_biases = learn(Chain().to(dtype), ["smoothquant", OmniQuant()], [x.to(dtype) for x in chain_data()])
     assert all(after <= before for before, after in errors(with_biases))
     assert with_biases(chain_data()[0].to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt-neox", "gemma3", "mixtral", "qwen3-next", "deepseek-v3", "nanogpt"])
+def test_architectures(name: str) -> None:
+    """Post-norm, parallel branches, masks that differ between blocks, experts, linear attention, and none of transformers."""
+    family = FAMILIES[name]
+    ours = learn(family.build(), ["smoothquant", OmniQuant(epochs=1), "gptq"], [family.batch()] * 3, scheme="w4a8")
+    found = errors(ours)
+    assert len(found) >= sum(layer.kind == "int8" for layer in quantkit.report(ours).layers)
+    assert all(after <= before for before, after in found)
 
 
 # ---- going on after a kill

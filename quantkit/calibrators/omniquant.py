@@ -71,7 +71,7 @@ class OmniQuant:
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Range, TokenSample)
 
     samples: int = 32
-    epochs: int = 2
+    epochs: int = 3
     scale_lr: float = 2e-2
     clip_lr: float = 5e-2
     offload: Place = field(default="cpu", metadata={"recipe": False})
