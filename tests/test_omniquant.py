@@ -264,9 +264,12 @@ def test_other_floating_point(dtype: torch.dtype) -> None:
     assert with_biases(chain_data()[0].to(dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt-neox", "gemma3", "mixtral", "qwen3-next", "deepseek-v3", "nanogpt"])
+@pytest.mark.parametrize(
+    "name", ["bert", "gpt-neox", "gemma3", "mixtral", "qwen3-next", "deepseek-v3", "nanogpt", "encoder-pre-norm", "jamba"]
+)
 def test_architectures(name: str) -> None:
-    """Post-norm, parallel branches, masks that differ between blocks, experts, linear attention, and none of transformers."""
+    """Post-norm, parallel branches, masks that differ between blocks, experts, linear attention, none of transformers, fused
+    paths of torch, and blocks of two classes."""
     family = FAMILIES[name]
     ours = learn(family.build(), ["smoothquant", OmniQuant(epochs=1), "gptq"], [family.batch()] * 3, scheme="w4a8")
     found = errors(ours)
@@ -354,6 +357,8 @@ def test_blocks_are_found() -> None:
     assert find_blocks(Chain(), ["blocks.2.up"]) == ("blocks.0", "blocks.1", "blocks.2")
     sequential = nn.Sequential(mlp(), mlp())
     assert find_blocks(sequential, ["0.up", "1.up"]) == ("0", "1")
+    with pytest.raises(MethodError, match="most of the layers"):
+        find_blocks(nn.ModuleDict({"a": sequential, "b": nn.Linear(2, 2), "c": nn.Linear(2, 2)}), ["a.0.up", "b", "c"])
     outer = nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList([mlp(), mlp()])}) for _ in range(2)])
     assert find_blocks(outer, ["0.experts.0.up", "0.experts.1.up", "1.experts.0.up"]) == ("0", "1")
 

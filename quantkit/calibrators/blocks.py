@@ -1,4 +1,4 @@
-"""A model as a chain of equal blocks, for calibrators that learn one block at a time."""
+"""A model as a chain of blocks, for calibrators that learn one block at a time."""
 
 from __future__ import annotations
 
@@ -22,25 +22,30 @@ Place = Literal["device", "cpu", "disk"]
 
 
 def find_blocks(model: nn.Module, linears: Iterable[str]) -> tuple[str, ...]:
-    """Names of the blocks: the entries, all of one class, of that module list in which most of ``linears`` are.
+    """Names of the blocks: the entries of that module list in which most of ``linears`` are.
+
+    Lists whose entries are all of one class come first; hybrid models have blocks of two or three classes in an ``nn.ModuleList``.
 
     Raises:
         MethodError: there is none.
     """
-    wanted, best, most = list(linears), (), 0
-    for name, module in model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len({type(child) for child in module}) != 1:
-            continue
-        blocks = tuple(f"{name}.{child}" if name else child for child, _ in module.named_children())
-        count = sum(linear.startswith(tuple(f"{block}." for block in blocks)) for linear in wanted)
-        if count > most:  # of a list and one inside of it, the outer comes first
-            best, most = blocks, count  # type: ignore[assignment]
-    if not best:
-        raise MethodError(
-            "no blocks were found: it learns block by block, and wants the layers in an nn.ModuleList (or nn.Sequential) whose "
-            "entries are all of one class; 'smoothquant' and 'gptq' need no blocks"
-        )
-    return best
+    wanted = list(linears)
+    for one_class, kinds in ((True, (nn.ModuleList, nn.Sequential)), (False, (nn.ModuleList,))):
+        best: tuple[str, ...] = ()
+        most = 0
+        for name, module in model.named_modules():
+            if not isinstance(module, kinds) or (one_class and len({type(child) for child in module}) != 1):
+                continue
+            blocks = tuple(f"{name}.{child}" if name else child for child, _ in module.named_children())
+            count = sum(linear.startswith(tuple(f"{block}." for block in blocks)) for linear in wanted)
+            if count > most:  # of a list and one inside of it, the outer comes first
+                best, most = blocks, count
+        if 2 * most > len(wanted):
+            return best
+    raise MethodError(
+        "no blocks were found: it learns block by block, and wants most of the layers in an nn.ModuleList (or an nn.Sequential "
+        "with entries of one class); 'smoothquant' and 'gptq' need no blocks"
+    )
 
 
 def samples_of(batches: Iterable[Any], count: int) -> list[Any]:

@@ -63,7 +63,7 @@ class OmniQuant:
             model, other data or options in the same folder are refused.
 
     Raises:
-        MethodError: a value that makes no sense, or a model in which no chain of equal blocks is found.
+        MethodError: a value that makes no sense, or a model in which no chain of blocks is found.
     """
 
     name: ClassVar[str] = "omniquant"
@@ -171,6 +171,10 @@ class OmniQuant:
                 for place in torch.randperm(len(train), generator=random).tolist():
                     optimizer.zero_grad(set_to_none=True)
                     error = loss(train[place])
+                    if not error.requires_grad:
+                        raise MethodError(
+                            f"block {block.name!r} does not pass its output through the linears that were found in it"
+                        )
                     error.backward()
                     optimizer.step()
                     decay.step()
@@ -219,6 +223,8 @@ class Block:
                 linear = LearnedLinear(full, self.quantized.get_submodule(inner), site, clips and not view.fold_only)
                 self.quantized.set_submodule(inner, linear)
                 self.linears.append(linear)
+        # Fused paths of torch read weights past their modules, and stand aside where there are hooks.
+        self.quantized.register_forward_pre_hook(lambda *_: None)
 
     def cast(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
