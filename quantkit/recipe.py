@@ -64,6 +64,11 @@ class Recipe:
             MethodError: something is missing, mistyped or unknown.
             SchemeError: the scheme does not exist.
         """
+        return cls._made(data, imports, written=False)
+
+    @classmethod
+    def _made(cls, data: Any, imports: bool, written: bool) -> Recipe:
+        """``written`` is for data out of a checkpoint, which names no folders: nobody has read it."""
         if not isinstance(data, Mapping) or "method" not in data:
             raise MethodError(
                 "a recipe is a mapping with the key 'method', such as {method: [smoothquant, gptq], scheme: w8a8}"
@@ -78,7 +83,7 @@ class Recipe:
             raise SchemeError(f"the recipe has scheme {scheme!r}: write its name, such as w8a8, or null for floating point")
         parts = method if isinstance(method, Sequence) and not isinstance(method, str) else [method]
         return cls(
-            tuple(resolve([_calibrator(part, imports) for part in parts])),
+            tuple(resolve([_calibrator(part, imports, written) for part in parts])),
             None if scheme is None else Scheme.parse(scheme),
             seed,
             _names(data, "ignore") or (),
@@ -95,7 +100,7 @@ class Recipe:
         """
         file = Path(path)
         if file.is_dir():
-            return cls.from_dict(_of_checkpoint(file), imports=imports)
+            return cls._made(_of_checkpoint(file), imports, written=True)
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".json":
             try:
@@ -131,9 +136,9 @@ def calibrator_dict(calibrator: Calibrator) -> dict[str, Any]:
     return {**where, **options}
 
 
-def options_of(kind: Any) -> list[Field[Any]]:
+def options_of(kind: Any, *, everything: bool = False) -> list[Field[Any]]:
     """Fields that decide something; a field with ``metadata={"recipe": False}``, such as a working folder, does not."""
-    return [f for f in fields(kind) if f.init and f.metadata.get("recipe", True)]
+    return [f for f in fields(kind) if f.init and (everything or f.metadata.get("recipe", True))]
 
 
 def _classes() -> dict[Any, str]:
@@ -141,7 +146,7 @@ def _classes() -> dict[Any, str]:
     return {type(c): c.name for make in METHODS.values() for c in resolve(make())}
 
 
-def _calibrator(part: Any, imports: bool) -> Any:
+def _calibrator(part: Any, imports: bool, written: bool) -> Any:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping) or not all(isinstance(key, str) for key in part):
@@ -157,7 +162,7 @@ def _calibrator(part: Any, imports: bool) -> Any:
         kind = next((c for c, known in _classes().items() if known == name), None)
         if kind is None:
             raise MethodError(f"the recipe's method names {name!r}: there are {', '.join(_classes().values())}")
-    known = {f.name: f for f in options_of(kind)} if is_dataclass(kind) else {}
+    known = {f.name: f for f in options_of(kind, everything=not written)} if is_dataclass(kind) else {}
     wrong = [key for key in options if key not in known]
     missing = [key for key, f in known.items() if key not in options and f.default is MISSING and f.default_factory is MISSING]
     if wrong or missing:

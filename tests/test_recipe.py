@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import quantkit
-from quantkit import GPTQ, Hadamard, LLMInt8, PerSite, QuantkitError, Recipe, Scheme, SmoothQuant, Stage, Transform
+from quantkit import GPTQ, Hadamard, LLMInt8, OmniQuant, PerSite, QuantkitError, Recipe, Scheme, SmoothQuant, Stage, Transform
 from quantkit.calibrators import METHODS, RTN, resolve
 from quantkit.pipeline import quantize
 
@@ -49,6 +49,7 @@ calibrators = st.one_of(
     st.builds(LLMInt8, threshold=st.floats(0.5, 10)),
     st.builds(Hadamard, st.sampled_from([8, 64, "full"]), st.one_of(st.none(), st.integers(0, 99))),
     st.builds(GPTQ, st.floats(0.001, 1), st.booleans()),
+    st.builds(OmniQuant, st.integers(2, 200), st.integers(1, 30), st.floats(0, 0.5)),
     st.builds(RTN),
     st.builds(Mine, st.floats(0.5, 4)),
 )
@@ -97,6 +98,20 @@ def test_a_checkpoint_imports_nothing(tmp_path: Path) -> None:
     quantkit.save(model, tmp_path / "saved")
     quantkit.load(tmp_path / "saved")
     with pytest.raises(QuantkitError, match="runs code that is not quantkit's"):
+        Recipe.read(tmp_path / "saved")
+
+
+def test_folders_are_read_but_not_written(tmp_path: Path) -> None:
+    """A person may say where to keep finished blocks; a checkpoint may not."""
+    recipe = Recipe.from_dict({"method": [{"name": "omniquant", "folder": str(tmp_path / "work")}]})
+    assert recipe.method == (OmniQuant(folder=str(tmp_path / "work")),)
+    assert not {"folder", "offload"} & recipe.to_dict()["method"][0].keys()
+    quantkit.save(quantize(llama(), "rtn", progress=False), tmp_path / "saved")
+    file = tmp_path / "saved" / "quantkit.json"
+    body = json.loads(file.read_text())
+    body["report"]["recipe"]["method"] = [{"name": "omniquant", "folder": "/etc"}]
+    file.write_text(json.dumps(body))
+    with pytest.raises(QuantkitError, match="no option 'folder'"):
         Recipe.read(tmp_path / "saved")
 
 

@@ -24,7 +24,7 @@ Place = Literal["device", "cpu", "disk"]
 def find_blocks(model: nn.Module, linears: Iterable[str]) -> tuple[str, ...]:
     """Names of the blocks: the entries of that module list in which most of ``linears`` are.
 
-    Lists whose entries are all of one class come first; hybrid models have blocks of two or three classes in an ``nn.ModuleList``.
+    Lists whose entries are all of one class come first; hybrid models have blocks of two classes in an ``nn.ModuleList``.
 
     Raises:
         MethodError: there is none.
