@@ -216,7 +216,7 @@ class Block:
         self.quantized = copy.deepcopy(self.float, memo)  # the same tensors in other modules
         self.sites, self.linears = [], []
         for view in views:
-            site = LearnedSite(view, self.dtype)
+            site = LearnedSite(view)
             self.sites.append(site)
             for full in view.linears:
                 inner = full.removeprefix(f"{name}.")
@@ -285,7 +285,7 @@ class Block:
 class LearnedSite:
     """A site whose scale is learned: one logarithm per producer row, on top of what earlier calibrators decided."""
 
-    def __init__(self, view: SiteView, dtype: torch.dtype) -> None:
+    def __init__(self, view: SiteView) -> None:
         self.view, self.start = view, view.transform
         self.range: Tensor | None = None
         if view.scheme.is_static:
