@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import quantkit
 from quantkit import GPTQ, Hadamard, Hessian, LLMInt8, MethodError, Rotation, SmoothQuant, Stage, Transform, W8A8Linear
 from quantkit.calibrators.gptq import dampings, inverse_factor, round_columns
+from quantkit.calibrators.noise import CLIPS, best_clip
 from quantkit.numerics import absmax_scale, decode, encode, qmax, quantize_weight
+from quantkit.scheme import Scheme
 
 
 def surgery(weight: Tensor, absmax: Tensor, moment: Tensor, order: list[int], bits: int) -> Tensor:
@@ -270,3 +272,21 @@ def test_order() -> None:
         quantkit.quantize(Correlated(), ["gptq", "smoothquant"], calibration=[torch.randn(20, 64)])
     with pytest.raises(MethodError, match="both choose the integers"):
         quantkit.quantize(Correlated(), ["gptq", "rtn"], calibration=[torch.randn(20, 64)])
+
+
+@given(st.integers(0, 10**6), st.integers(2, 8), st.booleans())
+def test_best_clip(seed: int, bits: int, per_tensor: bool) -> None:
+    """Of all shares tried, none has less error, the whole row included; with one scale for all rows they agree."""
+    random = torch.Generator().manual_seed(seed)
+    weight, size = torch.randn(6, 30, generator=random) ** 3, torch.rand(30, generator=random)
+    scheme = Scheme(weight_bits=bits, weights="tensor" if per_tensor else "channel")
+
+    def error(clip: Tensor) -> Tensor:
+        codes, scale = quantize_weight(weight, bits, per_tensor=per_tensor, clip=clip)
+        rows = (decode(codes, scale) - weight) ** 2 @ size
+        return rows.sum() if per_tensor else rows
+
+    best = best_clip(weight, size, scheme)
+    assert not per_tensor or len(best.unique()) == 1
+    for share in CLIPS:
+        assert bool((error(best) <= error(torch.full((6, 1), share)) * (1 + 1e-6)).all())
