@@ -193,6 +193,10 @@ def test_everything_folds() -> None:
 @pytest.mark.parametrize("make", [llama, Chain], ids=["llama", "chain"])
 @pytest.mark.parametrize(("scheme", "least"), [("w4a4", 0.97), ("w6a6", 1.0)])
 def test_better_than_its_start(make: Any, scheme: str, least: float) -> None:
+    """On fresh data, by the output of the whole model.
+
+    Random weights have little to gain at 6 bits, and a block that is nearer is no proof for the whole: small steps are.
+    """
     model = make()
     batches, fresh = (BATCHES, tokens(4, 24, seed=77)) if make is llama else (chain_data(), normal(1, 50, 16, seed=77))
 
@@ -202,7 +206,8 @@ def test_better_than_its_start(make: Any, scheme: str, least: float) -> None:
             got, wanted = (getattr(m(fresh), "logits", None) if make is llama else m(fresh) for m in (ours, model))
         return float((got - wanted).norm())
 
-    assert far([SmoothQuant(), OmniQuant(epochs=4)]) < least * far("smoothquant")
+    gentle = OmniQuant(epochs=4, scale_lr=5e-3, clip_lr=1e-2)
+    assert far([SmoothQuant(), gentle]) < least * far("smoothquant")
 
 
 @pytest.mark.parametrize("lr", [0.99, 0.005])
