@@ -306,6 +306,31 @@ def kernels(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+def methods(result: Result) -> str:
+    """One row for each scheme and method; several seeds as mean and range."""
+    groups: dict[tuple[str, str, int], list[Result]] = defaultdict(list)
+    for r in result["rows"]:
+        groups[r["scheme"], r["method"], r["windows"]].append(r)
+
+    def spread(rows: list[Result], name: str, digits: int) -> str:
+        values = [r[name] for r in rows]
+        text = f"{sum(values) / len(values):.{digits}f}"
+        return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+    head = ("scheme", "method", "seeds", "windows", "KL", "perplexity", "top-1", "seconds", "peak MiB")
+    return table(
+        head,
+        (
+            (
+                scheme.upper(), method, str(len(rows)), str(windows), spread(rows, "kl", 4), spread(rows, "perplexity", 2),
+                f"{median(r['top1'] for r in rows):.1%}", f"{median(r['quantize_s'] for r in rows):.0f}",
+                f"{median(r['peak_MiB'] for r in rows):.0f}",
+            )
+            for (scheme, method, windows), rows in groups.items()
+        ),
+    )  # fmt: skip
+
+
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "demo": ("demo", demo),
     "accuracy": ("accuracy", accuracy),
@@ -329,6 +354,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "outliers-bitsandbytes": ("outliers-bitsandbytes", peers),
     "peers": ("peers", peers),
     "peers-more": ("peers-more", peers),
+    "methods": ("methods", methods),
     "model": ("model", model),
     "quantize": ("quantize", quantize),
     "kernels": ("model", kernels),

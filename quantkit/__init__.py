@@ -8,12 +8,15 @@
 
 from quantkit._version import __version__
 from quantkit.calibrators import (
+    GPTQ,
     RPTQ,
     RTN,
     Calibrator,
     Codes,
     Hadamard,
+    Hessian,
     LLMInt8,
+    OmniQuant,
     PerSite,
     Plan,
     Rotate,
@@ -39,6 +42,7 @@ from quantkit.integrations import register_with_transformers as _register
 from quantkit.linear import W8A8Linear
 from quantkit.ops import backends, use_backend
 from quantkit.pipeline import quantize
+from quantkit.recipe import Recipe
 from quantkit.report import LayerRecord, Report, report
 from quantkit.scheme import Scheme
 from quantkit.sites import Carriers, Discovery, Producer, Site
@@ -46,12 +50,12 @@ from quantkit.statistics import Range, Statistic, TokenSample
 from quantkit.transform import Rotation, Transform
 
 __all__ = [
-    "RPTQ", "RTN", "BackendError", "CalibrationError", "Calibrator", "Carriers", "CheckpointError", "Codes", "Discovery",
-    "Equivalence",
-    "EquivalenceError", "Hadamard", "LLMInt8", "LayerRecord", "MethodError", "ModelError", "PerSite", "Plan", "Producer",
-    "QuantkitError", "Range", "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant",
-    "Stage", "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends",
-    "discover", "load", "quantize", "report", "save", "use_backend", "verify_equivalence",
+    "GPTQ", "RPTQ", "RTN", "BackendError", "CalibrationError", "Calibrator", "Carriers", "CheckpointError", "Codes",
+    "Discovery", "Equivalence", "EquivalenceError", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError",
+    "ModelError", "OmniQuant", "PerSite", "Plan", "Producer", "QuantkitError", "Range", "Recipe", "Report", "Rotate",
+    "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage", "Statistic", "TargetError",
+    "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "discover", "load", "quantize", "report",
+    "save", "use_backend", "verify_equivalence",
 ]  # fmt: skip
 
 _register()

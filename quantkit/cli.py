@@ -43,6 +43,7 @@ def main(
     epilog="Example: quantkit quantize ./my-llama -o ./my-llama-int8 --calibration corpus.txt --ignore '*.mlp.down_proj'"
 )
 def quantize(
+    context: typer.Context,
     model: Model,
     output: Annotated[
         Path,
@@ -53,7 +54,8 @@ def quantize(
         typer.Option(
             "--method",
             "-m",
-            help="rtn, smoothquant, llm_int8, hadamard or best; repeat to compose, in order.  [default: smoothquant]",
+            help="smoothquant, rtn, best, llm_int8, rotate, rptq, hadamard, gptq, omniquant; repeat to compose, in order.  "
+            "[default: smoothquant]",
         ),
     ] = None,
     scheme: Annotated[
@@ -73,6 +75,15 @@ def quantize(
     targets: Annotated[list[str] | None, typer.Option(help="Quantize only these names or globs; repeatable.")] = None,
     dtype: Annotated[str, typer.Option(help="What stays in floating point: float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .yaml or .json file, or a checkpoint to repeat. In place of --method, --scheme, --seed, --ignore, --targets"
+        ),
+    ] = None,
+    import_calibrators: Annotated[
+        bool, typer.Option("--import-calibrators", help="Let the recipe import calibrators by path, which runs their code.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Quantize a language model to INT8 and save it.
@@ -83,20 +94,23 @@ def quantize(
     import quantkit
     from quantkit.integrations.transformers import load_float
 
+    how: dict[str, Any] = {
+        "method": method or "smoothquant", "scheme": scheme, "seed": seed, "ignore": ignore or [], "targets": targets,
+    }  # fmt: skip
+    if recipe is not None:
+        sources = {name: context.get_parameter_source(name) for name in how}
+        given = [f"--{name}" for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        if given:
+            raise typer.BadParameter(f"--recipe says it all: drop {', '.join(given)}, or write it into the recipe")
+        how = quantkit.Recipe.read(recipe, imports=import_calibrators).arguments
+    elif import_calibrators:
+        raise typer.BadParameter("--import-calibrators goes with --recipe")
+
     net, tokenizer = load_float(model, dtype=dtype)
     data = None
     if calibration is not None:
         data = quantkit.data.packed_text([calibration.read_text(encoding="utf-8")], tokenizer)[:windows]
-    quantkit.quantize(
-        net,
-        method or "smoothquant",
-        calibration=data,
-        scheme=scheme,
-        ignore=ignore or [],
-        targets=targets,
-        seed=seed,
-        progress=not quiet,
-    )
+    quantkit.quantize(net, **how, calibration=data, progress=not quiet)
     quantkit.save(net, output, tokenizer=tokenizer)
     console.print(quantkit.report(net).summary)
     console.print(f"saved to [bold]{output}[/] ({_size(output)})")

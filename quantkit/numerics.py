@@ -89,7 +89,12 @@ PIECE = 2**20
 
 
 def quantize_weight(
-    weight: Tensor, bits: int = 8, *, per_tensor: bool = False, groups: tuple[int, ...] = ()
+    weight: Tensor,
+    bits: int = 8,
+    *,
+    per_tensor: bool = False,
+    groups: tuple[int, ...] = (),
+    clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Symmetric round-to-nearest codes of a weight.
 
@@ -98,12 +103,13 @@ def quantize_weight(
         bits: 2 to 8.
         per_tensor: one scale for the whole weight (repeated over its rows) in place of one per row.
         groups: sizes of G consecutive clusters of columns, each of which is rounded by itself.
+        clip: ``[N, 1]``, the share of its largest value that a row's grid spans; all of it if left out.
 
     Returns:
         codes ``[N, K]`` int8 and scale ``[N, 1]`` (``[N, G]`` with groups) float32.
     """
     if groups:
-        parts = [quantize_weight(part, bits, per_tensor=per_tensor) for part in weight.split(groups, dim=1)]
+        parts = [quantize_weight(part, bits, per_tensor=per_tensor, clip=clip) for part in weight.split(groups, dim=1)]
         return torch.cat([codes for codes, _ in parts], 1), torch.cat([scale for _, scale in parts], 1)
     # A few rows at a time: float32 copies of a whole weight would be the peak of memory while a model is loaded.
     rows = max(1, PIECE // max(weight.shape[1], 1))
@@ -113,6 +119,8 @@ def quantize_weight(
         absmax = torch.zeros(len(weight), 1, device=weight.device)
     if per_tensor and absmax.numel():
         absmax = absmax.amax().expand_as(absmax).contiguous()
+    if clip is not None:
+        absmax = absmax * clip
     # A row of zeros keeps scale 1, as every checkpoint format expects of an empty row.
     scale = torch.where(absmax == 0, torch.ones_like(absmax), absmax_scale(absmax, bits))
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)

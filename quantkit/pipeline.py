@@ -27,6 +27,7 @@ from quantkit.linear import W8A8Linear, check_exact
 from quantkit.modules import linears_of, replace_module, weight_of
 from quantkit.numerics import qmax, quantize_weight, sqnr_db
 from quantkit.observe import SiteStatistics, observe
+from quantkit.recipe import Recipe
 from quantkit.report import LayerRecord, Report, attach
 from quantkit.scheme import Scheme
 from quantkit.sites import Site
@@ -145,6 +146,9 @@ def _quantize(
         "given" if calibration is not None else "sampled from the model" if kinds else "not needed",
         rewrites=rewrites,
     )
+    if all(isinstance(pattern, str) for pattern in (*ignore, *(targets or ()))):
+        chosen_by = None if targets is None else tuple(map(str, targets))
+        record.recipe = Recipe(tuple(calibrators), number_format, seed, tuple(map(str, ignore)), chosen_by).to_dict()
     ranges = _static_ranges(model, views, data, seed, progress) if static else {}
     _convert(model, views, codes, notes, kept, number_format, ranges, piece, record, progress)
     attach(model, record)
@@ -298,8 +302,14 @@ def _plan(
         plan = _decide(calibrator, view_of_model, views)
         for view in views:
             if view.name in plan.transforms:
+                if view.clips and not plan.transforms[view.name].is_identity:
+                    raise MethodError(
+                        f"{calibrator.name} changes the weights of {view.name!r}, whose clipping was learned before: put "
+                        f"{calibrator.name} first"
+                    )
                 later = copy.deepcopy(plan.transforms[view.name])  # it may hold a parameter, which a fold would change
                 view.transform = snap(model, view.site, view.transform.then(later))
+            view.clips |= {linear: plan.clips[linear].clone() for linear in view.linears if linear in plan.clips}
             notes[view.name].update(plan.notes.get(view.name, {}))
         codes |= plan.codes
     return codes, notes
@@ -340,6 +350,14 @@ def _check_plan(calibrator: Calibrator, plan: Plan, views: Sequence[SiteView]) -
         fault = _codes_fault(codes, owners[linear], linear)
         if fault:
             raise MethodError(f"{name} rounded {linear!r} to what cannot be: {fault}")
+    for linear, clip in plan.clips.items():
+        if linear not in owners:
+            raise MethodError(f"{name} clipped {linear!r}, which is not among the layers to quantize")
+        rows = len(weight_of(owners[linear].linears[linear]))
+        wanted = f"[{rows}, 1] torch.float32 on {owners[linear].device}"
+        fault = _tensor_fault("clip", clip, wanted, lambda c: (c > 0) & (c <= 1), "above 0 and up to 1")
+        if fault:
+            raise MethodError(f"{name} clipped {linear!r} to what cannot be: {fault}")
 
 
 def _transform_fault(transform: Transform, view: SiteView, stage: Stage) -> str | None:
@@ -514,7 +532,10 @@ def _convert(
                     _change_float(linear, folded.get(view.name), factors.pop(name, None), order, sources.pop(name, None))
                 else:
                     factor = factors.pop(name, None)
-                    new = _to_int8(linear, view, leftovers[view.name], factor, codes.get(name), scheme, ranges.get(view.name))
+                    new = _to_int8(
+                        linear, view, leftovers[view.name], factor, codes.get(name), view.clips.get(name), scheme,
+                        ranges.get(view.name),
+                    )  # fmt: skip
                     layer.sqnr_db = _output_sqnr(view, linear, new, folded.get(view.name), factor, order)
                     if name in sources:
                         new.reorder_rows(sources.pop(name))
@@ -596,6 +617,7 @@ def _to_int8(
     leftover: Transform,
     factor: Tensor | None,
     codes: Codes | None,
+    clip: Tensor | None,
     scheme: Scheme,
     input_range: tuple[Tensor, Tensor] | None,
 ) -> W8A8Linear:
@@ -609,7 +631,8 @@ def _to_int8(
         assert leftover.outliers is not None
         side = side / leftover.scale[leftover.outliers]
     if codes is None:
-        codes = Codes(*quantize_weight(inner, scheme.weight_bits, per_tensor=scheme.weights == "tensor", groups=groups))
+        per_tensor = scheme.weights == "tensor"
+        codes = Codes(*quantize_weight(inner, scheme.weight_bits, per_tensor=per_tensor, groups=groups, clip=clip))
     scale = codes.scale
     if factor is not None:  # a row factor only moves the scale of the row: the codes stay
         rows = torch.ones(len(weight), device=weight.device)

@@ -58,6 +58,8 @@ class Report:
         equivalence: relative error of the folded float model against the original on one batch.
         layers: one record per linear.
         rewrites: what was done to the float model as a whole, before anything else.
+        recipe: all arguments that decided it, for :meth:`quantkit.Recipe.from_dict`; None in reports of older versions, and
+            where a layer was chosen by its class.
     """
 
     method: list[str]
@@ -67,6 +69,7 @@ class Report:
     equivalence: float | None = None
     layers: list[LayerRecord] = field(default_factory=list)
     rewrites: list[str] = field(default_factory=list)
+    recipe: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -76,7 +76,7 @@ def nothing() -> Iterator[Tensor]:
 
 
 CALLS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
-    "unknown method": ({"method": "gptq"}, MethodError, ["'gptq'", "rtn", "smoothquant"]),
+    "unknown method": ({"method": "awq"}, MethodError, ["'awq'", "rtn", "smoothquant"]),
     "class": ({"method": SmoothQuant}, MethodError, ["did you mean SmoothQuant()?"]),
     "class in a list": ({"method": [SmoothQuant(), RTN]}, MethodError, ["did you mean RTN()?"]),
     "no method": ({"method": []}, MethodError, ["empty", "rtn"]),

@@ -167,3 +167,21 @@ def test_exit_codes(folder: Path, int8: Path) -> None:
     assert short.returncode == 1
     assert "200 tokens" in " ".join(short.stderr.split())
     assert shell("eval", int8).returncode == 2
+
+
+def test_recipe(folder: Path, tmp_path: Path) -> None:
+    """A file, and then the checkpoint that it made, give the same bits."""
+    (tmp_path / "r.yaml").write_text(
+        "method: [smoothquant, {name: gptq, damping: 0.02}]\nscheme: w4a8\nignore: ['*.down_proj']\n"
+    )
+    common = [folder / "float", "-c", folder / "text.txt", "-q"]
+    invoke("quantize", *common, "-o", tmp_path / "one", "--recipe", tmp_path / "r.yaml")
+    invoke("quantize", *common, "-o", tmp_path / "two", "--recipe", tmp_path / "one")
+    one, two = quantkit.load(tmp_path / "one"), quantkit.load(tmp_path / "two")
+    assert quantkit.report(one).method == ["smoothquant", "gptq"]
+    for key, value in one.state_dict().items():
+        assert torch.equal(two.state_dict()[key], value), key
+    for extra in (["--scheme", "w8a8"], ["-m", "rtn"], ["--seed", 0], ["--ignore", "x"], ["--targets", "x"]):
+        refused = invoke("quantize", *common, "-o", tmp_path / "no", "--recipe", tmp_path / "r.yaml", *extra, code=2)
+        assert "--recipe says it all" in " ".join(refused.output.split())
+    invoke("quantize", *common, "-o", tmp_path / "no", "--import-calibrators", code=2)

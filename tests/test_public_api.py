@@ -22,7 +22,7 @@ ROOMS = [
     {"linear", "experts"},
     {"discovery", "data"},
     {"fold", "turn", "observe", "calibrators"},
-    {"pipeline", "checkpoint", "evaluate"},
+    {"pipeline", "checkpoint", "evaluate", "recipe"},
     {"integrations"},
     {"__init__"},
     {"demo", "cli", "__main__"},
@@ -67,7 +67,7 @@ def test_all_is_the_truth() -> None:
     assert len(set(quantkit.__all__)) == len(quantkit.__all__)
 
 
-METHODS_EXPLAINED = (quantkit.Scheme, quantkit.Transform, quantkit.Report)
+METHODS_EXPLAINED = (quantkit.Scheme, quantkit.Transform, quantkit.Report, quantkit.Recipe)
 
 
 @pytest.mark.parametrize("name", ["QuantKitConfig", *(n for n in quantkit.__all__ if n != "__version__")])

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from quantkit.calibrators.base import Calibrator, Codes, PerSite, Plan, SiteView, Stage, View, check_attributes, check_order
+from quantkit.calibrators.gptq import GPTQ, Hessian
 from quantkit.calibrators.hadamard import Hadamard
 from quantkit.calibrators.llmint8 import LLMInt8
+from quantkit.calibrators.omniquant import OmniQuant
 from quantkit.calibrators.rotate import Rotate
 from quantkit.calibrators.rptq import RPTQ
 from quantkit.calibrators.rtn import RTN
@@ -22,7 +24,10 @@ METHODS: dict[str, Callable[[], Any]] = {
     "best": lambda: [SmoothQuant(), Hadamard()],
     "rotate": Rotate,
     "rptq": RPTQ,
+    "gptq": GPTQ,
+    "omniquant": lambda: [SmoothQuant(), OmniQuant()],
 }
+"""A name may also stand for several calibrators, in order; those that the user lists before it are not repeated."""
 
 
 def resolve(method: Any) -> list[Calibrator]:
@@ -41,9 +46,11 @@ def resolve(method: Any) -> list[Calibrator]:
                 raise MethodError(
                     f"method {part!r} is not known: pass one of {', '.join(METHODS)}, or a calibrator of your own"
                 )
-            made = METHODS[part]()
-            calibrators += made if isinstance(made, list) else [made]
-            continue
+            part = METHODS[part]()
+            if isinstance(part, (list, tuple)):
+                known = {c.name for c in calibrators}
+                calibrators += [c for c in part if c.name not in known]
+                continue
         if isinstance(part, type) or not isinstance(part, Calibrator):
             hint = f"; did you mean {part.__name__}()?" if isinstance(part, type) else ""
             raise MethodError(
@@ -56,7 +63,6 @@ def resolve(method: Any) -> list[Calibrator]:
 
 
 __all__ = [
-    "METHODS", "RPTQ", "RTN", "Calibrator", "Codes", "Hadamard", "LLMInt8", "PerSite", "Plan", "Rotate", "SiteView",
-    "SmoothQuant",
-    "Stage", "View", "resolve",
+    "GPTQ", "METHODS", "RPTQ", "RTN", "Calibrator", "Codes", "Hadamard", "Hessian", "LLMInt8", "OmniQuant", "PerSite", "Plan",
+    "Rotate", "SiteView", "SmoothQuant", "Stage", "View", "resolve",
 ]  # fmt: skip

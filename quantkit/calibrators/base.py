@@ -49,6 +49,8 @@ class Plan:
     Attributes:
         transforms: site name -> what to do to its channels, on top of earlier calibrators.
         codes: linear name -> its integers; linears without an entry are rounded to nearest.
+        clips: linear name -> ``[N, 1]`` float32 in (0, 1], the share of each row's largest (transformed) weight that its grid
+            spans; what is beyond saturates. Whoever chooses the integers later starts from it.
         notes: site name -> a few values for the report, such as ``{"alpha": 0.6}``.
         turn: in ``Stage.MODEL``, and only there: which spaces of the float model to rotate first of all.
     """
@@ -57,6 +59,7 @@ class Plan:
     codes: dict[str, Codes] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     turn: Turn | None = None
+    clips: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,6 +75,7 @@ class SiteView:
         rotation_ahead: what a later calibrator is known to apply to the channels as they are numbered now: errors are to be
             judged behind it, see :class:`Foreseen`.
         turned: the rotated space that it is in already, such as ``"residual stream"``; empty for none.
+        clips: grids that earlier calibrators chose, by linear, see :class:`Plan`.
     """
 
     site: Site
@@ -82,6 +86,7 @@ class SiteView:
     _statistics: Mapping[type[Statistic], Statistic]
     rotation_ahead: Rotation | None = None
     turned: str = ""
+    clips: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

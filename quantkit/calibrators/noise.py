@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.numerics import qmax
+from quantkit.numerics import absmax_scale, decode, encode, qmax
 from quantkit.scheme import Scheme
 from quantkit.transform import Rotation, hadamard
 
@@ -55,3 +55,30 @@ def rotated(x: Tensor, rotation: Rotation) -> Tensor:
 def power_mean(tokens: Tensor, counts: Tensor, power: int) -> Tensor:
     """Of ``|tokens| [T, K]`` over tokens that stand for ``counts [T]``, ``[K]``."""
     return ((counts @ tokens.abs() ** power) / counts.sum()) ** (1 / power)
+
+
+CLIPS = tuple(1 - i / 40 for i in range(21))
+"""Shares of a row's largest weight that its grid may span: 1 down to 1/2."""
+
+
+def best_clip(weight: Tensor, size: Tensor, scheme: Scheme) -> Tensor:
+    """The share ``[N, 1]`` of each row's grid with the least rounding error of ``weight [N, K]``.
+
+    Args:
+        weight: ``[N, K]`` float32.
+        size: ``[K]``, how much the square of an error in each column counts.
+        scheme: bits; with one scale for the whole weight all rows get the same share.
+    """
+    whole = weight.abs().amax(1, keepdim=True)
+    together = scheme.weights == "tensor"
+    if together:
+        whole = whole.amax().expand_as(whole)
+    best, clip = torch.full_like(whole, float("inf")), torch.ones_like(whole)
+    for share in CLIPS:
+        absmax = whole * share
+        rounded = decode(encode(weight, absmax, scheme.weight_bits), absmax_scale(absmax, scheme.weight_bits))
+        error = ((rounded - weight) ** 2 @ size)[:, None]
+        error = error.sum().expand_as(error) if together else error
+        clip = torch.where(error < best, share, clip)
+        best = torch.minimum(error, best)
+    return clip
