@@ -21,6 +21,8 @@ from quantkit.errors import (
     SchemeError,
     TargetError,
 )
+from quantkit.export import export
+from quantkit.integrations import compressed_tensors_as_int8
 from quantkit.integrations import register_with_transformers as _register
 from quantkit.linear import W8A8Linear
 from quantkit.ops import backends, use_backend
@@ -35,8 +37,9 @@ __all__ = [
     "RTN", "BackendError", "CalibrationError", "Calibrator", "CheckpointError", "Codes", "Discovery", "Equivalence",
     "EquivalenceError", "Hadamard", "LLMInt8", "LayerRecord", "MethodError", "ModelError", "PerSite", "Plan", "Producer",
     "QuantkitError", "Range", "Report", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage",
-    "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "discover",
-    "load", "quantize", "report", "save", "use_backend", "verify_equivalence",
+    "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends",
+    "compressed_tensors_as_int8", "discover", "export", "load", "quantize", "report", "save", "use_backend",
+    "verify_equivalence",
 ]  # fmt: skip
 
 _register()

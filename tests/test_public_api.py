@@ -22,7 +22,7 @@ ROOMS = [
     {"linear", "experts"},
     {"discovery", "data"},
     {"fold", "observe", "calibrators"},
-    {"pipeline", "checkpoint", "evaluate"},
+    {"pipeline", "compressed", "checkpoint", "export", "evaluate"},
     {"integrations"},
     {"__init__"},
     {"demo", "cli", "__main__"},
