@@ -105,9 +105,9 @@ def export(
         model = load(source)
         extra = [f for f in sorted(source.iterdir()) if f.is_file() and _is_text(f)]
     record = report(model)
-    _check(model, record, outliers == "drop", rewrites == "undo")
+    biased = _check(model, record, outliers == "drop", rewrites == "undo")
     config, generation = _configuration(model, record), getattr(model, "generation_config", None)
-    entries = _entries(model, outliers == "drop", rewrites == "undo")
+    entries = _entries(model, biased)
     del model  # entries hold what is still to be written, and let go of it
     with written_whole(target) as folder:
         for file in extra:
@@ -137,8 +137,12 @@ def _is_text(file: Path) -> bool:
 # ---- what cannot be carried
 
 
-def _check(model: Any, record: Report, drop: bool, undo: bool) -> None:
-    """Refuse what an engine would compute differently, and warn of what some of them do not run."""
+def _check(model: Any, record: Report, drop: bool, undo: bool) -> set[str]:
+    """Refuse what an engine would compute differently, and warn of what some of them do not run.
+
+    Returns:
+        The INT8 layers that have a bias in an engine.
+    """
     if not hasattr(model, "config") or not type(model).__module__.startswith("transformers."):
         raise ModelError(
             f"{type(model).__name__} is no transformers model, and engines build models from config.json: use quantkit.save()"
@@ -146,14 +150,18 @@ def _check(model: Any, record: Report, drop: bool, undo: bool) -> None:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
     if not layers:
         raise ModelError("the model has no INT8 layer: quantize it with a scheme, such as 'w8a8'")
-    fresh = _without_weights(model)
+    originals = dict(_without_weights(model).named_modules())  # experts that are one tensor there have none
     for name, layer in layers.items():
-        original = dict(fresh.named_modules()).get(name) if "." in name else None
-        reason = _why_not(layer, original, drop, undo)
+        reason = _why_not(layer, originals.get(name), drop, undo)
         if reason:
             raise ModelError(f"layer {name!r} cannot be exported to {METHOD}: {reason}")
     _check_sites(layers, record)
     _warn(layers, record)
+    return {name for name, layer in layers.items() if layer.bias is not None and _has_bias(originals.get(name))}
+
+
+def _has_bias(original: nn.Module | None) -> bool:
+    return original is None or getattr(original, "bias", None) is not None
 
 
 def _without_weights(model: Any) -> nn.Module:
@@ -190,6 +198,8 @@ def _why_not(layer: W8A8Linear, original: nn.Module | None, drop: bool, undo: bo
             f"its input is rewritten at run time ({', '.join(rewrites)}), since no layer before it could take that over; "
             "rewrites='undo' takes it back into the weight and rounds again, or leave the layer out with ignore= in quantize()"
         )
+    if layer.bias is not None and not _has_bias(original) and layer.shift is None:
+        return "a shift gave it a bias, and its architecture has no place for one; quantize with a method that only scales"
     if scheme.is_static and (rewrites or layer.outlier_index is not None):
         return "its static scale holds for the rewritten input only; quantize with scales per token, 'w8a8'"
     return None
@@ -250,7 +260,7 @@ def _configuration(model: Any, record: Report) -> dict[str, Any]:
     }
     body["quantization_config"] = describe(layers, [_source(names, n) for n in _left_out(model)])
     body["quantization_config"]["quantkit"] = {"version": __version__, "method": record.method, "scheme": record.scheme}
-    return body
+    return dict(sorted(body.items()))
 
 
 def _source(names: Mapping[str, str], module: str) -> str:
@@ -269,7 +279,7 @@ def _left_out(model: nn.Module) -> list[str]:
     return found
 
 
-def _entries(model: nn.Module, drop: bool, undo: bool) -> list[_Entry]:
+def _entries(model: nn.Module, biased: set[str]) -> list[_Entry]:
     from quantkit.integrations.compressed import checkpoint_names
 
     names = checkpoint_names(model)
@@ -280,7 +290,7 @@ def _entries(model: nn.Module, drop: bool, undo: bool) -> list[_Entry]:
     for name, tensor in unshared(floats)[0].items():
         entries.append(_Entry(names[name], tensor.dtype, tuple(tensor.shape), partial(_itself, tensor)))
     for name, layer in layers.items():
-        entries += _layer_entries(_source(names, name), layer, half, drop, undo)
+        entries += _layer_entries(_source(names, name), layer, half, name in biased)
     return entries
 
 
@@ -288,8 +298,8 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _layer_entries(name: str, layer: W8A8Linear, half: bool, drop: bool, undo: bool) -> list[_Entry]:
-    codes, scale, bias = layer.weight, layer.weight_scale, layer.bias
+def _layer_entries(name: str, layer: W8A8Linear, half: bool, biased: bool) -> list[_Entry]:
+    codes, scale, bias = layer.weight, layer.weight_scale, layer.bias if biased else None
     if layer.outlier_index is not None or layer.rewrites_input:
         plain = layer.to_float()
         codes, scale = quantize_weight(plain.weight.detach(), per_tensor=layer.scheme.weights == "tensor")

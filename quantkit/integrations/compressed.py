@@ -106,6 +106,9 @@ class CompressedQuantizer(QuantKitQuantizer):
             layer = model.get_submodule(name)
             rows = layer.weight_scale.detach().view(-1, 1)
             layer.weight_scale = rows.expand(layer.out_features, 1).contiguous()
+            for key, dtype in (("input_scale", torch.float32), ("input_zero_point", torch.int32)):
+                if getattr(layer, key) is not None:
+                    setattr(layer, key, getattr(layer, key).detach().view(1).to(dtype))
         # What follows is a model of quantkit's own: it saves in quantkit's format.
         record = Report([METHOD], max(s.name for s in self._schemes.values()), 0, "by whoever made the checkpoint")
         record.layers = [LayerRecord(name, "int8") for name in self._schemes]
