@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -108,7 +109,8 @@ def export(
     biased = _check(model, record, outliers == "drop", rewrites == "undo")
     config, generation = _configuration(model, record), getattr(model, "generation_config", None)
     entries = _entries(model, biased)
-    del model  # entries hold what is still to be written, and let go of it
+    del model  # entries hold what is still to be written, and let go of it one by one
+    gc.collect()  # layers are part of cycles
     with written_whole(target) as folder:
         for file in extra:
             shutil.copyfile(file, folder / file.name)

@@ -424,7 +424,7 @@ class Computed(nn.Module):
 @pytest.mark.parametrize("name", MADE)
 @torch.no_grad()
 def test_checkpoints_of_llmcompressor(name: str) -> None:
-    """Two references read the files alone: one equals what transformers said, and by quantkit's rules the other equals load()."""
+    """Two references read the files alone: one equals what transformers said, the other, by quantkit's rules, equals load()."""
     said = load_file(FIXTURES / f"{name}-said.safetensors")
     ids = said["input_ids"]
     theirs = computed_by(as_compressed_tensors, FIXTURES / name, torch.float32)
