@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint.py [--layers 17] [--shard 1.0]
 
-Every step runs in a process of its own, and its peak is all the memory that the process ever held (VmHWM), mapped files included.
+Every step runs in a process of its own; its peak is all the memory that the process ever held (VmHWM), mapped files included.
 It must stay below the largest shard plus 1 GiB; exits with 1 if it does not.
 """
 
