@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -104,12 +104,13 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the export; must be new, empty, or an export of quantkit's.")
     ],
-    drop_outliers: Annotated[
-        bool, typer.Option(help="Round the outlier columns of LLM.int8() to INT8 like the others.")
-    ] = False,
-    undo_rewrites: Annotated[
-        bool, typer.Option(help="Take what layers do to their input at run time back into their weights.")
-    ] = False,
+    outliers: Annotated[
+        Literal["refuse", "drop"], typer.Option(help="drop rounds outlier columns of LLM.int8() to INT8 like the others.")
+    ] = "refuse",
+    rewrites: Annotated[
+        Literal["refuse", "undo"], typer.Option(help="undo takes what layers do to their input back into their weights.")
+    ] = "refuse",
+    quiet: Quiet = False,
 ) -> None:
     """Write an INT8 checkpoint in the compressed-tensors layout, for vLLM and SGLang.
 
@@ -117,9 +118,7 @@ def export(
     """
     import quantkit
 
-    quantkit.export(
-        checkpoint, output, outliers="drop" if drop_outliers else "refuse", rewrites="undo" if undo_rewrites else "refuse"
-    )
+    quantkit.export(checkpoint, output, outliers=outliers, rewrites=rewrites)
     console.print(f"exported to [bold]{output}[/] ({_size(output)})")
 
 
