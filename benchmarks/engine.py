@@ -3,10 +3,10 @@
     make engine-test                                              its own environment, and this
     python benchmarks/engine.py [--engine .venv-engine/bin/python] [--text FILE] [--windows 80] [--quick]
 
-SmolLM2 in bfloat16 is quantized by SmoothQuant and exported with each scheme. The engine serves each export, and says the
-log-probability of every token of the windows; quantkit computes the same from the same folder. Then: the engine's own operators
-on real activations, layer by layer; a chat answer; which kernel its log names; tokens/s beside the bf16 checkpoint; two
-processes that share a model; plain transformers. Exits with 1 if anything that is asserted does not hold.
+SmolLM2 in bfloat16 is quantized by SmoothQuant, calibrated on later text, and exported with each scheme. The engine serves each
+export, and says the log-probability of every token of the windows; quantkit computes the same from the same folder. Then: the
+engine's own operators on real activations, layer by layer; a chat answer; which kernel its log names; tokens/s beside the bf16
+checkpoint; two processes that share a model; plain transformers. Exits with 1 if anything that is asserted does not hold.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from quantkit.ops import reference
 
 SCHEMES = ("w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym")
 KERNEL = "CPUInt8ScaledMMLinearKernel"
-LENGTH, TOLERANCE, ERRORS = 256, 0.01, 3.0
-"""Tokens of a window; nats, and standard errors, by which the engine may differ."""
+LENGTH, CALIBRATION, TOLERANCE, ERRORS = 256, 16, 0.01, 3.0
+"""Tokens of a window; windows to calibrate on, behind those that are scored; nats, and standard errors, by which the engine may
+differ."""
 
 
 class Server:
@@ -223,8 +224,10 @@ def measure(args: argparse.Namespace, work: Path) -> list[str]:
     text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
     net, tokenizer = load_float("smollm2", dtype="bfloat16")
     count = 24 if args.quick else args.windows
-    ids = tokenizer(text[: 40 * count * LENGTH])["input_ids"]
+    ids = tokenizer(text[: 8 * (count + CALIBRATION) * LENGTH])["input_ids"]
     windows = [ids[i * LENGTH : (i + 1) * LENGTH] for i in range(min(count, len(ids) // LENGTH))]
+    rest = ids[len(windows) * LENGTH :] or ids
+    calibration = [torch.tensor([rest[i : i + LENGTH]]) for i in range(0, CALIBRATION * LENGTH, LENGTH)]
     if len(windows) * LENGTH < 6000:
         sys.exit(f"the text gives {len(windows)} windows of {LENGTH} tokens: take a longer one")
     net.save_pretrained(work / "bf16")
@@ -242,7 +245,8 @@ def measure(args: argparse.Namespace, work: Path) -> list[str]:
         base = engine_nll(server, windows)
         rows[-1]["engine_nll"] = mean(base)
     for scheme in SCHEMES[: 1 if args.quick else None]:
-        model = quantkit.quantize(load_float("smollm2", dtype="bfloat16")[0], scheme=scheme, progress=False)
+        model = load_float("smollm2", dtype="bfloat16")[0]
+        quantkit.quantize(model, calibration=calibration, scheme=scheme, progress=False)
         quantkit.export(model, work / scheme, tokenizer=tokenizer)
         model = quantkit.load(work / scheme)
         row: dict[str, Any] = {"model": scheme, "tokens": sum(len(w) - 1 for w in windows)}

@@ -7,7 +7,6 @@ exported in the memory of its largest tensor.
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import json
 import logging
@@ -28,7 +27,7 @@ from quantkit.checkpoint import CONFIG, INDEX, RECORD_FILE, WEIGHTS, is_compress
 from quantkit.compressed import METHOD, describe
 from quantkit.errors import CheckpointError, ModelError
 from quantkit.linear import W8A8Linear
-from quantkit.modules import is_conv1d, is_linear, linears_of
+from quantkit.modules import is_conv1d, is_linear, linears_of, memory_of
 from quantkit.numerics import encode, qmax, quantize_weight
 from quantkit.report import Report, report
 
@@ -376,4 +375,4 @@ def _write_shard(out: BinaryIO, shard: list[_Entry]) -> None:
         tensor = entry.make().cpu().contiguous()
         assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape)
         if tensor.numel():
-            out.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+            out.write(memory_of(tensor))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -111,7 +112,8 @@ def _quantize(
 
     if number_format is not None and (kinds or calibration is not None):
         kinds[TokenSample] = None  # for the report
-    statistics = observe(model, data, sites, list(kinds), seed=seed, progress=progress) if kinds else {}
+    digest = hashlib.sha256()
+    statistics = observe(model, data, sites, list(kinds), seed=seed, progress=progress, digest=digest) if kinds else {}
     if kinds:
         unreached = {name: "no calibration token reached it" for s in sites if s.name not in statistics for name in s.linears}
         kept |= unreached
@@ -127,6 +129,7 @@ def _quantize(
         number_format.name if number_format else None,
         seed,
         "given" if calibration is not None else "sampled from the model" if kinds else "not needed",
+        calibration_sha256=digest.hexdigest() if kinds else None,
     )
     _convert(model, views, codes, notes, kept, number_format, piece, record, progress)
     attach(model, record)

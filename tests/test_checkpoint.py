@@ -114,6 +114,23 @@ def test_a_float_model_after_smoothing(tmp_path: Path) -> None:
     assert_same(outputs(quantkit.load(quantkit.save(model, tmp_path / "out"))), outputs(model))
 
 
+def test_the_calibration_data_is_known(tmp_path: Path) -> None:
+    """By a hash over its tensors in order, which comes back with the report."""
+    first, second = normal(2, 9, 16), normal(2, 9, 16, seed=1)
+
+    def digest(*data: Any, method: str = "smoothquant") -> str | None:
+        model = quantkit.quantize(mlp(), method, calibration=list(data) or None, progress=False)
+        again = quantkit.load(quantkit.save(model, tmp_path / "out"), model=mlp())
+        assert quantkit.report(again) == quantkit.report(model)
+        return quantkit.report(model).calibration_sha256
+
+    wanted = hashlib.sha256()
+    for batch in (first, second):
+        wanted.update(b"torch.float32 [2, 9, 16]" + bytes(batch.view(torch.uint8).flatten().tolist()))
+    assert digest(first, second) == wanted.hexdigest() != digest(second, first)
+    assert digest((first,)) == digest(first)
+
+
 def test_shards(saved: Path, tmp_path: Path) -> None:
     model = quantkit.load(saved, model=mlp())
     out = quantkit.save(model, tmp_path / "out", shard_bytes=300)
