@@ -72,6 +72,12 @@ class CompressedQuantizer(QuantKitQuantizer):
         for file in checkpoint_files:
             stored |= read_header(Path(file))
         schemes, names = self._layers_to_run(model, stored)
+        for name, tensor in model.state_dict().items():  # not every version of transformers looks itself
+            found = stored.get(names[name])
+            if name.rpartition(".")[0] not in schemes and found is not None and found.shape != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"tensor {names[name]!r} has shape {list(found.shape)} and the model needs {list(tensor.shape)}"
+                )
         linears = dict(model.named_modules())
         made = {}
         for name, scheme in schemes.items():
