@@ -463,19 +463,6 @@ def test_transformers_without_the_package_takes_no_codes_for_weights(folder: Pat
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("k", [1, 3, 64, 1000])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_codes_of_minus_128_are_exact(scheme: str, k: int) -> None:
-    layer = W8A8Linear(k, 8, scheme=Scheme.parse(scheme), bias=False)
-    layer.weight.fill_(-128)
-    layer.weight[1::2] = 127
-    for rows in (1, 2, 17):
-        x = torch.full((rows, k), -1.0) if "asym" not in scheme else normal(rows, k)
-        got = layer(x)
-        with quantkit.use_backend("reference"):
-            assert torch.equal(got, layer(x))
-
-
 # ---- what is damaged or hostile
 
 

@@ -137,13 +137,16 @@ def _candidates(model: nn.Module, names: dict[str, str], stored: dict[str, Store
     return found
 
 
+def longest(scheme: Scheme) -> int:
+    """Most inputs of a layer whose int32 sums are exact. Codes of others reach -128, so products are larger than quantkit's."""
+    return (2**31 - 1) // (128 * (127 if scheme.symmetric else 255))
+
+
 def _empty(name: str, source: str, linear: nn.Module, scheme: Scheme, stored: dict[str, Stored], dtype: Any) -> W8A8Linear:
     """An INT8 layer on the meta device with the shapes that the files have, once they make sense."""
     n, k = weight_of(linear).shape
-    # Codes of others reach -128, so a product is larger than any of quantkit's own.
-    limit = (2**31 - 1) // (128 * (127 if scheme.symmetric else 255))
-    if k > limit:
-        raise CheckpointError(f"layer {name!r} has {k} inputs, beyond {limit}, up to which its int32 sums are exact")
+    if k > longest(scheme):
+        raise CheckpointError(f"layer {name!r} has {k} inputs, beyond {longest(scheme)}, up to which its int32 sums are exact")
     zero = scheme.is_static and not scheme.symmetric
     scale_shapes = [(n, 1), (n,)] if scheme.weights == "channel" else [(1,), (1, 1), ()]
     wanted: dict[str, tuple[list[tuple[int, ...]], tuple[str, ...]]] = {
