@@ -23,6 +23,7 @@ from torch import nn
 
 import quantkit
 from quantkit import CheckpointError, ModelError, Plan, Rotation, SmoothQuant, Stage, Transform, checkpoint
+from quantkit.calibrators import METHODS
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -70,6 +71,14 @@ def test_schemes(scheme: str, tmp_path: Path) -> None:
     assert fresh.up.scheme.name == scheme
     assert_same(fresh.state_dict(), model.state_dict())
     assert_same(outputs(fresh), outputs(model))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(method: str, tmp_path: Path) -> None:
+    model = quantized(llama(), method)
+    again = quantkit.load(quantkit.save(model, tmp_path / "out"))
+    assert_same(again.state_dict(), model.state_dict())
+    assert_same(outputs(again), outputs(model))
 
 
 EVERYTHING = {
