@@ -307,7 +307,7 @@ def _report_of(folder: Path, body: dict[str, Any]) -> Report:
 def _check_files(folder: Path, body: dict[str, Any], verify: bool) -> list[str]:
     """The safetensors files, once every listed file is found inside the folder, whole and unchanged."""
     for name, facts in body["files"].items():
-        file = _inside(folder, name, RECORD_FILE)
+        file = inside(folder, name, RECORD_FILE)
         if file.stat().st_size != facts["bytes"]:
             raise CheckpointError(
                 f"{file} has {file.stat().st_size} bytes and should have {facts['bytes']}: truncated or changed"
@@ -317,8 +317,12 @@ def _check_files(folder: Path, body: dict[str, Any], verify: bool) -> list[str]:
     return [name for name in body["files"] if name.endswith(".safetensors")]
 
 
-def _inside(folder: Path, name: str, said_by: str) -> Path:
-    """The file called ``name``, which is there and in the folder."""
+def inside(folder: Path, name: str, said_by: str) -> Path:
+    """The file called ``name``.
+
+    Raises:
+        CheckpointError: it is missing, or not in the folder.
+    """
     file = folder / name
     if not FILE_NAME.fullmatch(name):
         raise CheckpointError(f"{folder / said_by} lists {name!r}, a path outside the checkpoint: refused")
@@ -413,13 +417,13 @@ def _open_compressed(folder: Path, model: nn.Module | None, device: torch.device
 def _weight_files(folder: Path) -> list[str]:
     """The safetensors files of a folder, each found in it, with the tensors that the index says."""
     if not (folder / INDEX).exists():
-        return [_inside(folder, WEIGHTS, CONFIG).name]
+        return [inside(folder, WEIGHTS, CONFIG).name]
     places = _read_json(folder, INDEX).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{folder / INDEX} has no weight_map from tensors to files")
     files = sorted(set(places.values()))
     for name in files:
-        if not _inside(folder, name, INDEX).name.endswith(".safetensors"):
+        if not inside(folder, name, INDEX).name.endswith(".safetensors"):
             raise CheckpointError(f"{folder / INDEX} lists {name!r}, which is no safetensors file: refused")
     held = _tensor_index(folder, files)
     for name, file in places.items():
@@ -432,7 +436,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    file = _inside(folder, name, name)
+    file = inside(folder, name, name)
     if file.stat().st_size > MAX_RECORD_BYTES:
         raise CheckpointError(f"{file} is larger than {MAX_RECORD_BYTES >> 20} MiB: refused")
     try:

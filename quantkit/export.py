@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit._version import __version__
-from quantkit.checkpoint import CONFIG, INDEX, RECORD_FILE, WEIGHTS, is_compressed, load, unshared, written_whole
+from quantkit.checkpoint import CONFIG, INDEX, RECORD_FILE, WEIGHTS, inside, is_compressed, load, unshared, written_whole
 from quantkit.compressed import METHOD, describe
 from quantkit.errors import CheckpointError, ModelError
 from quantkit.linear import W8A8Linear
@@ -103,7 +103,7 @@ def export(
         if source.resolve() == target.resolve():
             raise CheckpointError(f"{target} is the checkpoint itself: choose another folder")
         model = load(source)
-        extra = [f for f in sorted(source.iterdir()) if f.is_file() and _is_text(f)]
+        extra = [inside(source, f.name, RECORD_FILE) for f in sorted(source.iterdir()) if f.is_file() and _is_text(f)]
     record = report(model)
     biased = _check(model, record, outliers == "drop", rewrites == "undo")
     config, generation = _configuration(model, record), getattr(model, "generation_config", None)

@@ -612,6 +612,14 @@ def test_links_that_leave_the_folder(folder: Path, tmp_path: Path) -> None:
         quantkit.load(folder)
 
 
+def test_nothing_from_outside_goes_along(tmp_path: Path) -> None:
+    saved = quantkit.save(quantized("rtn"), tmp_path / "saved")
+    (tmp_path / "secret").write_text("{}")
+    (saved / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="leaves the checkpoint"):
+        quantkit.export(saved, tmp_path / "out")
+
+
 def test_the_links_of_the_hub_are_followed(folder: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "snapshots" / "1234", tmp_path / "blobs"
     snapshot.mkdir(parents=True)
