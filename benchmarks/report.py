@@ -202,6 +202,28 @@ def load(result: Result) -> str:
     return table(("", "model, MiB", "its largest layer in 16 bit", "peak", "seconds"), rows)
 
 
+def checkpoint(result: Result) -> str:
+    rows = [
+        (r["step"], *(f"{r[key] / 2**20:.0f}" for key in ("bytes", "largest_shard", "peak")), f"{r['seconds']:.0f}")
+        for r in result["rows"]
+    ]
+    return table(("", "files, MiB", "largest shard", "peak", "seconds"), rows)
+
+
+def engine(result: Result) -> str:
+    """Each served model: against quantkit on the same folder, against bf16 in the engine, and its speed."""
+    rows = []
+    for r in result["rows"]:
+        if "decode_tok_s" not in r:
+            continue
+        cells = [f"{r[key]['difference']:+.4f} +- {r[key]['standard_error']:.4f}" if key in r else "" for key in GAPS]
+        rows.append((r["model"], f"{r['engine_nll']:.4f}", *cells, f"{r['decode_tok_s']:.1f}", f"{r['prefill_tok_s']:.0f}"))
+    return table(("", "nats per token", "less quantkit's own", "less bf16's", "decode tok/s", "prefill tok/s"), rows)
+
+
+GAPS = ("to_quantkit", "to_bf16")
+
+
 def outliers(result: Result) -> str:
     """Products with 16-bit columns beside the INT8 ones: fixed ones, or those that reach a threshold."""
     counts = [n for n in result["rows"][0]["us"] if n.startswith("bf16: quantkit, ")]
@@ -345,6 +367,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "accuracy-rptq": ("accuracy-rptq", accuracy),
     "load": ("load", load),
     "load-gpu": ("load-gpu", load),
+    "checkpoint": ("checkpoint", checkpoint),
+    "engine": ("engine", engine),
     "sites": ("accuracy", sites),
     "cpu": ("cpu", cpu),
     "cpu-rotation": ("cpu-rotation", cpu_rotation),

@@ -38,6 +38,8 @@ from quantkit.errors import (
     SchemeError,
     TargetError,
 )
+from quantkit.export import export
+from quantkit.integrations import compressed_tensors_as_int8
 from quantkit.integrations import register_with_transformers as _register
 from quantkit.linear import W8A8Linear
 from quantkit.ops import backends, use_backend
@@ -54,8 +56,8 @@ __all__ = [
     "Discovery", "Equivalence", "EquivalenceError", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError",
     "ModelError", "OmniQuant", "PerSite", "Plan", "Producer", "QuantkitError", "Range", "Recipe", "Report", "Rotate",
     "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage", "Statistic", "TargetError",
-    "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "discover", "load", "quantize", "report",
-    "save", "use_backend", "verify_equivalence",
+    "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "compressed_tensors_as_int8", "discover",
+    "export", "load", "quantize", "report", "save", "use_backend", "verify_equivalence",
 ]  # fmt: skip
 
 _register()

@@ -1,4 +1,4 @@
-"""save() and load(): safetensors and one JSON record, atomic, hashed, no pickle.
+"""save() and load(): safetensors and one JSON record, atomic, hashed, no pickle. load() also opens compressed-tensors folders.
 
 A checkpoint is a folder::
 
@@ -17,16 +17,18 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quantkit.compressed import METHOD as COMPRESSED
+from quantkit.compressed import parse
 from quantkit.errors import CheckpointError, ModelError, QuantkitError
 from quantkit.experts import put_back, unfuse
 from quantkit.linear import W8A8Linear
@@ -48,6 +50,16 @@ DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
 }  # fmt: skip
 """How safetensors calls what is no floating-point number."""
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+"""The names that transformers and the engines look for."""
+
+
+class Stored(NamedTuple):
+    """A tensor that a safetensors file says it holds."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = None, shard_bytes: int = 4 * 2**30) -> Path:
@@ -69,8 +81,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = Non
     record, target = report(model), Path(path)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / RECORD_FILE).is_file())):
         raise CheckpointError(f"{target} exists and is no quantkit checkpoint: choose an empty or a new folder")
-    tensors, tied = _unshared(model.state_dict())
-    with _written_whole(target) as folder:
+    tensors, tied = unshared(model.state_dict())
+    with written_whole(target) as folder:
         files = _write_shards(tensors, folder, shard_bytes)
         transformers_class = _write_transformers_files(model, folder, tokenizer)
         files += [p.name for p in sorted(folder.iterdir()) if p.name not in files and p.is_file()]
@@ -97,7 +109,9 @@ def load(
     device: torch.device | str = "cpu",
     verify: bool = True,
 ) -> nn.Module:
-    """Open a checkpoint that :func:`save` wrote.
+    """Open a checkpoint that :func:`save` wrote, or a W8A8 INT8 checkpoint in the compressed-tensors layout.
+
+    The latter is what :func:`quantkit.export` and other tools write; its layers become INT8 layers of quantkit.
 
     Args:
         path: the folder.
@@ -113,6 +127,8 @@ def load(
         CheckpointError: the folder is missing, truncated, tampered with, of a newer format, not safe, or of another model.
     """
     folder = Path(path)
+    if is_compressed(folder):
+        return _open_compressed(folder, model, device)
     body = _read_record(folder)
     files = _check_files(folder, body, verify)
     stored = _tensor_index(folder, files)
@@ -128,7 +144,7 @@ def load(
     except BaseException:
         put_back(model, taken_apart)
         raise
-    tensors = {name: _read(folder / file, name, device) for name, (file, _, _) in stored.items()}
+    tensors = {name: read_tensor(found.file, name, device) for name, found in stored.items()}
     tensors |= {alias: tensors[name] for alias, name in body["tied"].items()}
     for name, layer in layers.items():
         replace_module(model, name, layer)
@@ -145,7 +161,7 @@ def load(
 
 
 @contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``target`` at the end, or vanishes if anything fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -171,7 +187,7 @@ def _written_whole(target: Path) -> Iterator[Path]:
         raise
 
 
-def _unshared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unshared(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors without the second names of tied ones, and alias -> name."""
     seen: dict[Any, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -302,13 +318,7 @@ def _report_of(folder: Path, body: dict[str, Any]) -> Report:
 def _check_files(folder: Path, body: dict[str, Any], verify: bool) -> list[str]:
     """The safetensors files, once every listed file is found inside the folder, whole and unchanged."""
     for name, facts in body["files"].items():
-        file = folder / name
-        if not FILE_NAME.fullmatch(name):
-            raise CheckpointError(f"{folder / RECORD_FILE} lists {name!r}, a path outside the checkpoint: refused")
-        if file.is_symlink() and file.resolve().parent != folder.resolve() and not _is_hub_cache(file):
-            raise CheckpointError(f"{file} is a link that leaves the checkpoint: refused")
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
+        file = inside(folder, name, RECORD_FILE)
         if file.stat().st_size != facts["bytes"]:
             raise CheckpointError(
                 f"{file} has {file.stat().st_size} bytes and should have {facts['bytes']}: truncated or changed"
@@ -318,34 +328,135 @@ def _check_files(folder: Path, body: dict[str, Any], verify: bool) -> list[str]:
     return [name for name in body["files"] if name.endswith(".safetensors")]
 
 
+def inside(folder: Path, name: str, said_by: str) -> Path:
+    """The file called ``name``.
+
+    Raises:
+        CheckpointError: it is missing, or not in the folder.
+    """
+    file = folder / name
+    if not FILE_NAME.fullmatch(name):
+        raise CheckpointError(f"{folder / said_by} lists {name!r}, a path outside the checkpoint: refused")
+    if file.is_symlink() and file.resolve().parent != folder.resolve() and not _is_hub_cache(file):
+        raise CheckpointError(f"{file} is a link that leaves the checkpoint: refused")
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    return file
+
+
 def _is_hub_cache(file: Path) -> bool:
     """huggingface_hub keeps snapshots as links into ``../../blobs`` of the same repository."""
     return file.parent.parent.name == "snapshots" and file.resolve().parent == (file.parent.parent.parent / "blobs").resolve()
 
 
-def _tensor_index(folder: Path, files: list[str]) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    """Tensor name -> (file, shape, dtype), from the headers alone."""
-    index: dict[str, tuple[str, tuple[int, ...], str]] = {}
+def read_header(file: Path) -> dict[str, Stored]:
+    """What a safetensors file holds, by name, from its header alone.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as handle:
+            parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  safe_open is no mapping
+            return {name: Stored(file, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+
+
+def _tensor_index(folder: Path, files: Iterable[str]) -> dict[str, Stored]:
+    index: dict[str, Stored] = {}
     for file in files:
-        try:
-            with safe_open(folder / file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118  safe_open is no mapping
-                    if name in index:
-                        raise CheckpointError(f"{folder}: tensor {name!r} is stored twice")
-                    part = handle.get_slice(name)
-                    index[name] = (file, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / file} is damaged: {error}") from None
+        found = read_header(folder / file)
+        twice = next((name for name in found if name in index), None)
+        if twice is not None:
+            raise CheckpointError(f"{folder}: tensor {twice!r} is stored twice")
+        index |= found
     return index
 
 
-def _read(file: Path, name: str, device: torch.device | str) -> Tensor:
+def read_tensor(file: Path, name: str, device: torch.device | str) -> Tensor:
+    """One tensor of a file; on a CPU its memory is the file's own, read when it is used.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         with safe_open(file, framework="pt", device=str(device)) as handle:
             tensor: Tensor = handle.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"tensor {name!r} of {file} cannot be read: {error}") from None
     return tensor
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether this is a folder in the compressed-tensors layout, quantkit's own not among them."""
+    if (folder / RECORD_FILE).is_file() or not (folder / CONFIG).is_file():
+        return False
+    config = _read_json(folder, CONFIG).get("quantization_config")
+    return isinstance(config, dict) and config.get("quant_method") == COMPRESSED
+
+
+def _open_compressed(folder: Path, model: nn.Module | None, device: torch.device | str) -> nn.Module:
+    """Everything that can be refused is, before transformers sees the folder."""
+    if model is not None:
+        raise CheckpointError(f"{folder} is a transformers model, which load() makes itself: leave model= out")
+    config = _read_json(folder, CONFIG)
+    try:
+        parse(config["quantization_config"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+    names = config.get("architectures")
+    if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
+        raise CheckpointError(f"{folder / CONFIG} names no class of model in 'architectures'")
+    for key in ("transformers_weights", "auto_map"):
+        if config.get(key):
+            raise CheckpointError(f"{folder / CONFIG} has {key!r}, which points to files or code of its own: refused")
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder} holds an adapter beside the model: refused")
+    stored = _tensor_index(folder, _weight_files(folder))
+    if not any(found.dtype == "I8" for found in stored.values()):
+        raise CheckpointError(f"{folder}: no tensor holds INT8 codes, and config.json says that some do")
+    try:
+        from quantkit.integrations.compressed import load_compressed
+    except ImportError as error:
+        raise CheckpointError(
+            f"{folder} is a transformers model: pip install 'quantkit-w8a8[transformers]' ({error})"
+        ) from None
+    return load_compressed(folder, names[0], device)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The safetensors files of a folder, each found in it, with the tensors that the index says."""
+    if not (folder / INDEX).exists():
+        return [inside(folder, WEIGHTS, CONFIG).name]
+    places = _read_json(folder, INDEX).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{folder / INDEX} has no weight_map from tensors to files")
+    files = sorted(set(places.values()))
+    for name in files:
+        if not inside(folder, name, INDEX).name.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / INDEX} lists {name!r}, which is no safetensors file: refused")
+    held = _tensor_index(folder, files)
+    for name, file in places.items():
+        if name not in held or held[name].file.name != file:
+            raise CheckpointError(f"tensor {name!r} is missing from {folder / file}, where the index has it")
+    surplus = next((name for name in held if name not in places), None)
+    if surplus is not None:
+        raise CheckpointError(f"tensor {surplus!r} of {held[surplus].file} is not in the index")
+    return files
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    file = inside(folder, name, name)
+    if file.stat().st_size > MAX_RECORD_BYTES:
+        raise CheckpointError(f"{file} is larger than {MAX_RECORD_BYTES >> 20} MiB: refused")
+    try:
+        body = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    if not isinstance(body, dict):
+        raise CheckpointError(f"{file} is damaged: it holds no JSON object")
+    return body
 
 
 def _empty_transformers_model(folder: Path, body: dict[str, Any]) -> nn.Module:
@@ -439,7 +550,7 @@ def empty_layer(name: str, facts: dict[str, Any]) -> W8A8Linear:
 def _check_fit(
     model: nn.Module,
     layers: dict[str, W8A8Linear],
-    stored: dict[str, tuple[str, tuple[int, ...], str]],
+    stored: dict[str, Stored],
     tied: dict[str, str],
 ) -> None:
     """Every tensor the model needs is there with its shape, and nothing else, before anything is assigned."""

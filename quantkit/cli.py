@@ -1,4 +1,4 @@
-"""The command line: quantkit quantize | eval | inspect | tune | demo. Knows only the public names of the library."""
+"""The command line: quantkit quantize | export | eval | inspect | tune | demo. Knows only the public names of the library."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -114,6 +114,30 @@ def quantize(
     quantkit.save(net, output, tokenizer=tokenizer)
     console.print(quantkit.report(net).summary)
     console.print(f"saved to [bold]{output}[/] ({_size(output)})")
+
+
+@app.command(epilog="Example: quantkit export ./my-llama-int8 -o ./my-llama-vllm")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that quantkit quantize wrote.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the export; must be new, empty, or an export of quantkit's.")
+    ],
+    outliers: Annotated[
+        Literal["refuse", "drop"], typer.Option(help="drop rounds outlier columns of LLM.int8() to INT8 like the others.")
+    ] = "refuse",
+    rewrites: Annotated[
+        Literal["refuse", "undo"], typer.Option(help="undo takes what layers do to their input back into their weights.")
+    ] = "refuse",
+    quiet: Quiet = False,
+) -> None:
+    """Write an INT8 checkpoint in the compressed-tensors layout, for vLLM and SGLang.
+
+    Refuses what that layout cannot carry, with the layer and the reason, before it writes anything. The tokenizer goes along.
+    """
+    import quantkit
+
+    quantkit.export(checkpoint, output, outliers=outliers, rewrites=rewrites)
+    console.print(f"exported to [bold]{output}[/] ({_size(output)})")
 
 
 @app.command("eval", epilog="Example: quantkit eval ./my-llama-int8 --text wiki.test.txt --reference ./my-llama")

@@ -47,6 +47,7 @@ class Experts(nn.Module):
         # The family's own way to join gate and up, without the weights.
         self.activation = copy.copy(fused)
         self.activation._parameters = {}
+        self.activation._is_hf_initialized = True  # so that from_pretrained does not fill the weights that it lost
         self.train(fused.training)
 
     def _halves(self, fused: tuple[Tensor, Tensor | None], e: int) -> Iterator[tuple[Tensor, Tensor | None]]:

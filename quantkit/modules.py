@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import inspect
 import sys
@@ -108,6 +109,11 @@ def all_tensors(value: Any) -> list[Tensor]:
 
     map_tensors(value, take)
     return found
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """The bytes of a contiguous tensor in main memory that has elements, not copied: good for a file or a hash."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
 
 def map_tensors(value: Any, function: Any) -> Any:

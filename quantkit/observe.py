@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from quantkit.data import _off
 from quantkit.errors import CalibrationError
-from quantkit.modules import call, evaluating, first_input
+from quantkit.modules import all_tensors, call, evaluating, first_input, memory_of
 from quantkit.sites import Site
 from quantkit.statistics import Statistic
 from quantkit.transform import Transform
@@ -29,11 +29,13 @@ def observe(
     transforms: Mapping[str, Transform] | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    digest: Any = None,
 ) -> dict[str, SiteStatistics]:
     """Statistics of every site, keyed by site name and then by kind.
 
     The model is only watched: hooks are removed even when the pass is interrupted. Memory holds the statistics and one
-    batch, whatever the amount of data. With ``transforms``, by site, it is their INT8 side that is measured, in float32.
+    batch, whatever the amount of data. With ``transforms``, by site, it is their INT8 side that is measured, in float32. A
+    ``digest`` of hashlib, if given, is fed with the tensors of each batch.
 
     Raises:
         CalibrationError: an activation is NaN or Inf (naming the layer), or no batch came.
@@ -66,6 +68,8 @@ def observe(
                 hook = model.get_submodule(name).register_forward_pre_hook(watch(site, index, name), with_kwargs=True)
                 stack.callback(hook.remove)
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=_off(progress)):
+            if digest is not None:
+                _hash(digest, batch)
             call(model, batch)
             count += 1
             bad = next((name for name, ok in finite.items() if not ok), None)
@@ -77,3 +81,10 @@ def observe(
     if not count:
         raise CalibrationError("calibration is empty: pass at least one batch")
     return statistics
+
+
+def _hash(digest: Any, batch: Any) -> None:
+    for tensor in all_tensors(batch):
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        if tensor.numel():
+            digest.update(memory_of(tensor.detach().cpu().contiguous()))

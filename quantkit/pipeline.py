@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -125,7 +126,8 @@ def _quantize(
 
     if number_format is not None and (kinds or calibration is not None):
         kinds[TokenSample] = None  # for the report
-    statistics = observe(model, data, sites, list(kinds), seed=seed, progress=progress) if kinds else {}
+    digest = hashlib.sha256()
+    statistics = observe(model, data, sites, list(kinds), seed=seed, progress=progress, digest=digest) if kinds else {}
     if kinds:
         unreached = {name: "no calibration token reached it" for s in sites if s.name not in statistics for name in s.linears}
         kept |= unreached
@@ -145,6 +147,7 @@ def _quantize(
         seed,
         "given" if calibration is not None else "sampled from the model" if kinds else "not needed",
         rewrites=rewrites,
+        calibration_sha256=digest.hexdigest() if kinds else None,
     )
     if all(isinstance(pattern, str) for pattern in (*ignore, *(targets or ()))):
         chosen_by = None if targets is None else tuple(map(str, targets))

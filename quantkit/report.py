@@ -55,6 +55,7 @@ class Report:
         method: names of the calibrators, in order.
         scheme: name of the number format, None for a model left in floating point.
         seed, calibration: how to repeat it.
+        calibration_sha256: of the tensors of the data, in order; None where none was read.
         equivalence: relative error of the folded float model against the original on one batch.
         layers: one record per linear.
         rewrites: what was done to the float model as a whole, before anything else.
@@ -70,6 +71,7 @@ class Report:
     layers: list[LayerRecord] = field(default_factory=list)
     rewrites: list[str] = field(default_factory=list)
     recipe: dict[str, Any] | None = None
+    calibration_sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -23,6 +23,7 @@ from torch import nn
 
 import quantkit
 from quantkit import CheckpointError, ModelError, Plan, Rotation, SmoothQuant, Stage, Transform, checkpoint
+from quantkit.calibrators import METHODS
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -72,6 +73,14 @@ def test_schemes(scheme: str, tmp_path: Path) -> None:
     assert_same(outputs(fresh), outputs(model))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(method: str, tmp_path: Path) -> None:
+    model = quantized(llama(), method)
+    again = quantkit.load(quantkit.save(model, tmp_path / "out"))
+    assert_same(again.state_dict(), model.state_dict())
+    assert_same(outputs(again), outputs(model))
+
+
 EVERYTHING = {
     "shift": normal(16), "scale": normal(16).exp(), "permutation": torch.arange(15, -1, -1), "outliers": torch.tensor([3, 5]),
     "rotation": Rotation(8, torch.tensor([1.0, -1.0] * 8)),
@@ -112,6 +121,23 @@ def test_half_precision(tmp_path: Path) -> None:
 def test_a_float_model_after_smoothing(tmp_path: Path) -> None:
     model = quantized(llama(), SmoothQuant(0.5), scheme=None)
     assert_same(outputs(quantkit.load(quantkit.save(model, tmp_path / "out"))), outputs(model))
+
+
+def test_the_calibration_data_is_known(tmp_path: Path) -> None:
+    """By a hash over its tensors in order, which comes back with the report."""
+    first, second = normal(2, 9, 16), normal(2, 9, 16, seed=1)
+
+    def digest(*data: Any, method: str = "smoothquant") -> str | None:
+        model = quantkit.quantize(mlp(), method, calibration=list(data) or None, progress=False)
+        again = quantkit.load(quantkit.save(model, tmp_path / "out"), model=mlp())
+        assert quantkit.report(again) == quantkit.report(model)
+        return quantkit.report(model).calibration_sha256
+
+    wanted = hashlib.sha256()
+    for batch in (first, second):
+        wanted.update(b"torch.float32 [2, 9, 16]" + bytes(batch.view(torch.uint8).flatten().tolist()))
+    assert digest(first, second) == wanted.hexdigest() != digest(second, first)
+    assert digest((first,)) == digest(first)
 
 
 def test_shards(saved: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def shell(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["quantize", "export", "eval", "inspect", "demo"])
 def test_help(command: str) -> None:
     assert "--quiet" in invoke(command, "--help", code=0).output
     assert command in invoke("--help").output
@@ -101,6 +101,19 @@ def test_quantize_options(folder: Path, tmp_path: Path) -> None:
     assert (record.method, record.scheme, record.seed) == (["smoothquant", "rtn"], "w8a8-asym", 3)
     assert sum(layer.kind == "int8" for layer in record.layers) == 2
     assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_export(folder: Path, int8: Path) -> None:
+    out = folder / "exported"
+    assert "exported to" in invoke("export", int8, "-o", out).stdout
+    assert (out / "tokenizer.json").is_file()
+    again = json.loads(invoke("inspect", out, "--json").stdout)
+    assert sum(layer["kind"] == "int8" for layer in again["layers"]) == 12
+    common = ["--text", folder / "text.txt", "--windows", 1, "--length", 32, "-q", "--json"]
+    native, exported = (json.loads(invoke("eval", model, *common).stdout) for model in (int8, out))
+    assert exported["perplexity"] == pytest.approx(native["perplexity"], rel=0.01)
+    done = shell("export", folder / "float", "-o", folder / "never")
+    assert (done.returncode, (folder / "never").exists()) == (1, False)
 
 
 def test_eval(folder: Path, int8: Path) -> None:

@@ -22,7 +22,7 @@ ROOMS = [
     {"linear", "experts"},
     {"discovery", "data"},
     {"fold", "turn", "observe", "calibrators"},
-    {"pipeline", "checkpoint", "evaluate", "recipe"},
+    {"pipeline", "compressed", "checkpoint", "export", "evaluate", "recipe"},
     {"integrations"},
     {"__init__"},
     {"demo", "cli", "__main__"},

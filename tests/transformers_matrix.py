@@ -1,5 +1,5 @@
-"""Run test_transformers.py with each version of transformers that is supported (``make transformers-matrix``), or with those
-that are given.
+"""Run test_transformers.py and test_export.py with each version of transformers that is supported (``make
+transformers-matrix``), or with those that are given.
 
 Every version is installed with what it requires into a folder of its own, in front of the environment that runs this.
 """
@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 
 VERSIONS = ("5.17.0", "5.19.0", "5.20.2", "5.21.1", "")  # the last: the newest
-TESTS = Path(__file__).with_name("test_transformers.py")
-CONSTRAINTS = TESTS.parents[1] / "constraints.txt"
+TESTS = [Path(__file__).with_name(name) for name in ("test_transformers.py", "test_export.py")]
+ROOT = Path(__file__).parents[1]
+CONSTRAINTS = ROOT / "constraints.txt"
 
 
 def passes(version: str) -> bool:
@@ -27,7 +28,7 @@ def passes(version: str) -> bool:
         subprocess.run(command, check=True)
         env = os.environ | {"PYTHONPATH": f"{folder}/site"}
         shown = subprocess.run([sys.executable, "-c", "import transformers as t; print(t.__version__)"], env=env, check=True)
-        tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n0", str(TESTS)], env=env, cwd=TESTS.parents[1])
+        tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n0", *map(str, TESTS)], env=env, cwd=ROOT)
         return shown.returncode == tests.returncode == 0
 
 

@@ -6,6 +6,8 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -20,6 +22,22 @@ def register_with_transformers() -> None:
         importlib.import_module(QUANTIZER)
     else:
         sys.meta_path.insert(0, _Watch())
+
+
+@contextmanager
+def compressed_tensors_as_int8() -> Iterator[None]:
+    """Inside, ``from_pretrained`` of transformers gives W8A8 checkpoints of compressed-tensors INT8 layers that stay INT8.
+
+    Outside, and by default, transformers turns them into 16 bit at the first forward. The tables of transformers come back as
+    they were, whatever happens inside.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    from quantkit.integrations.compressed import replaced
+
+    with replaced():
+        yield
 
 
 class _Watch(importlib.abc.MetaPathFinder):

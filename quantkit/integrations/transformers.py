@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint import RECORD_FILE, load
+from quantkit.checkpoint import RECORD_FILE, is_compressed, load
 from quantkit.errors import ModelError
 
 SMOLLM2 = "smollm2"
@@ -17,8 +17,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is a folder that :func:`quantkit.save` wrote."""
-    return (Path(path) / RECORD_FILE).is_file()
+    """Whether ``path`` is a folder that :func:`quantkit.load` opens without a model."""
+    return (Path(path) / RECORD_FILE).is_file() or is_compressed(Path(path))
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit import BackendError, Rotation, Scheme, Transform, W8A8Linear, ops
+from quantkit.integrations.compressed import longest
 from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, quantize_weight
 from quantkit.ops import BACKENDS, cpu, reference, use_backend
 from quantkit.ops.native import library
@@ -279,6 +280,28 @@ def test_the_longest_exact_sum(backend: str, scheme: str, sign: int, m: int) -> 
     torch.testing.assert_close(y, torch.full((m, 1), sign * 127.0 * k), rtol=2.0**-21, atol=0)  # a few float32 roundings
     with pytest.raises(quantkit.ModelError, match=f"{k + 1} input features"):
         W8A8Linear(k + 1, 1, scheme=Scheme.parse(scheme))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym"])
+@pytest.mark.parametrize("m", [1, 2, 17])
+def test_codes_of_minus_128(backend: str, scheme: str, m: int) -> None:
+    """quantkit writes none, and other tools do."""
+    for k, n in ((1, 8), (64, 8), (130, 9)):
+        module = W8A8Linear(k, n, scheme=Scheme.parse(scheme), bias=False)
+        module.weight.fill_(-128)
+        module.weight[1::2] = 127
+        check(module, torch.full((m, k), -1.0))
+        check(module, torch.randn(m, k))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym"])
+@pytest.mark.parametrize("m", [1, 3])
+def test_the_longest_exact_sum_with_minus_128(backend: str, scheme: str, m: int) -> None:
+    k = longest(Scheme.parse(scheme))
+    module = W8A8Linear(k, 1, scheme=Scheme.parse(scheme), bias=False)
+    module.weight.fill_(-128)
+    y = check(module, torch.full((m, k), -1.0))
+    torch.testing.assert_close(y, torch.full((m, 1), 128.0 * k), rtol=2.0**-21, atol=0)
 
 
 @pytest.mark.parametrize("k", [1, 63, 1040, 1041, 4096, 16384])
