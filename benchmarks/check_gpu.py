@@ -129,7 +129,7 @@ def check_segments_and_sides() -> None:
     for m, n, k in ((1, 96, 256), (50, 304, 1008), (300, 520, 4096), (1000, 4096, 4096), (16, 4096, 14336), (128, 640, 1024)):
         q, w = codes(m, k), codes(n, k)
         for step, dtype in itertools.product((16, 128), (torch.float32, torch.bfloat16)):
-            inner = [step, k // 3 // step * step, (k - 1) // step * step] if k >= 4 * step else [step]
+            inner = [step, k // 3 // step * step, k - step] if k >= 4 * step else [step]
             borders = torch.tensor([0, *inner, k], device=DEVICE, dtype=torch.int32)
             parts = list(itertools.pairwise(borders.tolist()))
             count = len(parts)

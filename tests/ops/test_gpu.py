@@ -66,15 +66,15 @@ def test_the_largest_sum(sign: int) -> None:
 def test_segments(m: int, n: int, k: int, zero: bool) -> None:
     """A scale for every (token, segment) and (row, segment); segments of any multiple of 16, one of them empty."""
     q, w, borders = codes(m, k), codes(n, k), [0, 16, 48, 48, k]
-    sx, sw = torch.rand(m, 4), torch.rand(4, n)
+    sx, sw = torch.rand(m, 4), torch.rand(n, 4)
     z = torch.randint(-128, 128, (m, 4), dtype=torch.int32)
-    wanted, sums = torch.zeros(m, n), torch.empty(4, n, dtype=torch.int32)
+    wanted, sums = torch.zeros(m, n), torch.empty(n, 4, dtype=torch.int32)
     for g, (first, last) in enumerate(pairwise(borders)):
         part = w[:, first:last]
-        sums[g] = part.sum(1, dtype=torch.int32)
+        sums[:, g] = part.sum(1, dtype=torch.int32)
         acc = reference.int_matmul(q[:, first:last], part)
-        acc = acc - z[:, g : g + 1] * sums[g] if zero else acc
-        wanted += acc.float() * sx[:, g : g + 1] * sw[g]
+        acc = acc - z[:, g : g + 1] * sums[:, g] if zero else acc
+        wanted += acc.float() * sx[:, g : g + 1] * sw[:, g]
     more = {"zero": z, "wsum": sums} if zero else {}
     got = matmul(q, sx, w, sw, torch.float32, borders=torch.tensor(borders, dtype=torch.int32), config=SMALL, **more)
     assert_same(got, wanted)
