@@ -129,11 +129,7 @@ def described(rows: int, columns: int, dtype: torch.dtype = torch.int8) -> str:
 
 
 def gluon(
-    config: configs.Gemm | configs.Decode,
-    dtype: torch.dtype = torch.bfloat16,
-    sides: int = 0,
-    segments: int = 1,
-    **extra: str,
+    config: configs.Gemm | configs.Decode, dtype: torch.dtype = torch.bfloat16, sides: int = 0, **extra: str
 ) -> dict[str, Any]:
     types = dict.fromkeys(("M", "N", "K", "zero_stride"), "i32") | {"SX": "*fp32", "SW": "*fp32"} | extra
     tokens, rows = (64, config.columns) if isinstance(config, configs.Gemm) else (config.tokens, 64)
@@ -147,12 +143,7 @@ def gluon(
             "y_desc": described(64, config.width, dtype),
         }
         constants = {"GROUP": config.group, "BN": config.columns, "BK": 128, "STAGES": config.stages, "WIDTH": config.width}
-        constants |= {
-            "SLOTS": 2 if extra.keys() <= {"ACTIVE", "BORDERS"} else 1,
-            "SIDES": sides,
-            "SEGMENTS": segments,
-            "PDL": config.early,
-        }
+        constants |= {"SLOTS": 2 if extra.keys() <= {"ACTIVE"} else 1, "SIDES": sides, "PDL": config.early}
         return compiled(hopper.gemm_kernel, 90, types, constants, options)
     types |= {
         "q_desc": described(config.tokens, config.block_k),
@@ -160,16 +151,13 @@ def gluon(
         "Y": f"*{NAMES[dtype]}",
     } | ({"y_desc": described(config.tokens, 64, dtype)} if config.staged else {})
     constants = {"TOKENS": config.tokens, "BK": config.block_k, "STAGES": config.stages, "SIDES": sides, "PDL": config.early}
-    constants["SEGMENTS"] = segments
-    return compiled(
-        hopper.decode_kernel, 90, types, constants, options | {"maxnreg": config.registers if segments == 1 else 240}
-    )
+    return compiled(hopper.decode_kernel, 90, types, constants, options | {"maxnreg": config.registers})
 
 
-def chosen(*, segments: bool = False) -> list[Any]:
+def chosen() -> list[Any]:
     """Every Hopper kernel that the table can choose."""
     sizes = [(m, n) for m in (1, 8, 16, 32, 64, 100, 128, 256, 512, 4096) for n in (1024, 4096, 28672)]
-    return sorted({configs.hopper(m, n, segments=segments) for m, n in sizes}, key=str)
+    return sorted({configs.hopper(m, n) for m, n in sizes}, key=str)
 
 
 def main() -> None:
@@ -215,10 +203,6 @@ def main() -> None:
             out[f"hopper 90 {config} {sides} sides"] = gluon(config, sides=sides)
         out[f"hopper 90 {config} threshold"] = gluon(config, sides=columns.ROOM // configs.SIDE, ACTIVE="*i32")
         out[f"hopper 90 {config} side zero bias"] = gluon(config, sides=1, ZP="*i32", WSUM="*i32", B="*bf16")
-    for config in chosen(segments=True):
-        out[f"hopper 90 {config} segments"] = gluon(config, segments=4, BORDERS="*i32")
-        zeros = {"ZP": "*i32", "WSUM": "*i32", "B": "*bf16"}
-        out[f"hopper 90 {config} segments side zero bias"] = gluon(config, sides=1, segments=2, BORDERS="*i32", **zeros)
     json.dump(out, sys.stdout, indent=1)
 
 

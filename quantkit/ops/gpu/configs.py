@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,6 @@ SIDE = 64
 """Outlier columns come in steps of so many: 128 bytes in 16 bit, as wide as a row of codes in a slot of the ring."""
 
 
-SEGMENT = 128
-"""Codes by which segments of K grow on Hopper: what one slot of the ring holds of a row."""
-
-
 def padded_side(columns: int) -> int:
     """Outlier columns as the kernels take them."""
     return -(-columns // SIDE) * SIDE
@@ -136,21 +132,18 @@ def portable(arch: int, m: int, n: int, *, segments: bool = False) -> Tile:
     return LARGE[max((a for a in LARGE if a <= arch), default=80)]
 
 
-def hopper(m: int, n: int, *, segments: bool = False) -> Gemm | Decode:
+def hopper(m: int, n: int) -> Gemm | Decode:
     """The kernel of :mod:`.hopper` for ``m`` tokens and ``n`` rows of the weight.
 
     Many tokens take the tile that gets through in the least time: rounds over the processors times the columns of a tile,
-    and what a tile costs besides. Segments of K hold float32 sums beside INT32 ones, for which the widest tile has no room.
+    and what a tile costs besides.
     """
-    if m <= (64 if segments else 128):
+    if m <= 128:
         tokens = next(t for t in RINGS if m <= t)
         if m > 8 and 2 * -(-n // 64) <= PROCESSORS:
             tokens //= 2  # two groups of tokens run side by side
-        ring = RINGS[tokens]
-        return replace(ring, block_k=SEGMENT, stages=ring.stages * ring.block_k // SEGMENT) if segments else ring
-    return min(
-        GEMMS[1:] if segments else GEMMS, key=lambda c: -(-(-(-m // 128) * -(-n // c.columns)) // PROCESSORS) * (c.columns + 32)
-    )
+        return RINGS[tokens]
+    return min(GEMMS, key=lambda c: -(-(-(-m // 128) * -(-n // c.columns)) // PROCESSORS) * (c.columns + 32))
 
 
 def vector(k: int, *, given: bool = False) -> Vector:
@@ -173,7 +166,7 @@ def choose(device: torch.device, m: int, n: int, k: int, *, tma: bool = False, s
         if isinstance(config, Tile) or (tma and isinstance(config, Decode if m <= 64 else Gemm | Decode)):
             return config
     arch = capability(device)
-    return hopper(m, n, segments=segments) if arch == 90 and tma else portable(arch, m, n, segments=segments)
+    return hopper(m, n) if arch == 90 and tma else portable(arch, m, n, segments=segments)
 
 
 # ---- what quantkit tune found

@@ -126,10 +126,9 @@ def rescaled(acc, column: gl.constexpr, sx, zero, columns, WIDTH: gl.constexpr, 
 
 @gluon.jit
 def put(y, column: gl.constexpr, row, first, sx, zero, columns, y_desc, staging, slot: gl.constexpr,
-        WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr, DONE: gl.constexpr):  # fmt: skip
-    """Finish ``y [64, WIDTH]``, which starts at ``column`` of the tile and may be rescaled (DONE), and send it out through a
-    staging tile."""
-    if not DONE:
+        WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr, SIDES: gl.constexpr):  # fmt: skip
+    """Finish ``y [64, WIDTH]``, which starts at ``column`` of the tile, and send it out through a staging tile."""
+    if SIDES == 0:
         y = rescaled(y, column, sx, zero, columns, WIDTH, ZERO)
     if BIAS:
         y = y + columns.index(1).slice(column, WIDTH).load(gl.SliceLayout(0, y.type.layout))[None, :]
@@ -141,35 +140,10 @@ def put(y, column: gl.constexpr, row, first, sx, zero, columns, y_desc, staging,
 
 
 @gluon.jit
-def first_block(c: gl.constexpr, q_ring, w_ring, full, stage, phase, BN: gl.constexpr, layout: gl.constexpr):
-    """The product with one slot of the ring, on its way: INT32 sums start anew."""
-    mbarrier.wait(full.index(stage), phase)
-    acc = gl.zeros([ROWS, BN], gl.int32, layout)
-    return warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True, use_acc=False)
-
-
-@gluon.jit
-def more_blocks(acc, c: gl.constexpr, q_ring, w_ring, full, empty, stage, phase, blocks, STAGES: gl.constexpr):
-    """The sums over ``blocks`` slots, of which the first is on its way; then the next slot and its parity."""
-    before = stage
-    stage, phase = following(stage, phase, STAGES)
-    for _ in range(1, blocks):
-        mbarrier.wait(full.index(stage), phase)
-        acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
-        mbarrier.arrive(empty.index(before), count=1)
-        before = stage
-        stage, phase = following(stage, phase, STAGES)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty.index(before), count=1)
-    return acc, stage, phase
-
-
-@gluon.jit
 def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, staging, columns, y_desc, SX, SW, ZP, WSUM, B,
-                  ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-                  STAGES: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
-                  SIDES: gl.constexpr, SEGMENTS: gl.constexpr):  # fmt: skip
+                  ACTIVE, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+                  WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
+                  SIDES: gl.constexpr):  # fmt: skip
     # int8 wgmma with N = 256 aborts the compiler (Triton 3.6 and 3.9): two of 128 make up the tile
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 32])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 16])  # of the 16-bit product
@@ -177,7 +151,6 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
     quarter: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN // 4, 32])
     last: gl.constexpr = half if WIDTH * 2 == BN else quarter
     flat: gl.constexpr = gl.BlockedLayout([max(BN // 128, 1)], [32], [4], [0])
-    DONE: gl.constexpr = SIDES > 0 or SEGMENTS > 1
     tiles_m, tiles_n = gl.cdiv(M, 2 * ROWS), gl.cdiv(N, BN)
     stage, phase = 0, 0
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -185,40 +158,33 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
         first, row = tn * BN, first_row(tm, M, 2 * ROWS) + c * ROWS
         m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         n = first + gl.arange(0, BN, flat)
-        sx, zero = m, m  # not read where all is rescaled in float32
-        if SEGMENTS == 1:
-            sx = gl.load(SX + m, mask=m < M, other=0.0)
-            sw = gl.load(SW + n, mask=n < N, other=0.0)
-            acc = first_block(c, q_ring, w_ring, full, stage, phase, BN, layout)
-            columns.index(0).store(sw)
-            if BIAS:
-                columns.index(1).store(gl.load(B + n, mask=n < N, other=0.0).to(gl.float32))
-            if ZERO:
-                columns.index(2).store(gl.load(WSUM + n, mask=n < N, other=0).to(gl.float32, bitcast=True))
-            acc, stage, phase = more_blocks(acc, c, q_ring, w_ring, full, empty, stage, phase, KT, STAGES)
-            if ZERO:
-                zero = gl.load(ZP + m * zero_stride, mask=m < M, other=0)
-        else:  # float32 holds what is rescaled already, beside the INT32 sums of one segment
-            if BIAS:
-                columns.index(1).store(gl.load(B + n, mask=n < N, other=0.0).to(gl.float32))
-            along = first + gl.arange(0, BN, gl.SliceLayout(0, layout))
-            y = gl.zeros([ROWS, BN], gl.float32, layout)
-            for g in range(SEGMENTS):
-                scale = gl.load(SX + m * SEGMENTS + g, mask=m < M, other=0.0)
-                sw = gl.load(SW + g * N + along, mask=along < N, other=0.0)
-                blocks = (gl.load(BORDERS + g + 1) - gl.load(BORDERS + g)) // BK
-                acc = first_block(c, q_ring, w_ring, full, stage, phase, BN, layout)
-                acc, stage, phase = more_blocks(acc, c, q_ring, w_ring, full, empty, stage, phase, blocks, STAGES)
-                if ZERO:
-                    shift = gl.load(ZP + m * zero_stride + g, mask=m < M, other=0)
-                    acc = acc - shift[:, None] * gl.load(WSUM + g * N + along, mask=along < N, other=0)[None, :]
-                y = y + (acc.to(gl.float32) * scale[:, None]) * sw[None, :]
-            acc = y
+        sx = gl.load(SX + m, mask=m < M, other=0.0)
+        sw = gl.load(SW + n, mask=n < N, other=0.0)
+        acc = gl.zeros([ROWS, BN], gl.int32, layout)
+        mbarrier.wait(full.index(stage), phase)
+        acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True, use_acc=False)
+        columns.index(0).store(sw)
+        if BIAS:
+            columns.index(1).store(gl.load(B + n, mask=n < N, other=0.0).to(gl.float32))
+        if ZERO:
+            columns.index(2).store(gl.load(WSUM + n, mask=n < N, other=0).to(gl.float32, bitcast=True))
+        before = stage
+        stage, phase = following(stage, phase, STAGES)
+        for _ in range(1, KT):
+            mbarrier.wait(full.index(stage), phase)
+            acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
+            mbarrier.arrive(empty.index(before), count=1)
+            before = stage
+            stage, phase = following(stage, phase, STAGES)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(before), count=1)
+        zero = m
+        if ZERO:
+            zero = gl.load(ZP + m * zero_stride, mask=m < M, other=0)
         if SIDES > 0:
             # The INT32 registers become float32 ones, and take the 16-bit product on top.
-            if SEGMENTS == 1:
-                acc = rescaled(acc, 0, sx, zero, columns, BN, ZERO)
-            acc = gl.convert_layout(acc, wide)
+            acc = gl.convert_layout(rescaled(acc, 0, sx, zero, columns, BN, ZERO), wide)
             sides = SIDES
             if ACTIVE is not None:
                 sides = active_tiles(ACTIVE, SIDES)
@@ -232,22 +198,22 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
         sx, zero = gl.convert_layout(sx, gl.SliceLayout(1, last)), gl.convert_layout(zero, gl.SliceLayout(1, last))
         left, right = halves(acc, BN, half)
         if WIDTH * 2 == BN:
-            put(left, 0, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS, DONE)
-            put(right, WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS, DONE)
+            put(left, 0, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS, SIDES)
+            put(right, WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS, SIDES)
         else:
             a, b = halves(left, BN // 2, quarter)
-            put(a, 0, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS, DONE)
-            put(b, WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS, DONE)
+            put(a, 0, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS, SIDES)
+            put(b, WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS, SIDES)
             a, b = halves(right, BN // 2, quarter)
-            put(a, 2 * WIDTH, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS, DONE)
-            put(b, 3 * WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS, DONE)
+            put(a, 2 * WIDTH, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS, SIDES)
+            put(b, 3 * WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS, SIDES)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
-def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, M, N, K, zero_stride,
+def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACTIVE, M, N, K, zero_stride,
                 GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
-                SLOTS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+                SLOTS: gl.constexpr, SIDES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """``y [M, N]`` in 16 bit from descriptors of ``q [M, K]`` (boxes of 64 x BK), ``w [N, K]`` (BN x BK) and y (64 x WIDTH);
     with SIDES > 0 of ``x [M, 64 SIDES]`` (64 x 64) and ``v [N, 64 SIDES]`` (BN x 64) in 16 bit, whose product is added."""
     ZERO: gl.constexpr = ZP is not None
@@ -271,11 +237,9 @@ def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACT
         gdc_wait()
     gl.warp_specialize([
         (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B,
-                         ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
-                         SEGMENTS)),
+                         ACTIVE, M, N, KT, zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
         (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B,
-                         ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
-                         SEGMENTS)),
+                         ACTIVE, M, N, KT, zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
         (gemm_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, GROUP, BN, BK, STAGES,
                          SIDES)),
     ], [4, 1], [232, 24])  # fmt: skip
@@ -327,27 +291,9 @@ def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty,
 
 
 @gluon.jit
-def decode_blocks(q_ring, w_ring, full, empty, stage, phase, blocks, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-                  layout: gl.constexpr):  # fmt: skip
-    """INT32 sums ``[64, TOKENS]`` over ``blocks`` slots of the ring; then the next slot and its parity."""
-    acc = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.int32, layout))
-    before = 0
-    for k in range(blocks):
-        mbarrier.wait(full.index(stage), phase)
-        acc = warpgroup_mma(w_ring.index(stage), q_ring.index(stage).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
-        mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
-        before = stage
-        stage, phase = following(stage, phase, STAGES)
-    total = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty.index(before), count=1)
-    return total, stage, phase
-
-
-@gluon.jit
-def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, M, N,
-                    KT, zero_stride, TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr,
-                    SEGMENTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, M, N, KT,
+                    zero_stride, TOKENS: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr,
+                    PDL: gl.constexpr):  # fmt: skip
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])  # of the 16-bit product
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
     token = first_row(gl.program_id(0), M, TOKENS)
@@ -356,30 +302,25 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    if SEGMENTS == 1:
-        sx = gl.load(SX + m, mask=m < M, other=0.0)
+    sx = gl.load(SX + m, mask=m < M, other=0.0)
     for t in range(gl.program_id(1), gl.cdiv(N, ROWS), gl.num_programs(1)):
         n = t * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-        if SEGMENTS == 1:
-            sw = gl.load(SW + n, mask=n < N, other=0.0)
-            total, stage, phase = decode_blocks(q_ring, w_ring, full, empty, stage, phase, KT, TOKENS, STAGES, layout)
-            if ZP is not None:
-                zero = gl.load(ZP + m * zero_stride, mask=m < M, other=0)
-                total = total - gl.load(WSUM + n, mask=n < N, other=0)[:, None] * zero[None, :]
-            y = (total.to(gl.float32) * sx[None, :]) * sw[:, None]
-        else:
-            y = gl.zeros([ROWS, TOKENS], gl.float32, layout)
-            for g in range(SEGMENTS):
-                sx = gl.load(SX + m * SEGMENTS + g, mask=m < M, other=0.0)
-                sw = gl.load(SW + g * N + n, mask=n < N, other=0.0)
-                blocks = (gl.load(BORDERS + g + 1) - gl.load(BORDERS + g)) // BK
-                total, stage, phase = decode_blocks(
-                    q_ring, w_ring, full, empty, stage, phase, blocks, TOKENS, STAGES, layout
-                )  # fmt: skip
-                if ZP is not None:
-                    zero = gl.load(ZP + m * zero_stride + g, mask=m < M, other=0)
-                    total = total - gl.load(WSUM + g * N + n, mask=n < N, other=0)[:, None] * zero[None, :]
-                y = y + (total.to(gl.float32) * sx[None, :]) * sw[:, None]
+        sw = gl.load(SW + n, mask=n < N, other=0.0)
+        acc = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.int32, layout))
+        before = 0
+        for k in range(KT):
+            mbarrier.wait(full.index(stage), phase)
+            acc = warpgroup_mma(w_ring.index(stage), q_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
+            mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
+            before = stage
+            stage, phase = following(stage, phase, STAGES)
+        total = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(before), count=1)
+        if ZP is not None:
+            zero = gl.load(ZP + m * zero_stride, mask=m < M, other=0)
+            total = total - gl.load(WSUM + n, mask=n < N, other=0)[:, None] * zero[None, :]
+        y = (total.to(gl.float32) * sx[None, :]) * sw[:, None]
         if SIDES > 0:
             y = gl.convert_layout(y, wide)
             sides = SIDES
@@ -407,8 +348,8 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
-def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, M, N, K, zero_stride,
-                  TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr,
+def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, M, N, K, zero_stride,
+                  TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr,
                   PDL: gl.constexpr):  # fmt: skip
     """``y [M, N]`` from descriptors of ``q [M, K]`` (boxes of TOKENS x BK) and ``w [N, K]`` (64 x BK); with SIDES > 0 of
     ``x [M, 64 SIDES]`` (TOKENS x 64) and ``v [N, 64 SIDES]`` (64 x 64) in 16 bit, whose product is added."""
@@ -425,8 +366,8 @@ def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B
         staging = gl.allocate_shared_memory(y_desc.dtype, [TOKENS, ROWS], y_desc.layout)
     KT = gl.cdiv(K, BK)
     gl.warp_specialize([
-        (decode_consumer, (x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE,
-                           BORDERS, M, N, KT, zero_stride, TOKENS, BK, STAGES, SIDES, SEGMENTS, PDL)),
+        (decode_consumer, (x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, M, N,
+                           KT, zero_stride, TOKENS, STAGES, SIDES, PDL)),
         (decode_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, TOKENS, BK, STAGES,
                            SIDES, PDL)),
     ], [1], [40])  # fmt: skip
@@ -462,18 +403,15 @@ def multiply(
     side: Tensor | None = None,
     side_weight: Tensor | None = None,
     active: Tensor | None = None,
-    borders: Tensor | None = None,
     config: Gemm | Decode,
 ) -> Tensor:
     """``[M, N]`` of a 16-bit ``dtype`` (any float with :class:`Decode`); arguments as those of the portable ``matmul``.
 
     Side columns are in 16 bit, and a multiple of ``configs.SIDE``; with ``active [1 + K]`` int32 only its first entry of them.
-    Borders of segments are multiples of the config's ``block_k``.
     """
     (m, k), n = q.shape, len(weight)
     y = q.new_empty((m, n), dtype=dtype)
-    segments = 1 if borders is None else len(borders) - 1
-    zero_stride = segments if zero is not None and zero.numel() > segments else 0
+    zero_stride = 1 if zero is not None and zero.numel() > 1 else 0
     sides = 0 if side is None else side.shape[1] // configs.SIDE
 
     def described_sides(rows: int, weight_rows: int) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
@@ -487,9 +425,9 @@ def multiply(
         gemm_kernel[(min(processors(q.device), tiles),)](
             described(q, 64, config.block_k), described(weight, config.columns, config.block_k),
             *described_sides(64, config.columns), described(y, 64, config.width),
-            sx, sw, zero, wsum, bias, active, borders, m, n, k, zero_stride,
+            sx, sw, zero, wsum, bias, active, m, n, k, zero_stride,
             config.group, config.columns, config.block_k, config.stages, config.width,
-            2 if bias is None and zero is None else 1, sides, segments, config.early, **options,
+            2 if bias is None and zero is None else 1, sides, config.early, **options,
         )  # fmt: skip
     else:
         groups = triton.cdiv(m, config.tokens)
@@ -497,9 +435,8 @@ def multiply(
         decode_kernel[(groups, max(1, min(processors(q.device) // groups, triton.cdiv(n, 64))))](
             described(q, config.tokens, config.block_k), described(weight, 64, config.block_k),
             *described_sides(config.tokens, 64), described(y, config.tokens, 64) if staged else None,
-            y, sx, sw, zero, wsum, bias, active, borders, m, n, k, zero_stride,
-            config.tokens, config.block_k, config.stages, sides, segments, config.early,
-            maxnreg=config.registers, **options,
+            y, sx, sw, zero, wsum, bias, active, m, n, k, zero_stride,
+            config.tokens, config.block_k, config.stages, sides, config.early, maxnreg=config.registers, **options,
         )  # fmt: skip
     return y
 

@@ -70,18 +70,14 @@ def matmul(
     side_weight: Tensor | None = None,
     borders: Tensor | None = None,
     active: Tensor | None = None,
-    step: int = 16,
 ) -> Tensor:
-    """``[M, N]`` of ``dtype``; arguments as :func:`quantkit.ops.gpu.matmul.matmul`, with the kernel chosen by the shape.
-
-    ``step`` is what all borders of segments are known to be multiples of.
-    """
+    """``[M, N]`` of ``dtype``; arguments as :func:`quantkit.ops.gpu.matmul.matmul`, with the kernel chosen by the shape."""
     (m, k), n = q.shape, len(weight)
     plain = zero is None and side is None and borders is None
     if m == 1 and plain and k % 16 == 0:
         return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, config=configs.vector(k, given=True))
     tma = hopper is not None and k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0
-    tma = tma and (borders is None or step % configs.SEGMENT == 0) and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
+    tma = tma and borders is None and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
     if side is not None:
         tma = tma and (active is not None or side.shape[1] % configs.SIDE == 0) and side.dtype in SIXTEEN
     if active is not None:
@@ -92,9 +88,8 @@ def matmul(
         try:
             if active is None or side is None:
                 return hopper.multiply(
-                    q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight,
-                    borders=borders, config=config,
-                )  # fmt: skip
+                    q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight, config=config
+                )
             some = columns.gather(side, q, sx, weight, sw, active)
             y = hopper.multiply(
                 q, sx, weight, sw, dtype, bias=bias, side=some[0], side_weight=some[1], active=active, config=config
@@ -136,7 +131,7 @@ _library.define(
 _library.define(
     "matmul(Tensor q, Tensor sx, Tensor weight, Tensor sw, ScalarType dtype, Tensor? zero=None, Tensor? wsum=None, "
     "Tensor? bias=None, Tensor? side=None, Tensor? side_weight=None, Tensor? borders=None, "
-    "Tensor? active=None, int step=16) -> Tensor"
+    "Tensor? active=None) -> Tensor"
 )
 _library.define("gemv(Tensor x, Tensor weight, Tensor sw, int bits=8, Tensor? bias=None, Tensor? pre_scale=None) -> Tensor")
 for _name, _function in (("quantize", quantize), ("matmul", matmul), ("gemv", gemv)):
