@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quantkit
-from quantkit import GPTQ, Hadamard, Hessian, LLMInt8, MethodError, Rotation, SmoothQuant, Stage, Transform, W8A8Linear
+from quantkit import (
+    GPTQ,
+    RPTQ,
+    Hadamard,
+    Hessian,
+    LLMInt8,
+    MethodError,
+    Rotation,
+    SmoothQuant,
+    Stage,
+    Transform,
+    W8A8Linear,
+)
 from quantkit.calibrators.gptq import dampings, inverse_factor, round_columns
 from quantkit.calibrators.noise import CLIPS, best_clip
 from quantkit.numerics import absmax_scale, decode, encode, qmax, quantize_weight
@@ -55,7 +67,7 @@ def test_blocks_are_optimal_brain_surgery(rows: int, channels: int, bits: int) -
     factor, damping = inverse_factor(moment, order, 0.01)
     assert damping == 0.01
     assert factor is not None
-    got = round_columns(weight, absmax, factor, order, bits)
+    got = round_columns(weight, absmax, factor, order, bits, (weight.shape[1],))
     wanted = surgery(weight, absmax, damped(moment, 0.01), order.tolist(), bits)
     assert (got.codes != wanted).float().mean() < 0.01
     assert_same(got.scale, absmax_scale(absmax, bits))
@@ -72,7 +84,7 @@ def test_codes_are_codes(seed: int, bits: int, rows: int, channels: int) -> None
     order = moment.diagonal().argsort(descending=True, stable=True)
     factor, _ = inverse_factor(moment, order, 0.01)
     assert factor is not None
-    got = round_columns(weight, absmax, factor, order, bits)
+    got = round_columns(weight, absmax, factor, order, bits, (weight.shape[1],))
     assert int(got.codes.abs().max()) <= qmax(bits)
     assert not got.codes[absmax[:, 0] == 0].any()
     dead = moment.diagonal() == 0
@@ -147,8 +159,8 @@ def error(model: nn.Module, wanted: Tensor, x: Tensor) -> float:
 
 @pytest.mark.parametrize(
     "before",
-    [[], [SmoothQuant(0.5)], [LLMInt8(8)], [SmoothQuant(0.5), LLMInt8(8), Hadamard(seed=1)]],
-    ids=["alone", "smoothquant", "llm_int8", "all"],
+    [[], [SmoothQuant(0.5)], [LLMInt8(8)], [SmoothQuant(0.5), LLMInt8(8), Hadamard(seed=1)], [RPTQ(clusters=3, tile=16)]],
+    ids=["alone", "smoothquant", "llm_int8", "all", "clusters"],
 )
 @pytest.mark.parametrize("scheme", ["w4a8", "w3a8-asym", "w4a8-pertensor", "w4a8-static"])
 def test_better_than_nearest(before: list[Any], scheme: str) -> None:

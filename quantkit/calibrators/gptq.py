@@ -139,12 +139,15 @@ class GPTQ:
         shares, kept = [], []
         for name, weight in site.weights():
             per_tensor, learned = site.scheme.weights == "tensor", site.clips.get(name)
-            nearest = Codes(*quantize_weight(weight, site.scheme.weight_bits, per_tensor=per_tensor, clip=learned))
-            absmax = self._grid(site, name, weight, moment.diagonal())
-            found = round_columns(weight, absmax, factor, order, site.scheme.weight_bits)
+            bits, groups = site.scheme.weight_bits, site.transform.groups or (weight.shape[1],)
+            nearest = Codes(*quantize_weight(weight, bits, per_tensor=per_tensor, groups=groups, clip=learned))
+            parts = zip(weight.split(groups, 1), moment.diagonal().split(groups), strict=True)
+            absmax = torch.cat([self._grid(site, name, *part) for part in parts], 1)
+            found = round_columns(weight, absmax, factor, order, bits, groups)
             wanted = tokens @ weight.T
             before, after = (
-                float(counts @ (rounded @ decode(c.codes, c.scale).T - wanted).pow(2).sum(1)) for c in (nearest, found)
+                float(counts @ (rounded @ decode(c.codes, spread(c.scale, groups)).T - wanted).pow(2).sum(1))
+                for c in (nearest, found)
             )
             if after < before:
                 codes[name] = found
@@ -161,7 +164,7 @@ class GPTQ:
         return codes, notes
 
     def _grid(self, site: SiteView, name: str, weight: Tensor, diagonal: Tensor) -> Tensor:
-        """Largest value ``[N, 1]`` of each row's grid."""
+        """Largest value ``[N, 1]`` of the grid of each row, or of its part in one cluster."""
         whole = weight.abs().amax(1, keepdim=True)
         if site.scheme.weights == "tensor":
             whole = whole.amax().expand_as(whole)
@@ -215,20 +218,25 @@ def inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tenso
     return None, 1.0
 
 
-def round_columns(weight: Tensor, absmax: Tensor, factor: Tensor, order: Tensor, bits: int) -> Codes:
+def spread(values: Tensor, groups: tuple[int, ...]) -> Tensor:
+    """``[N, G]`` of clusters, whose sizes are ``groups``, for each of their columns, ``[N, K]``."""
+    return values.repeat_interleave(torch.tensor(groups, device=values.device), dim=1)
+
+
+def round_columns(weight: Tensor, absmax: Tensor, factor: Tensor, order: Tensor, bits: int, groups: tuple[int, ...]) -> Codes:
     """Codes of ``weight [N, K]`` on the grid of ``absmax``, each column's error spread over those that follow in ``order``.
 
     Args:
         weight: ``[N, K]`` float32.
-        absmax: ``[N, 1]`` float32, the largest value of each row's grid.
+        absmax: ``[N, G]`` float32, the largest value of each row's grid in each cluster of columns.
         factor: from :func:`inverse_factor`, in the same order.
         order: ``[K]`` int64, the columns as they are rounded.
         bits: of the codes.
+        groups: sizes of the G clusters; K for one of all columns.
     """
     rows, channels = weight.shape
     scale = torch.where(absmax == 0, torch.ones_like(absmax), absmax_scale(absmax, bits))
-    # Column by column, so that a grid for each group of columns would need no other loop.
-    grids, scales = absmax.expand(rows, channels), scale.expand(rows, channels)
+    grids, scales = spread(absmax, groups), spread(scale, groups)
     left = weight[:, order].T.contiguous()  # [K, N]: a column at a time is a row of memory
     codes = torch.empty(channels, rows, dtype=torch.int8, device=weight.device)
     for first in range(0, channels, BLOCK):
