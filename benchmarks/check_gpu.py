@@ -267,7 +267,7 @@ def agree(got: list[Tensor], wanted: Tensor, what: str, *, exact: bool = False) 
 def layer_of(n: int, k: int, leftover: Transform | None = None, bias: bool = True, scheme: str = "w8a8") -> W8A8Linear:
     linear = torch.nn.Linear(k, n, bias=bias, device=DEVICE, dtype=torch.bfloat16)
     inner, side = (leftover or Transform()).weight(linear.weight.detach().float())
-    q, s = quantize_weight(inner)
+    q, s = quantize_weight(inner, groups=(leftover and leftover.groups) or ())
     return W8A8Linear.from_float(
         linear, scheme=quantkit.Scheme.parse(scheme), codes=q, weight_scale=s, leftover=leftover, outlier_weight=side,
         bias=None if linear.bias is None else linear.bias.detach().float(),
@@ -288,6 +288,7 @@ def check_layers() -> None:
         "outliers": Transform(outliers=outliers),
         "all": Transform(rand(k), scale, outliers, torch.randperm(k, device=DEVICE), Rotation(64, rand(k).sign())),
         "rotation": Transform(rotation=Rotation(128)),
+        "clusters": Transform(permutation=torch.randperm(k, device=DEVICE), groups=(9, 100, 200, k - 309)),
     }
     for (name, transform), scheme in itertools.product(
         transforms.items(), ("w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym")
@@ -299,7 +300,7 @@ def check_layers() -> None:
             got = layer(x)
             with quantkit.use_backend("reference"):
                 wanted = layer(x)
-            if name in ("plain", "pre_scale", "permutation", "shift"):
+            if name in ("plain", "pre_scale", "permutation", "shift", "clusters"):
                 # reference and kernel round at the same places but for bf16 steps of shift
                 assert same(got, wanted) or (name == "shift" and relative(got, wanted) < 1e-2), f"{name} {scheme}"
             assert relative(got, wanted) < 1e-2, f"{name} {scheme} {relative(got, wanted)}"

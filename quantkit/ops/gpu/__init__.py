@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass
 class GPUPacked:
-    """A weight ready to run: ``codes`` in rows of 16; ``vector`` says whether one token may take the fused kernel."""
+    """A weight ready to run: ``codes`` in rows of 16; ``vector`` says whether one token may take the fused kernel.
+
+    With clusters of channels, each starts at a multiple of 16: ``positions [K]`` int64 say where channels went, and
+    ``borders [G + 1]`` int32 where clusters begin.
+    """
 
     backend: Any
     device: torch.device
@@ -35,6 +40,8 @@ class GPUPacked:
     side_weight: Tensor | None
     side_mask: Tensor | None
     pre_scale: Tensor | None
+    positions: Tensor | None
+    borders: Tensor | None
     vector: bool
 
 
@@ -62,8 +69,15 @@ class GPU(Plain):
 
     def pack(self, layer: W8A8Linear) -> GPUPacked:
         k = layer.in_features
-        weight = layer.weight.contiguous()
-        if padded(k) != k:
+        weight, positions, borders, scale = layer.weight.contiguous(), None, None, layer.weight_scale.reshape(-1)
+        if layer.groups:
+            scale = layer.weight_scale
+            starts = [0, *itertools.accumulate(map(padded, layer.groups))]
+            borders = torch.tensor(starts, dtype=torch.int32, device=weight.device)
+            parts = zip(starts[:-1], layer.groups, strict=True)
+            positions = torch.cat([torch.arange(start, start + size, device=weight.device) for start, size in parts])
+            weight = weight.new_zeros(len(weight), starts[-1]).index_copy_(1, positions, weight)
+        elif padded(k) != k:
             weight = torch.nn.functional.pad(weight, (0, padded(k) - k))
         side, mask = layer.outlier_weight, None
         if side is not None and layer.outlier_index is not None:
@@ -72,18 +86,20 @@ class GPU(Plain):
         rest = (layer.shift, layer.permutation, layer.outlier_index)
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block
         return GPUPacked(
-            self, layer.weight.device, layer.weight, weight, layer.weight_scale.reshape(-1).float().contiguous(),
+            self, layer.weight.device, layer.weight, weight, scale.float().contiguous(),
             None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups), side, mask, _signed_scale(layer),
-            vector and not layer.threshold and all(v is None for v in rest),
+            positions, borders, vector and not layer.threshold and all(v is None for v in rest),
         )  # fmt: skip
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed, scheme = layer.packed, layer.scheme
-        if x.dtype not in DTYPES or not packed.codes.numel() or layer.groups:
+        if x.dtype not in DTYPES or not packed.codes.numel():
             return super().linear(layer, x)
         ops = kernels()  # also under torch.compile: it registers the operators
         if torch.compiler.is_compiling():
             ops = torch.ops.quantkit
+        if packed.positions is not None:
+            return self._in_segments(ops, layer, x)
         if x.shape[0] == 1 and packed.vector:
             return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, packed.pre_scale)
         if layer.threshold:
@@ -102,6 +118,17 @@ class GPU(Plain):
             q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, out[-1],
             packed.side_weight.to(x.dtype),
         )  # fmt: skip
+
+    def _in_segments(self, ops: Any, layer: W8A8Linear, x: Tensor) -> Tensor:
+        """Clusters of channels: quantized in plain torch, multiplied in one kernel."""
+        packed = layer.packed
+        inner, side = layer.prepare_input(x)
+        q, scale, zero = self.codes(layer, inner)
+        q = q.new_zeros(len(q), packed.codes.shape[1]).index_copy_(1, packed.positions, q)
+        side_weight = None if layer.outlier_weight is None else layer.outlier_weight.to(x.dtype).contiguous()
+        return ops.matmul(
+            q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, side, side_weight, packed.borders
+        )
 
 
 def _signed_scale(layer: W8A8Linear) -> Tensor | None:

@@ -124,7 +124,7 @@ def matmul(
     Args:
         q, weight: ``[M, K]`` and ``[N, K]`` int8, contiguous.
         sx, sw: ``[M, G]`` and ``[N, G]`` float32, for G segments of K; G is 1 without ``borders``.
-        zero, wsum: ``[M, G]`` (or ``[1]``, static) and ``[N, G]`` int32: zero points, and sums over segments of the weight.
+        zero, wsum: ``[M, G]`` (or ``[G]``, static) and ``[N, G]`` int32: zero points, and sums over segments of the weight.
         bias: ``[N]`` float.
         side, side_weight: ``[M, n]`` and ``[N, n]`` in one float dtype: columns multiplied without rounding.
         borders: ``[G + 1]`` int32, where segments of K start and end: multiples of 16, from 0 to K.
@@ -140,7 +140,7 @@ def matmul(
     segments = 1 if borders is None else len(borders) - 1
     matmul_kernel[(tiles if done is None else min(tiles, 2 * PROCESSORS),)](
         q, weight, y, sx, sw, zero, wsum, bias, side, side_weight, borders, active, m, n, k,
-        segments if zero is not None and zero.numel() > 1 else 0, 0 if side is None else side.shape[1],
+        segments if zero is not None and zero.numel() > segments else 0, 0 if side is None else side.shape[1],
         *((0, 0) if side is None else side.stride()), segments, config.m, config.n, config.k, config.group, k % config.k == 0,
         0 if done is None else ROOM,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
