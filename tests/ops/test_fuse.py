@@ -122,6 +122,32 @@ def test_other_arguments_are_not_merged() -> None:
     torch.testing.assert_close(fused, eager, rtol=0, atol=0.02 * float(eager.abs().max()))
 
 
+class Restless(Block):
+    """Writes to what q has read before k reads it, and to what a gate would be moved past."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        q = self.q(h)
+        h.add_(1)
+        gate, up = self.gate(x), self.up(x)
+        y = self.act(gate) * up
+        up.mul_(0)
+        return x + self.down(y) + (q * self.k(h)).mean()
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_nothing_moves_past_a_write() -> None:
+    torch.manual_seed(0)
+    calibration = [torch.randn(1, 5, K)]
+    block = quantkit.quantize(Restless(NORMS["rms"], F.silu), "rtn", calibration=calibration, ignore=["o"], progress=False)
+    x = torch.randn(2, 5, K)
+    with quantkit.use_backend("triton"), torch.inference_mode():
+        eager = block(x)
+    sources, fused = graph_and_result(block, x)
+    assert sources == [""] * 4  # q, gate and up together, k, down
+    torch.testing.assert_close(fused, eager, rtol=0, atol=0.02 * float(eager.abs().max()))
+
+
 def test_graphs_without_quantized_layers_are_left_alone() -> None:
     from quantkit.ops.gpu import fuse
 

@@ -12,8 +12,9 @@ ones round to 16 bit in between.
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +23,20 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.nn import functional as F
 
 VIEWS = ("reshape", "view", "contiguous", "flatten")
-SIXTEEN = (torch.bfloat16, torch.float16)
+ALIASES = (
+    *VIEWS,
+    "transpose",
+    "permute",
+    "chunk",
+    "split",
+    "unbind",
+    "narrow",
+    "select",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "t",
+)
 
 
 class Fuse(CustomGraphPass):
@@ -48,9 +62,10 @@ def fuse(graph: fx.Graph) -> None:
     """Rewrite ``graph`` in place."""
     if not calls_of(graph):
         return
-    merge(graph)
+    changing = changed_in_place(graph)
+    merge(graph, changing)
     for call in calls_of(graph):
-        gate(graph, call) or norm(graph, call)
+        gate(graph, call, changing) or norm(graph, call, changing)
     graph.eliminate_dead_code()
 
 
@@ -77,10 +92,36 @@ def width(node: Any) -> int | None:
     return None if value is None or not value.ndim else int(value.shape[-1])
 
 
-def merge(graph: fx.Graph) -> None:
+def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """Tensors that some call writes to, and those that they are views of."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        in_place = name in ("setitem", "iadd", "isub", "imul", "itruediv") or (name.endswith("_") and not name.endswith("__"))
+        written = [*node.args[:1]] if in_place or node.kwargs.get("inplace") else []
+        written += [node.kwargs["out"]] if "out" in node.kwargs else []
+        found.update(itertools.chain.from_iterable(map(aliased, written)))
+    return found
+
+
+def aliased(node: Any) -> Iterator[fx.Node]:
+    """``node`` and the tensors that it is a view of."""
+    while isinstance(node, fx.Node):
+        yield node
+        node = node.args[0] if is_call(node, *ALIASES, operator.getitem) else None
+
+
+def steady(nodes: Iterable[Any], changing: set[fx.Node]) -> bool:
+    """Whether nobody writes to these: a call that moves down then reads what it would have read."""
+    return not any(part in changing for node in nodes for part in aliased(node))
+
+
+def merge(graph: fx.Graph, changing: set[fx.Node]) -> None:
     """Let calls with the same input and arguments share the first one's result."""
     seen: dict[Any, fx.Node] = {}
     for call in calls_of(graph):
+        if not steady([call.args[0]], changing):
+            continue
         key = (behind_views(call.args[0]), tuple(sorted(call.kwargs.items(), key=lambda item: item[0])))  # type: ignore[arg-type]
         first = seen.setdefault(key, call)
         if first is not call:
@@ -112,7 +153,7 @@ MULTIPLY = (operator.mul, torch.mul, "mul")
 ADD = (operator.add, torch.add, "add")
 
 
-def gate(graph: fx.Graph, call: fx.Node) -> bool:
+def gate(graph: fx.Graph, call: fx.Node, changing: set[fx.Node]) -> bool:
     """``quantize(act(a) * b)`` to ``quantize(a, source=act, x2=b)``."""
     product = behind_views(call.args[0])  # type: ignore[arg-type]
     if not is_call(product, *MULTIPLY) or len(product.args) != 2 or not alone(product, call):
@@ -122,7 +163,7 @@ def gate(graph: fx.Graph, call: fx.Node) -> bool:
         if source and isinstance(other, fx.Node) and example(other) is not None:
             inner = activated.args[0]  # type: ignore[union-attr]
             shapes = [example(node).shape for node in (inner, other, product)]  # type: ignore[union-attr]
-            if shapes[0] == shapes[1] == shapes[2]:
+            if shapes[0] == shapes[1] == shapes[2] and steady([inner, other, activated, product], changing):
                 replace(graph, call, inner, source=source, x2=other)
                 return True
     return False
@@ -130,14 +171,16 @@ def gate(graph: fx.Graph, call: fx.Node) -> bool:
 
 def activation(node: Any) -> str | None:
     """The kernel's name of an activation function."""
+    if not isinstance(node, fx.Node) or len(node.args) != 1 or example(node.args[0]) is None:
+        return None
     if is_call(node, F.silu, torch.ops.aten.silu.default):
         return "silu"
     if is_call(node, F.gelu, torch._C._nn.gelu):
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(node.kwargs.get("approximate", "none"))
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(node.kwargs.get("approximate", "none")))
     return None
 
 
-def norm(graph: fx.Graph, call: fx.Node) -> bool:
+def norm(graph: fx.Graph, call: fx.Node, changing: set[fx.Node]) -> bool:
     """``quantize(norm(x))`` to ``quantize(x, source="rms")``, or "layer", and with ``x = a + b`` to one that keeps the sum."""
     normed = behind_views(call.args[0])  # type: ignore[arg-type]
     found = norm_of(normed)
@@ -149,6 +192,8 @@ def norm(graph: fx.Graph, call: fx.Node) -> bool:
         return False
     order = {node: index for index, node in enumerate(graph.nodes)}
     terms = x.args if is_call(x, *ADD) and len(x.args) == 2 and not x.kwargs else ()
+    if not steady([x, *terms, *inside(normed, x)], changing):
+        return False
     later = all((order[user] > order[x] and user in inside(normed, x)) or order[user] > order[call] for user in x.users)
     if later and all(_like(term, value) for term in terms) and terms:
         done = replace(graph, call, terms[0], x2=terms[1], **arguments)

@@ -210,6 +210,7 @@ def takes(
     source: str = "",
     x2: Tensor | None = None,
     gain: Tensor | None = None,
+    bias: Tensor | None = None,
     pre_scale: Tensor | None = None,
     permutation: Tensor | None = None,
     rotation: int = 0,
@@ -224,7 +225,7 @@ def takes(
     common = symmetric and shift is None and side_index is None and side_mask is None and in_scale is None and not threshold
     alone = x2 is None and gain is None and pre_scale is None and permutation is None
     largest = LARGEST if alone else LARGEST // 2
-    common = common and bool(source or rotation or not alone)
+    common = common and bool(source or rotation or not alone) and not (source == "rms" and bias is not None)
     fits = LEAST <= x.shape[1] <= largest and (not rotation or LEAST_ROTATION <= rotation <= LARGEST_ROTATION)
     return common and fits and x.stride(1) == 1 and x.shape[0] > 0
 
