@@ -9,6 +9,7 @@ and a token must give the same bits alone and in a batch. Exit status 1 and a li
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import subprocess
@@ -393,11 +394,28 @@ def check_chains() -> None:
                 assert same(y, wanted), f"{m} tokens"
 
 
+def check_devices() -> None:
+    """Every GPU there is, whichever is current, and a stream of one's own: the bits of the first GPU's default stream."""
+    outliers = Transform(outliers=torch.tensor([3, 77, 600], device=DEVICE))
+    for leftover, m in itertools.product((None, Transform(rotation=Rotation(64)), outliers), (1, 40, 300)):
+        layer, x = layer_of(4096, 640, leftover), rand(m, 640).bfloat16()
+        with torch.inference_mode():
+            wanted = layer(x).cpu()
+            for index in range(torch.cuda.device_count()):
+                there, copied = copy.deepcopy(layer).to(f"cuda:{index}"), x.to(f"cuda:{index}")
+                for stream in (torch.cuda.default_stream(index), torch.cuda.Stream(index)):
+                    stream.wait_stream(torch.cuda.default_stream(index))
+                    with torch.cuda.stream(stream), torch.cuda.device(0):
+                        got = there(copied)
+                    stream.synchronize()
+                    assert same(got.cpu(), wanted), f"cuda:{index} {m} {leftover}"
+
+
 CHECKS = {
     f.__name__.removeprefix("check_"): f
     for f in (
         check_quantize, check_norms_and_gates, check_rows, check_matmul, check_gemms, check_decodes, check_tiles,
-        check_segments_and_sides, check_layers, check_threshold, check_batches, check_chains,
+        check_segments_and_sides, check_layers, check_threshold, check_batches, check_chains, check_devices,
     )
 }  # fmt: skip
 
@@ -424,7 +442,8 @@ def main() -> None:
         if process.returncode:
             failed[name] = error[-1500:]
         print(f"FAILED  {name}\n{error[-1500:]}" if process.returncode else f"ok      {name}", flush=True)
-    print("written", record("check_gpu", {"passed": [name for name in CHECKS if name not in failed], "failed": failed}))
+    passed = [name for name in CHECKS if name not in failed]
+    print("written", record("check_gpu", {"passed": passed, "failed": failed}, gpus=torch.cuda.device_count()))
     sys.exit(bool(failed))
 
 

@@ -278,6 +278,9 @@ def peers() -> dict[str, Callable[[Inputs], Call | None]]:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
         def torchao(a: Inputs) -> Call | None:
+            if a.m <= 16:
+                return None  # torch._int_mm, which it calls, takes more
+            torch._dynamo.reset()  # every shape compiles the one forward() again, and Dynamo gives up after 8 of them
             layers = []
             for w in a.w16[:4]:
                 layer = torch.nn.Sequential(torch.nn.Linear(a.k, a.n, bias=False, device=DEVICE, dtype=torch.bfloat16))
@@ -342,15 +345,13 @@ def measure(
 
 
 def run_once(candidates: dict[str, Callable[[Inputs], Call | None]], args: argparse.Namespace) -> None:
-    """Fill Triton's cache on disk."""
+    """Fill the caches on disk with one job's share of the kernels."""
+    everything = list(itertools.product(args.shapes, args.tokens, candidates.values()))
     with torch.inference_mode():
-        for shape, m in itertools.product(args.shapes, args.tokens):
-            n, k = map(int, shape.split("x"))
-            inputs = Inputs(m, n, k, copies=1)
-            for make in candidates.values():
-                with contextlib.suppress(Exception):  # said later, when it is measured
-                    call = make(inputs)
-                    _ = call and call(0)
+        for shape, m, make in everything[args.compile :: args.jobs]:
+            with contextlib.suppress(Exception):  # said later, when it is measured
+                call = make(Inputs(m, *map(int, shape.split("x")), copies=1))
+                _ = call and call(0)
 
 
 def copy_bandwidth() -> float:
@@ -394,7 +395,7 @@ def main() -> None:
     candidates |= {"bf16: quantkit, threshold 6": ours_with_threshold} if args.threshold else {}
     candidates = {name: c for name, c in candidates.items() if any(fnmatch(name, pattern) for pattern in args.only)}
     if args.compile is not None:
-        run_once(dict(list(candidates.items())[args.compile :: args.jobs]), args)
+        run_once(candidates, args)
         return
     jobs = [
         subprocess.Popen([sys.executable, *sys.argv, "--compile", str(i)], stdout=subprocess.DEVNULL) for i in range(args.jobs)
