@@ -251,12 +251,12 @@ def quantize(result: Result) -> str:
 
 def peers(result: Result) -> str:
     """Libraries, all from bf16 activations."""
-    names = list(dict.fromkeys(n for r in result["rows"] for n in r["us"] if n.startswith("bf16: ")))
+    names = sorted({n for r in result["rows"] for n in r["us"] if n.startswith("bf16: ")}, key=lambda n: ("quantkit" not in n, n))
     rows = [
-        (str(r["m"]), f"{r['n']} x {r['k']}", *(f"{r['us'][n]['cold']:.1f}" if n in r["us"] else "failed" for n in names))
+        (str(r["m"]), f"{r['n']} x {r['k']}", *(f"{r['us'][n]['cold']:.1f}" if n in r["us"] else "" for n in names))
         for r in result["rows"]
     ]
-    return table(("tokens", "weight", *(n.removeprefix("bf16: ") for n in names)), rows)
+    return table(("tokens", "weight", *(n.removeprefix("bf16: ") for n in names)), rows) + "\n\n" + ahead(result)
 
 
 def ahead(result: Result) -> str:
@@ -264,6 +264,8 @@ def ahead(result: Result) -> str:
     lines = []
     for r in result["rows"]:
         for kind in ("given", "bf16"):
+            if f"{kind}: quantkit" not in r["us"]:
+                continue
             ours, (other, name) = r["us"][f"{kind}: quantkit"]["cold"], least(r, kind)
             if other < ours and "probe" not in name:
                 lines.append((str(r["m"]), f"{r['n']} x {r['k']}", name.split(": ")[1], f"{ours / other - 1:.1%}"))
@@ -353,6 +355,7 @@ def methods(result: Result) -> str:
     )  # fmt: skip
 
 
+# Marker -> glob over the names of results, whose rows make one table, and what writes it.
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "demo": ("demo", demo),
     "accuracy": ("accuracy", accuracy),
@@ -376,8 +379,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "ahead": ("gemm", ahead),
     "outliers": ("outliers", outliers),
     "outliers-bitsandbytes": ("outliers-bitsandbytes", peers),
-    "peers": ("peers", peers),
-    "peers-more": ("peers-more", peers),
+    "peers": ("peers-*", peers),
     "methods": ("methods", methods),
     "model": ("model", model),
     "quantize": ("quantize", quantize),
@@ -390,8 +392,12 @@ def fill(text: str) -> str:
 
     def body(match: re.Match[str]) -> str:
         source, render = TABLES[match[1]]
-        result = json.loads((ROOT / "benchmarks" / "results" / f"{source}.json").read_text(encoding="utf-8"))
-        return f"<!-- results:{match[1]} -->\n{render(result)}\n\n{origin(result)}\n<!-- /results:{match[1]} -->"
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks" / "results").glob(f"{source}.json"))]
+        result = results[0]
+        if len(results) > 1:
+            result |= {"rows": sorted((r for one in results for r in one["rows"]), key=lambda r: (r["n"], r["k"], r["m"]))}
+        origins = "\n".join(map(origin, results))
+        return f"<!-- results:{match[1]} -->\n{render(result)}\n\n{origins}\n<!-- /results:{match[1]} -->"
 
     return re.sub(r"<!-- results:([\w-]+) -->\n.*?<!-- /results:\1 -->", body, text, flags=re.DOTALL)
 
