@@ -251,7 +251,8 @@ def quantize(result: Result) -> str:
 
 def peers(result: Result) -> str:
     """Libraries, all from bf16 activations."""
-    names = sorted({n for r in result["rows"] for n in r["us"] if n.startswith("bf16: ")}, key=lambda n: ("quantkit" not in n, n))
+    found = {n for r in result["rows"] for n in r["us"] if n.startswith("bf16: ")}
+    names = sorted(found, key=lambda n: ("quantkit" not in n, n))
     rows = [
         (str(r["m"]), f"{r['n']} x {r['k']}", *(f"{r['us'][n]['cold']:.1f}" if n in r["us"] else "" for n in names))
         for r in result["rows"]
@@ -392,7 +393,8 @@ def fill(text: str) -> str:
 
     def body(match: re.Match[str]) -> str:
         source, render = TABLES[match[1]]
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks" / "results").glob(f"{source}.json"))]
+        paths = sorted((ROOT / "benchmarks" / "results").glob(f"{source}.json"))
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         result = results[0]
         if len(results) > 1:
             result |= {"rows": sorted((r for one in results for r in one["rows"]), key=lambda r: (r["n"], r["k"], r["m"]))}
