@@ -29,20 +29,21 @@ from quantkit.data import packed_text
 from quantkit.evaluate import compare, log_probabilities, windows_of
 from quantkit.integrations.transformers import SMOLLM2, load_float
 
-HALF = {"name": "smoothquant", "alpha": 0.5}
 METHODS: dict[str, Any] = {
     "RTN": "rtn",
     "SmoothQuant": "smoothquant",
+    "LLMInt8": "llm_int8",
     "SmoothQuant + LLMInt8": ["smoothquant", "llm_int8"],
+    "RPTQ": "rptq",
+    "SmoothQuant + RPTQ": ["smoothquant", "rptq"],
+    "SmoothQuant + Hadamard": ["smoothquant", "hadamard"],
+    "OmniQuant": "omniquant",
+    "SmoothQuant + LLMInt8 + OmniQuant": ["smoothquant", "llm_int8", "omniquant"],
     "SmoothQuant + GPTQ": ["smoothquant", "gptq"],
     "SmoothQuant + LLMInt8 + GPTQ": ["smoothquant", "llm_int8", "gptq"],
-    "LLMInt8 + GPTQ": ["llm_int8", "gptq"],
-    "SmoothQuant(0.5) + Hadamard": [HALF, "hadamard"],
-    "SmoothQuant(0.5) + Hadamard + GPTQ": [HALF, "hadamard", "gptq"],
-    "OmniQuant": "omniquant",
+    "SmoothQuant + RPTQ + GPTQ": ["smoothquant", "rptq", "gptq"],
+    "SmoothQuant + Hadamard + GPTQ": ["smoothquant", "hadamard", "gptq"],
     "OmniQuant + GPTQ": ["omniquant", "gptq"],
-    "SmoothQuant + LLMInt8 + OmniQuant": ["smoothquant", "llm_int8", "omniquant"],
-    "SmoothQuant + LLMInt8 + OmniQuant + GPTQ": ["smoothquant", "llm_int8", "omniquant", "gptq"],
 }
 """Name -> what a recipe says; another method is another line."""
 
