@@ -33,7 +33,9 @@ def compiled(
     constants = {name: constants.get(name) for name in kernel.arg_names if name not in types}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     # What Triton itself finds out about pointers and the sizes of a usual layer.
-    sixteen = [types.get(name, "")[:1] == "*" or name in ("N", "K", "K4", "padded", "stride_xm") for name in kernel.arg_names]
+    sixteen = [
+        types.get(name, "")[:1] == "*" or name in ("N", "K", "K4", "places", "padded", "stride_xm") for name in kernel.arg_names
+    ]
     aligned = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(sixteen) if yes}
     indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, indexed, aligned)
@@ -51,7 +53,9 @@ def compiled(
 
 
 def quantize(arch: int, **features: Any) -> dict[str, Any]:
-    types = dict.fromkeys(("M", "K", "padded", "stride_xm", "stride_2m", "stride_2k", "side_count", "side_stride"), "i32") | {
+    types = dict.fromkeys(
+        ("M", "K", "places", "padded", "stride_xm", "stride_2m", "stride_2k", "side_count", "side_stride"), "i32"
+    ) | {
         "X": "*bf16",
         "Q": "*i8",
         "S": "*fp32",
@@ -65,7 +69,8 @@ def quantize(arch: int, **features: Any) -> dict[str, Any]:
         "SYMMETRIC": True,
         "ROTATION": 0,
         "SIDES": 0,
-        "THRESHOLD": False,
+        "CLUSTERS": 1,
+        "COUNT": 1,
         "R": 1,
         "B": 4096,
         "EVEN": True,
@@ -175,6 +180,9 @@ def main() -> None:
         out[f"rows norm rotate {arch}"] = one_row(arch, 4096, **norm, **rotated)
         out[f"rows gate rotate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16", PRE="*fp32", **rotated)
         out[f"quantize asymmetric {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32")
+        clusters = {"CLUSTER": "*i32", "CLUSTERS": 8, "COUNT": 8}
+        out[f"quantize clusters {arch}"] = quantize(arch, PERM="*i64", **clusters)
+        out[f"quantize asymmetric clusters {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32", **clusters)
         out[f"quantize threshold {arch}"] = quantize(arch, REACHED="*i32")
         out[f"columns list {arch}"] = listed(arch)
         for k, given in itertools.product((4096, 14336), (False, True)):

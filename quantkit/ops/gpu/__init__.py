@@ -27,8 +27,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class GPUPacked:
     """A weight ready to run: ``codes`` in rows of 16; ``vector`` says whether one token may take the fused kernel.
 
-    With clusters of channels, each starts at a multiple of 16: ``positions [K]`` int64 say where channels went, and
-    ``borders [G + 1]`` int32 where clusters begin.
+    With clusters of channels, each starts at a multiple of 16 of the P places in a row: ``permutation [P]`` says which channel
+    is where, -1 where none is, ``borders [G + 1]`` int32 where clusters begin, and ``clusters [P / 16]`` int32 whose 16 places
+    are.
     """
 
     backend: Any
@@ -40,8 +41,9 @@ class GPUPacked:
     side_weight: Tensor | None
     side_mask: Tensor | None
     pre_scale: Tensor | None
-    positions: Tensor | None
+    permutation: Tensor | None
     borders: Tensor | None
+    clusters: Tensor | None
     vector: bool
 
 
@@ -69,14 +71,15 @@ class GPU(Plain):
 
     def pack(self, layer: W8A8Linear) -> GPUPacked:
         k = layer.in_features
-        weight, positions, borders, scale = layer.weight.contiguous(), None, None, layer.weight_scale.reshape(-1)
+        weight, scale, permutation = layer.weight.contiguous(), layer.weight_scale, layer.permutation
+        borders = clusters = None
         if layer.groups:
-            scale = layer.weight_scale
-            starts = [0, *itertools.accumulate(map(padded, layer.groups))]
-            borders = torch.tensor(starts, dtype=torch.int32, device=weight.device)
-            parts = zip(starts[:-1], layer.groups, strict=True)
-            positions = torch.cat([torch.arange(start, start + size, device=weight.device) for start, size in parts])
-            weight = weight.new_zeros(len(weight), starts[-1]).index_copy_(1, positions, weight)
+            borders, clusters, places = _places(layer.groups, weight.device)
+            width = 16 * len(clusters)
+            weight = weight.new_zeros(len(weight), width).index_copy_(1, places, weight)
+            if permutation is not None or width > k:
+                order = torch.arange(k, device=weight.device) if permutation is None else permutation
+                permutation = torch.full((width,), -1, device=weight.device).index_copy_(0, places, order)
         elif padded(k) != k:
             weight = torch.nn.functional.pad(weight, (0, padded(k) - k))
         side, mask = layer.outlier_weight, None
@@ -84,11 +87,11 @@ class GPU(Plain):
             mask = torch.zeros(k, dtype=torch.int8, device=side.device).index_fill(0, layer.outlier_index, 1)
             side = torch.nn.functional.pad(side, (0, padded_side(side.shape[1]) - side.shape[1])).contiguous()
         rest = (layer.shift, layer.permutation, layer.outlier_index)
-        vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block
+        vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block and not layer.groups
         return GPUPacked(
-            self, layer.weight.device, layer.weight, weight, scale.float().contiguous(),
+            self, layer.weight.device, layer.weight, weight, (scale if layer.groups else scale.view(-1)).contiguous(),
             None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups), side, mask, _signed_scale(layer),
-            positions, borders, vector and not layer.threshold and all(v is None for v in rest),
+            permutation, borders, clusters, vector and not layer.threshold and all(v is None for v in rest),
         )  # fmt: skip
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
@@ -98,8 +101,6 @@ class GPU(Plain):
         ops = kernels()  # also under torch.compile: it registers the operators
         if torch.compiler.is_compiling():
             ops = torch.ops.quantkit
-        if packed.positions is not None:
-            return self._in_segments(ops, layer, x)
         if x.shape[0] == 1 and packed.vector:
             return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, packed.pre_scale)
         if layer.threshold:
@@ -107,28 +108,25 @@ class GPU(Plain):
             return ops.matmul(q, scale, packed.codes, packed.scale, x.dtype, bias=layer.bias, side=x, active=active)
         out = ops.quantize(
             x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=packed.pre_scale,
-            permutation=layer.permutation, rotation=layer.rotation_block, side_index=layer.outlier_index,
-            side_mask=packed.side_mask, in_scale=layer.input_scale, in_zero=layer.input_zero_point,
+            permutation=packed.permutation, rotation=layer.rotation_block, side_index=layer.outlier_index,
+            side_mask=packed.side_mask, in_scale=layer.input_scale, in_zero=layer.input_zero_point, clusters=packed.clusters,
+            count=max(1, len(layer.groups)),
         )  # fmt: skip
         q, scale = out[:2]
         zero = out[2] if not scheme.symmetric and not scheme.is_static else layer.input_zero_point
-        if packed.side_weight is None:
-            return ops.matmul(q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias)
+        side = (None, None) if packed.side_weight is None else (out[-1], packed.side_weight.to(x.dtype))
         return ops.matmul(
-            q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, out[-1],
-            packed.side_weight.to(x.dtype),
+            q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, *side, packed.borders
         )  # fmt: skip
 
-    def _in_segments(self, ops: Any, layer: W8A8Linear, x: Tensor) -> Tensor:
-        """Clusters of channels: quantized in plain torch, multiplied in one kernel."""
-        packed = layer.packed
-        inner, side = layer.prepare_input(x)
-        q, scale, zero = self.codes(layer, inner)
-        q = q.new_zeros(len(q), packed.codes.shape[1]).index_copy_(1, packed.positions, q)
-        side_weight = None if layer.outlier_weight is None else layer.outlier_weight.to(x.dtype).contiguous()
-        return ops.matmul(
-            q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, side, side_weight, packed.borders
-        )
+
+def _places(groups: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where clusters begin in a row of codes ``[G + 1]``, whose 16 places are ``[P / 16]``, and where channels go ``[K]``."""
+    starts = [0, *itertools.accumulate(map(padded, groups))]
+    clusters = [number for number, size in enumerate(groups) for _ in range(padded(size) // 16)]
+    places = [torch.arange(start, start + size) for start, size in zip(starts[:-1], groups, strict=True)]
+    whole = torch.tensor(starts, dtype=torch.int32), torch.tensor(clusters, dtype=torch.int32), torch.cat(places)
+    return tuple(t.to(device) for t in whole)  # type: ignore[return-value]
 
 
 def _signed_scale(layer: W8A8Linear) -> Tensor | None:

@@ -29,14 +29,26 @@ def _round(x):
 
 
 @triton.jit
-def _all_finite(x):
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1) < EXPONENT
+def _largest(x, cluster, CLUSTERS: tl.constexpr):
+    """The largest of each row of ``x [R, B]``, none below 0; with ``cluster [R]``, of all rows of the same cluster."""
+    top = tl.max(x, 1)
+    if CLUSTERS > 1:
+        mine = cluster[:, None] == tl.arange(0, CLUSTERS)[None, :]
+        of_each = tl.max(tl.where(mine, top[:, None], 0), 0)
+        top = tl.max(tl.where(mine, of_each[None, :], 0), 1)
+    return top
 
 
 @triton.jit
-def _symmetric(x, QMAX: tl.constexpr):
+def _magnitude(x, cluster, CLUSTERS: tl.constexpr):
+    """Bits of the largest absolute value of each row; NaN is the largest."""
+    return _largest(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, cluster, CLUSTERS)
+
+
+@triton.jit
+def _symmetric(x, cluster, QMAX: tl.constexpr, CLUSTERS: tl.constexpr):
     """Codes and scale of rows ``x [R, B]`` float32, padded with 0: numerics.encode and absmax_scale, bit for bit."""
-    top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    top = _magnitude(x, cluster, CLUSTERS)
     finite = top < EXPONENT
     absmax = tl.maximum(tl.where(finite, top, 0).to(tl.float32, bitcast=True), FLOOR)
     limit = tl.full(absmax.shape, QMAX, tl.float32)
@@ -45,12 +57,12 @@ def _symmetric(x, QMAX: tl.constexpr):
 
 
 @triton.jit
-def _asymmetric(x, QMAX: tl.constexpr):
+def _asymmetric(x, cluster, QMAX: tl.constexpr, CLUSTERS: tl.constexpr):
     """Codes, scale and zero of rows ``x [R, B]``, padded with 0: numerics.encode_asymmetric and range_scale."""
-    finite = _all_finite(x)
+    finite = _magnitude(x, cluster, CLUSTERS) < EXPONENT
     x = tl.where(finite[:, None], x, 0.0)
-    low, high = tl.min(x, 1), tl.max(x, 1)
-    low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
+    low = -_largest(tl.maximum(-x, 0.0), cluster, CLUSTERS)
+    high = _largest(tl.maximum(x, 0.0), cluster, CLUSTERS)
     scale = tl.div_rn(tl.maximum(high - low, FLOOR), tl.full(low.shape, 2 * QMAX + 1, tl.float32))
     finite = finite & (scale < float("inf"))
     scale = tl.where(finite, scale, 1.0)
@@ -63,15 +75,15 @@ def _asymmetric(x, QMAX: tl.constexpr):
 
 
 @triton.jit
-def _static(x, scale, zero, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Codes and row scales of rows ``x [R, B]`` for one given ``scale`` and ``zero``."""
-    finite = _all_finite(x)
-    v = x * tl.div_rn(tl.full([1], 1.0, tl.float32), scale + tl.zeros([1], tl.float32))[None, :]
+def _static(x, scale, zero, cluster, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, CLUSTERS: tl.constexpr):
+    """Codes and row scales of rows ``x [R, B]`` for a given ``scale [R]`` and ``zero [R]``."""
+    finite = _magnitude(x, cluster, CLUSTERS) < EXPONENT
+    v = x * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
     v = tl.where(finite[:, None], v, 0.0)
     if SYMMETRIC:
         q = _round(tl.minimum(tl.maximum(v, -QMAX), QMAX))  # clamping to integers commutes with rounding
     else:
-        q = _round(tl.minimum(tl.maximum(v, -4.0 * QMAX), 4.0 * QMAX)) + zero
+        q = _round(tl.minimum(tl.maximum(v, -4.0 * QMAX), 4.0 * QMAX)) + zero[:, None]
         q = tl.minimum(tl.maximum(q, -QMAX - 1), QMAX)
         q = tl.where(finite[:, None], q, 0)
     return q.to(tl.int8), tl.where(finite, scale, float("nan"))
@@ -103,19 +115,24 @@ def gated(x, x2, SOURCE: tl.constexpr):
 
 @triton.jit
 def quantize_kernel(
-    X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIDE_INDEX, SIDE_MASK, IN_SCALE, IN_ZERO,
-    Q, S, Z, SIDE, SUM, REACHED, M, K, padded, stride_xm, stride_xk, stride_2m, stride_2k, side_count, side_stride, eps, offset,
-    threshold,
+    X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIDE_INDEX, SIDE_MASK, IN_SCALE, IN_ZERO, CLUSTER,
+    Q, S, Z, SIDE, SUM, REACHED, M, K, places, padded, stride_xm, stride_xk, stride_2m, stride_2k, side_count, side_stride, eps,
+    offset, threshold,
     SOURCE: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ROTATION: tl.constexpr, SIDES: tl.constexpr,
-    R: tl.constexpr, B: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    CLUSTERS: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """R rows of K channels, in tiles of ``[R, B]``; see :func:`quantize` for the arguments."""
+    """R rows of K channels, in tiles of ``[R, B]``; see :func:`quantize` for the arguments.
+
+    With clusters, R is 1, and the row is worked on as ``[B / 16, 16]`` from where ranges are looked for.
+    """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     k = tl.arange(0, B)
-    inside = (row < M)[:, None] & (k < K)[None, :]
+    real = k < places
     source = k
     if PERM is not None:
-        source = tl.load(PERM + k, mask=k < K, other=0)
+        source = tl.load(PERM + k, mask=real, other=-1)
+        real = source >= 0
+    inside = (row < M)[:, None] & real[None, :]
     at = row[:, None] * stride_xm + source[None, :] * stride_xk
     if PDL:
         gdc_launch_dependents()
@@ -137,47 +154,56 @@ def quantize_kernel(
             x = tl.where(inside, x - mean[:, None], 0.0)
         x = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / K + eps))[:, None]
         if GAIN is not None:
-            x = x * (tl.load(GAIN + source, mask=k < K, other=0.0).to(tl.float32) + offset)[None, :]
+            x = x * (tl.load(GAIN + source, mask=real, other=0.0).to(tl.float32) + offset)[None, :]
         if BIAS is not None:
-            x = x + tl.load(BIAS + source, mask=k < K, other=0.0).to(tl.float32)[None, :]
+            x = x + tl.load(BIAS + source, mask=real, other=0.0).to(tl.float32)[None, :]
     if SHIFT is not None:
-        x = x - tl.load(SHIFT + source, mask=k < K, other=0.0)[None, :]
+        x = x - tl.load(SHIFT + source, mask=real, other=0.0)[None, :]
     if SIDES > 0:  # outlier columns leave in the dtype of x, before the scale
         n = tl.arange(0, SIDES)
-        real = n < side_count  # and zeros up to the width of a tile
-        column = tl.load(SIDE_INDEX + n, mask=real, other=0)
-        some = (row < M)[:, None] & real[None, :]
-        side = tl.load(X + row[:, None] * stride_xm + column[None, :] * stride_xk, mask=some, other=0.0).to(tl.float32)
+        some = n < side_count  # and zeros up to the width of a tile
+        column = tl.load(SIDE_INDEX + n, mask=some, other=0)
+        side = tl.load(
+            X + row[:, None] * stride_xm + column[None, :] * stride_xk, mask=(row < M)[:, None] & some[None, :], other=0.0
+        ).to(tl.float32)
         if SHIFT is not None:
-            side = side - tl.load(SHIFT + column, mask=real, other=0.0)[None, :]
+            side = side - tl.load(SHIFT + column, mask=some, other=0.0)[None, :]
         there = (row < M)[:, None] & (n < side_stride)[None, :]
         tl.store(SIDE + row[:, None] * side_stride + n[None, :], side.to(SIDE.dtype.element_ty), mask=there)
     if SIDE_MASK is not None:  # a byte a channel: the index itself would be searched for every channel
-        x = tl.where((tl.load(SIDE_MASK + source, mask=k < K, other=0) != 0)[None, :], 0.0, x)
+        x = tl.where((tl.load(SIDE_MASK + source, mask=real, other=0) != 0)[None, :], 0.0, x)
     if PRE is not None:
-        x = x * tl.load(PRE + source, mask=k < K, other=0.0)[None, :]
+        x = x * tl.load(PRE + source, mask=real, other=0.0)[None, :]
     if ROTATION > 0:
         x = _rotate(x, ROTATION, R, B)
     if REACHED is not None:
         large = reaching(x, threshold)
         tl.store(REACHED + k[None, :] + tl.zeros([R, 1], tl.int32), 1, mask=large)  # many programs write the same
         x = tl.where(large, 0.0, x)
+    cluster = tl.zeros([R], tl.int32)
+    at, store = row, row < M
+    if CLUSTERS > 1:
+        x = tl.reshape(x, (B // 16, 16))
+        tile = tl.arange(0, B // 16)
+        cluster = tl.load(CLUSTER + tile, mask=tile < padded // 16, other=-1)
+        at, store = tl.program_id(0).to(tl.int64) * COUNT + cluster, cluster >= 0  # tiles of a cluster write the same
     if IN_SCALE is not None:
-        zero = 0
+        zero = cluster
         if IN_ZERO is not None:
-            zero = tl.load(IN_ZERO)
-        q, s = _static(x, tl.load(IN_SCALE), zero, QMAX, SYMMETRIC)
+            zero = tl.load(IN_ZERO + cluster, mask=store, other=0)
+        q, s = _static(x, tl.load(IN_SCALE + cluster, mask=store, other=1.0), zero, cluster, QMAX, SYMMETRIC, CLUSTERS)
     elif SYMMETRIC:
-        q, s = _symmetric(x, QMAX)
+        q, s = _symmetric(x, cluster, QMAX, CLUSTERS)
     else:
-        q, s, z = _asymmetric(x, QMAX)
-        tl.store(Z + row, z, mask=row < M)
+        q, s, z = _asymmetric(x, cluster, QMAX, CLUSTERS)
+        tl.store(Z + at, z, mask=store)
+    q = tl.reshape(q, (R, B))
     out = Q + row[:, None] * padded + k[None, :]
     if EVEN:
         tl.store(out, q)
     else:
         tl.store(out, q, mask=(row < M)[:, None] & (k < padded)[None, :])
-    tl.store(S + row, s, mask=row < M)
+    tl.store(S + at, s, mask=store)
 
 
 def reachable(x: Tensor) -> Tensor:
@@ -204,6 +230,8 @@ def quantize(
     side_mask: Tensor | None = None,
     in_scale: Tensor | None = None,
     in_zero: Tensor | None = None,
+    clusters: Tensor | None = None,
+    count: int = 1,
     threshold: float = 0.0,
     warps: int = 0,
 ) -> list[Tensor]:
@@ -220,14 +248,17 @@ def quantize(
         pre_scale: ``[K]`` float32, by which channels are multiplied, the signs of a rotation included.
         rotation: channels of a block; 0 for none.
         side_mask: ``[K]`` int8, 1 at the channels of ``side_index``, which are 0 in the codes.
-        in_scale, in_zero: ``[1]``, static scale and zero point; left out, every token gets its own.
+        in_scale, in_zero: ``[G]``, static scale and zero point; left out, every token gets its own.
+        clusters, count: with G > 1 clusters of channels, ``[P / 16]`` int32, to which of them each 16 of the P codes of a row
+            belong, and G. ``permutation`` is then ``[P]``, -1 where a code is padding.
         threshold: finite elements that reach it are 0 in the codes, and do not count for the scale; 0 for none.
         warps: of each program; 0 decides by K.
 
     Returns:
-        codes ``[M, padded(K)]`` int8 (the weight must be 0 beyond K) and scale ``[M, 1]`` float32; then, where asked for,
-        zero ``[M, 1]`` int32, side columns ``[M, padded_side(n)]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x,
-        and ``[1 + K]`` int32, how many columns reached the threshold anywhere and which, ascending (see :mod:`.columns`).
+        codes ``[M, padded(K)]`` or ``[M, P]`` int8 (the weight must be 0 where they are padding) and scale ``[M, G]`` float32;
+        then, where asked for, zero ``[M, G]`` int32, side columns ``[M, padded_side(n)]`` and the sum ``x + x2`` ``[M, K]``,
+        both in the dtype of x, and ``[1 + K]`` int32, how many columns reached the threshold anywhere and which, ascending (see
+        :mod:`.columns`).
 
     Raises:
         ValueError: a source and side columns, which would be taken from before the norm or gate.
@@ -236,24 +267,27 @@ def quantize(
         raise ValueError(f"source={source!r} cannot be fused where side columns are taken: apply it before quantize")
     m, k = x.shape
     x, x2 = reachable(x), x2 if x2 is None else reachable(x2)
-    q, scale = x.new_empty((m, padded(k)), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)
-    zero = None if symmetric or in_scale is not None else x.new_empty((m, 1), dtype=torch.int32)
-    count = 0 if side_index is None else len(side_index)
-    sides = padded_side(count)
+    width = padded(k) if clusters is None else 16 * len(clusters)
+    places = k if clusters is None else width
+    q, scale = x.new_empty((m, width), dtype=torch.int8), x.new_empty((m, count), dtype=torch.float32)
+    zero = None if symmetric or in_scale is not None else x.new_empty((m, count), dtype=torch.int32)
+    columns = 0 if side_index is None else len(side_index)
+    sides = padded_side(columns)
     side = x.new_empty((m, sides)) if sides else None
     kept = x.new_empty((m, k)) if x2 is not None and source in ("rms", "layer") else None
     reached = x.new_zeros(k, dtype=torch.int32) if threshold else None
     done = [t for t in (q, scale, zero, side, kept) if t is not None]
     if not m:
         return done if reached is None else [*done, list_columns(reached, pdl=False)]
-    block = max(triton.next_power_of_2(k), 16)  # at least padded(k)
-    rows = max(1, 1024 // block)
+    block = max(triton.next_power_of_2(places), 16)  # at least padded(k)
+    rows = 1 if clusters is not None else max(1, 1024 // block)
     pdl, strides2 = hopper(x.device), (0, 0) if x2 is None else x2.stride()
     quantize_kernel[(triton.cdiv(m, rows),)](
-        x, x2, gain, bias, shift, pre_scale, permutation, side_index, side_mask, in_scale, in_zero,
-        q, scale, zero, side, kept, reached, m, k, padded(k), *x.stride(), *strides2, count,
+        x, x2, gain, bias, shift, pre_scale, permutation, side_index, side_mask, in_scale, in_zero, clusters,
+        q, scale, zero, side, kept, reached, m, k, places, width, *x.stride(), *strides2, columns,
         sides, eps, offset, threshold, source, qmax(bits), symmetric, rotation,
-        triton.next_power_of_2(sides) if sides else 0, rows, block, rows == 1 and block == k, pdl,
+        triton.next_power_of_2(sides) if sides else 0, triton.next_power_of_2(count), count, rows, block,
+        rows == 1 and block == k == places, pdl,
         num_warps=warps or min(max(rows * block // 512, 4), 16), enable_fp_fusion=False,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

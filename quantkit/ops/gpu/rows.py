@@ -218,11 +218,13 @@ def takes(
     side_index: Tensor | None = None,
     side_mask: Tensor | None = None,
     in_scale: Tensor | None = None,
+    clusters: Tensor | None = None,
     threshold: float = 0.0,
     **_: object,
 ) -> bool:
     """Whether this kernel does what is asked of ``quantize``, and faster: codes alone are not."""
-    common = symmetric and shift is None and side_index is None and side_mask is None and in_scale is None and not threshold
+    others = (shift, side_index, side_mask, in_scale, clusters)
+    common = symmetric and not threshold and all(v is None for v in others)
     alone = x2 is None and gain is None and pre_scale is None and permutation is None
     largest = LARGEST if alone else LARGEST // 2
     common = common and bool(source or rotation or not alone) and not (source == "rms" and bias is not None)
