@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import record
+from common import record, shared_out
 from cpu import decoder_linears, torch_ao, torchao
 from torch import nn
 
@@ -193,13 +194,46 @@ def collect_once() -> Callable[[], None]:
     return shared.clear
 
 
+STATE: dict[str, Any] = {}
+"""Of one process: models, windows, what the float model says to them, and calibration batches."""
+
+
+def begin(device: str, data: Path, count: int, once: bool) -> None:
+    base, tokenizer = load_float(SMOLLM2)
+    windows = windows_of(tokenizer, (data / "test.raw.txt").read_text(encoding="utf-8"), 1024, count).to(device)
+    batches = packed_text([(data / "valid.txt").read_text(encoding="utf-8")], tokenizer, device=device)[:32]
+    models = {"SmolLM2": base.to(device), "outlier twin": outlier_twin(base).to(device)}
+    reference = [log_probabilities(base, window) for window in windows]
+    another_model = collect_once() if once else lambda: None
+    STATE.update(models=models, windows=windows, batches=batches, reference=reference, once=once, another_model=another_model)
+
+
+def score(task: tuple[str, str]) -> tuple[dict[str, Any], dict[str, float | None]]:
+    """The row of one model and candidate, and with SmoothQuant what each layer has."""
+    name, candidate = task
+    if STATE.get("last") != name:
+        STATE["another_model"]()
+        STATE["last"] = name
+    start = time.perf_counter()
+    quantized = CANDIDATES[candidate](copy.deepcopy(STATE["models"][name]), STATE["batches"])
+    seconds = None if STATE["once"] else round(time.perf_counter() - start, 1)
+    row = {"model": name, "method": candidate, "quantize_s": seconds}
+    row |= compare(quantized, STATE["windows"], STATE["reference"], progress=False)
+    if not STATE["once"]:
+        row["kl_5"] = compare(quantized, STATE["windows"][:5], STATE["reference"], progress=False)["kl"]
+    if candidate != "SmoothQuant":
+        return row, {}
+    return row, {x.name: x.sqnr_db for x in quantkit.report(quantized).layers if x.kind == "int8"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with test.raw.txt and valid.txt")
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--only", nargs="*", default=["*"], help="globs over the names of candidates, in this order")
     parser.add_argument("--models", nargs="*", default=["SmolLM2", "outlier twin"])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for all GPUs")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; more than one, and the seconds mean little")
     parser.add_argument("--name", default="accuracy", help="of the result")
     parser.add_argument(
         "--once",
@@ -207,44 +241,19 @@ def main() -> None:
         help="calibrate once for all candidates: no time to quantize, and KL over all windows only",
     )
     args = parser.parse_args()
-    another_model = collect_once() if args.once else lambda: None
-
-    base, tokenizer = load_float(SMOLLM2)
-    windows = windows_of(tokenizer, (args.data / "test.raw.txt").read_text(encoding="utf-8"), 1024, args.windows)
-    windows = windows.to(args.device)
-    batches = packed_text([(args.data / "valid.txt").read_text(encoding="utf-8")], tokenizer, device=args.device)[:32]
-    twin = outlier_twin(base).to(args.device)
-    base.to(args.device)
-    reference = [log_probabilities(base, window) for window in windows]
-    rows: list[dict[str, Any]] = []
+    wanted = list(dict.fromkeys(c for pattern in args.only for c in CANDIDATES if fnmatch(c, pattern)))
+    tasks = list(itertools.product(args.models, wanted))
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     layers: dict[str, dict[str, float | None]] = {}
-    for name in args.models:
-        model = base if name == "SmolLM2" else twin
-        another_model()
-        for candidate in dict.fromkeys(c for pattern in args.only for c in CANDIDATES if fnmatch(c, pattern)):
-            start = time.perf_counter()
-            try:
-                quantized = CANDIDATES[candidate](copy.deepcopy(model), batches)
-            except ImportError as error:
-                print(f"{candidate}: not installed ({error})", flush=True)
-                continue
-            row = {
-                "model": name,
-                "method": candidate,
-                "quantize_s": None if args.once else round(time.perf_counter() - start, 1),
-            }
-            row |= compare(quantized, windows, reference)
-            if not args.once:
-                row["kl_5"] = compare(quantized, windows[:5], reference)["kl"]
-            rows.append(row)
-            if candidate == "SmoothQuant":
-                layers[name] = {x.name: x.sqnr_db for x in quantkit.report(quantized).layers if x.kind == "int8"}
-            print(
-                f"{name:13} {candidate:45} KL {row['kl']:.5f} "
-                f"perplexity {row['perplexity']:.3f} top-1 {row['top1']:.1%} ({time.perf_counter() - start:.0f} s)",
-                flush=True,
-            )
-            path = record(args.name, rows, windows=len(windows), length=1024, layers=layers)
+    for task, (row, own) in shared_out(tasks, args.jobs, args.device, begin, score, args.data, args.windows, args.once):
+        found[task] = row
+        layers |= {task[0]: own} if own else {}
+        print(
+            f"{task[0]:13} {task[1]:45} KL {row['kl']:.5f} perplexity {row['perplexity']:.3f} top-1 {row['top1']:.1%}",
+            flush=True,
+        )
+        facts = {"windows": args.windows, "length": 1024, "layers": layers}
+        path = record(args.name, [found[t] for t in tasks if t in found], **facts)
     print("written", path)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -78,3 +81,32 @@ def _cpu() -> str:
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
     return f"{name}, {os.cpu_count()} cores" + (", AVX-512 VNNI" if "avx512_vnni" in flags else "")
+
+
+def shared_out(
+    tasks: Sequence[Any], jobs: int, device: str, begin: Callable[..., None], work: Callable[[Any], Any], *arguments: Any
+) -> Iterator[tuple[Any, Any]]:
+    """``(task, work(task))`` as they are done, by ``jobs`` processes, each after ``begin(device, *arguments)``.
+
+    With ``device="cuda"`` the processes are spread over the GPUs. A task that fails is said so and left out.
+    """
+    context = multiprocessing.get_context("spawn")
+    devices = context.Queue()
+    for job in range(jobs):
+        devices.put(f"cuda:{job % torch.cuda.device_count()}" if device == "cuda" else device)
+    with ProcessPoolExecutor(jobs, context, _begin, (devices, begin, arguments)) as pool:
+        waiting = {pool.submit(work, task): task for task in tasks}
+        for done in as_completed(waiting):
+            try:
+                yield waiting[done], done.result()
+            except BrokenProcessPool:
+                raise
+            except Exception as error:  # noqa: BLE001  the others still count
+                print(f"{waiting[done]}: {type(error).__name__}: {error}\n{error.__cause__}", flush=True)
+
+
+def _begin(devices: Any, begin: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    device = devices.get()
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    begin(device, *arguments)

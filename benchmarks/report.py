@@ -251,6 +251,7 @@ def quantize(result: Result) -> str:
 
 def peers(result: Result) -> str:
     """Libraries, all from bf16 activations."""
+    result["rows"].sort(key=lambda r: (r["n"], r["k"], r["m"]))
     found = {n for r in result["rows"] for n in r["us"] if n.startswith("bf16: ")}
     names = sorted(found, key=lambda n: ("quantkit" not in n, n))
     rows = [
@@ -381,7 +382,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "outliers": ("outliers", outliers),
     "outliers-bitsandbytes": ("outliers-bitsandbytes", peers),
     "peers": ("peers-*", peers),
-    "methods": ("methods", methods),
+    "methods": ("methods*", methods),
     "model": ("model", model),
     "quantize": ("quantize", quantize),
     "kernels": ("model", kernels),
@@ -397,7 +398,7 @@ def fill(text: str) -> str:
         results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         result = results[0]
         if len(results) > 1:
-            result |= {"rows": sorted((r for one in results for r in one["rows"]), key=lambda r: (r["n"], r["k"], r["m"]))}
+            result |= {"rows": [r for one in results for r in one["rows"]]}
         origins = "\n".join(map(origin, results))
         return f"<!-- results:{match[1]} -->\n{render(result)}\n\n{origins}\n<!-- /results:{match[1]} -->"
 
