@@ -202,7 +202,8 @@ def begin(device: str, data: Path, count: int, once: bool) -> None:
     base, tokenizer = load_float(SMOLLM2)
     windows = windows_of(tokenizer, (data / "test.raw.txt").read_text(encoding="utf-8"), 1024, count).to(device)
     batches = packed_text([(data / "valid.txt").read_text(encoding="utf-8")], tokenizer, device=device)[:32]
-    models = {"SmolLM2": base.to(device), "outlier twin": outlier_twin(base).to(device)}
+    twin = outlier_twin(base)
+    models = {"SmolLM2": base.to(device), "outlier twin": twin.to(device)}
     reference = [log_probabilities(base, window) for window in windows]
     another_model = collect_once() if once else lambda: None
     STATE.update(models=models, windows=windows, batches=batches, reference=reference, once=once, another_model=another_model)
