@@ -182,7 +182,7 @@ def _why_not(layer: W8A8Linear, original: nn.Module | None, drop: bool, undo: bo
         return "it is a Conv1D, which engines store transposed, and their INT8 kernels do not expect that; use quantkit.save()"
     if scheme.is_simulation:
         return f"{scheme.name} simulates fewer than 8 bits, which its layout does not know; quantize with 8 bits, 'w8a8'"
-    if getattr(layer, "groups", ()):
+    if layer.groups:
         return "its channels have scales by cluster, and the layout has one for all; quantize with scales per token, 'w8a8'"
     if layer.threshold and not drop:
         return (
