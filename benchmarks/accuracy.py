@@ -40,6 +40,18 @@ def ours(method: Any, scheme: str = "w8a8", **options: Any) -> Quantizer:
     )
 
 
+def exported(method: Any) -> Quantizer:
+    """In the layout of engines, and back."""
+
+    def run(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+        quantized = quantkit.quantize(model, method, calibration=batches, progress=False)
+        with tempfile.TemporaryDirectory() as folder:
+            quantkit.export(quantized, folder)
+            return quantkit.load(folder, device=batches[0].device)
+
+    return run
+
+
 def ours_without_data(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
     return quantkit.quantize(model, progress=False)
 
@@ -134,6 +146,8 @@ CANDIDATES: dict[str, Quantizer] = {
     "Rotate(block='full') + SmoothQuant": ours([quantkit.Rotate(block="full"), "smoothquant"]),
     "Rotate(heads=False) + SmoothQuant": ours([quantkit.Rotate(heads=False), "smoothquant"]),
     "Rotate(stream=False) + SmoothQuant": ours([quantkit.Rotate(stream=False), "smoothquant"]),
+    "exported: SmoothQuant": exported("smoothquant"),
+    "exported: Rotate + SmoothQuant": exported(["rotate", "smoothquant"]),
     "RTN, static": ours("rtn", "w8a8-static"),
     "RTN, static-asym": ours("rtn", "w8a8-static-asym"),
 }

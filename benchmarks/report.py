@@ -367,6 +367,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "accuracy-blocks": ("accuracy-blocks", blocks),
     "accuracy-compositions": ("accuracy-blocks", rotation),
     "accuracy-bits": ("accuracy-bits", bits),
+    "accuracy-exported": ("accuracy-exported", rotation),
     "encoder": ("encoder", encoder),
     "encoder-bits": ("encoder", bits),
     "accuracy-rptq": ("accuracy-rptq", accuracy),

@@ -15,12 +15,15 @@ import pytest
 import torch
 from families import FAMILIES
 from helpers import assert_same, gpt2, llama, mlp, normal, state, tokens
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quantkit
 from quantkit import GPTQ, LLMInt8, MethodError, OmniQuant, PerSite, SmoothQuant, Stage, Transform
+from quantkit.calibrators import omniquant
 from quantkit.calibrators.blocks import Stream, find_blocks, record_calls, samples_of
-from quantkit.calibrators.omniquant import Block, distance, round_activation, round_symmetric
+from quantkit.calibrators.omniquant import Block, RoundRows, distance, round_activation, round_symmetric
 from quantkit.numerics import qmax
 from quantkit.scheme import Scheme
 
@@ -77,8 +80,10 @@ def test_gradient_is_that_of_the_smooth_part(bits: int, symmetric: bool) -> None
 
     def forward(log_scale: Tensor, steps: Tensor) -> Tensor:
         xs, ws = x / log_scale.exp(), w * log_scale.exp()
-        ends = (xs.abs().amax(1, keepdim=True),) * 2 if symmetric else (xs.amin(1, keepdim=True), xs.amax(1, keepdim=True))
         share = 1 - steps / qmax(bits)
+        if symmetric:
+            return ((RoundRows.apply(xs, None, bits) @ RoundRows.apply(ws, share, bits).T) * readout).sum()
+        ends = xs.amin(1, keepdim=True), xs.amax(1, keepdim=True)
         q = round_symmetric(ws, ws.abs().amax(1, keepdim=True) * share, bits)
         return ((round_activation(xs, scheme, *ends) @ q.T) * readout).sum()
 
@@ -120,6 +125,43 @@ def test_gradient_is_that_of_the_smooth_part(bits: int, symmetric: bool) -> None
                 assert float(gradient.view(-1)[index]) == pytest.approx(
                     numeric, rel=1e-4, abs=1e-4 * float(gradient.abs().max())
                 )
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.sampled_from([2, 4, 8]), st.booleans(), st.integers(0, 99))
+def test_rows_are_rounded_as_anything_is(rows: int, columns: int, bits: int, clipped: bool, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, rows, columns, generator=random)
+    x[0, 0] = 0
+    share = torch.rand(rows, 1, generator=random) * 0.9 + 0.1 if clipped else torch.ones(rows, 1)
+    weights = torch.randn(2, rows, columns, generator=random)
+    found = []
+    for function in (
+        lambda x, share: RoundRows.apply(x, share, bits),
+        lambda x, share: round_symmetric(x, x.abs().amax(-1, keepdim=True) * share, bits),
+    ):
+        leaves = x.clone().requires_grad_(), share.clone().requires_grad_()
+        y = function(*leaves)
+        found.append([y, *torch.autograd.grad((y * weights).sum(), leaves)])
+    assert torch.equal(found[0][0], found[1][0])
+    live = x.abs().amax(-1) > 0  # of equal largest values, zeros here, one has the gradient or all share it
+    torch.testing.assert_close(found[0][1][live], found[1][1][live], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_passes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU large weights take them."""
+    monkeypatch.setattr(omniquant, "fused", lambda function, x: omniquant.compiled(function))
+    share = torch.rand(9, 1) * 0.6 + 0.4
+    for x, part in ((torch.randn(9, 40), share), (torch.randn(2, 5, 30), None)):
+        found = []
+        for wrapped in (True, False):
+            if not wrapped:
+                monkeypatch.undo()
+            leaf = x.clone().requires_grad_()
+            y = RoundRows.apply(leaf, part, 4)
+            found.append((y, torch.autograd.grad((y * x.cos()).sum(), leaf)[0]))
+            monkeypatch.setattr(omniquant, "fused", lambda function, x: omniquant.compiled(function))
+        torch.testing.assert_close(found[0], found[1])
 
 
 # ---- what is trained is what runs
