@@ -88,21 +88,27 @@ def shared_out(
 ) -> Iterator[tuple[Any, Any]]:
     """``(task, work(task))`` as they are done, by ``jobs`` processes, each after ``begin(device, *arguments)``.
 
-    With ``device="cuda"`` the processes are spread over the GPUs. A task that fails is said so and left out.
+    With ``device="cuda"`` the processes are spread over the GPUs. A task whose peer is not installed is left out; another
+    that fails does not stop those that follow, and is raised at the end.
     """
     context = multiprocessing.get_context("spawn")
     devices = context.Queue()
     for job in range(jobs):
         devices.put(f"cuda:{job % torch.cuda.device_count()}" if device == "cuda" else device)
     with ProcessPoolExecutor(jobs, context, _begin, (devices, begin, arguments)) as pool:
-        waiting = {pool.submit(work, task): task for task in tasks}
+        waiting, failed = {pool.submit(work, task): task for task in tasks}, []
         for done in as_completed(waiting):
             try:
                 yield waiting[done], done.result()
             except BrokenProcessPool:
                 raise
-            except Exception as error:  # noqa: BLE001  the others still count
+            except ImportError as error:
+                print(f"{waiting[done]}: not installed ({error})", flush=True)
+            except Exception as error:  # noqa: BLE001  raised below, once the others are done
                 print(f"{waiting[done]}: {type(error).__name__}: {error}\n{error.__cause__}", flush=True)
+                failed.append(waiting[done])
+        if failed:
+            raise RuntimeError(f"failed, see above: {failed}")
 
 
 def _begin(devices: Any, begin: Callable[..., None], arguments: tuple[Any, ...]) -> None:
