@@ -124,9 +124,9 @@ def _places(groups: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
     """Where clusters begin in a row of codes ``[G + 1]``, whose 16 places are ``[P / 16]``, and where channels go ``[K]``."""
     starts = [0, *itertools.accumulate(map(padded, groups))]
     clusters = [number for number, size in enumerate(groups) for _ in range(padded(size) // 16)]
-    places = [torch.arange(start, start + size) for start, size in zip(starts[:-1], groups, strict=True)]
-    whole = torch.tensor(starts, dtype=torch.int32), torch.tensor(clusters, dtype=torch.int32), torch.cat(places)
-    return tuple(t.to(device) for t in whole)  # type: ignore[return-value]
+    places = [torch.arange(start, start + size, device=device) for start, size in zip(starts[:-1], groups, strict=True)]
+    borders, of_tiles = (torch.tensor(values, dtype=torch.int32, device=device) for values in (starts, clusters))
+    return borders, of_tiles, torch.cat(places)
 
 
 def _signed_scale(layer: W8A8Linear) -> Tensor | None:
