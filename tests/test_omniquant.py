@@ -150,18 +150,17 @@ def test_rows_are_rounded_as_anything_is(rows: int, columns: int, bits: int, cli
 
 def test_compiled_passes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU large weights take them."""
-    monkeypatch.setattr(omniquant, "fused", lambda function, x: omniquant.compiled(function))
-    share = torch.rand(9, 1) * 0.6 + 0.4
-    for x, part in ((torch.randn(9, 40), share), (torch.randn(2, 5, 30), None)):
-        found = []
-        for wrapped in (True, False):
-            if not wrapped:
-                monkeypatch.undo()
-            leaf = x.clone().requires_grad_()
-            y = RoundRows.apply(leaf, part, 4)
-            found.append((y, torch.autograd.grad((y * x.cos()).sum(), leaf)[0]))
-            monkeypatch.setattr(omniquant, "fused", lambda function, x: omniquant.compiled(function))
-        torch.testing.assert_close(found[0], found[1])
+
+    def rounded(x: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        y = RoundRows.apply(leaf, share, 4)
+        return y, torch.autograd.grad((y * x.cos()).sum(), leaf)[0]
+
+    for x, share in ((torch.randn(9, 40), torch.rand(9, 1) * 0.6 + 0.4), (torch.randn(2, 5, 30), None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(omniquant, "fused", lambda function, x: omniquant.compiled(function))
+            found = rounded(x, share)
+        torch.testing.assert_close(found, rounded(x, share))
 
 
 # ---- what is trained is what runs
