@@ -23,7 +23,7 @@ from torch import Tensor
 
 import quantkit
 from quantkit.linear import W8A8Linear
-from quantkit.numerics import quantize_weight
+from quantkit.numerics import quantize_weight, raised, reach
 from quantkit.ops import reference
 from quantkit.ops.gpu import configs, hopper, operators, rows
 from quantkit.ops.gpu.matmul import matmul
@@ -130,11 +130,10 @@ def check_segments_and_sides() -> None:
     for m, n, k in ((1, 96, 256), (50, 304, 1008), (300, 520, 4096), (1000, 4096, 4096)):
         q, w = codes(m, k), codes(n, k)
         borders = torch.tensor([0, 32, k // 48 * 16, k], device=DEVICE, dtype=torch.int32)
-        parts = list(itertools.pairwise(borders.tolist()))
-        sx, sw = rand(m, 3).abs() / k, rand(n, 3).abs()
-        wanted = torch.zeros(m, n, device=DEVICE)
-        for g, (a, b) in enumerate(parts):
-            wanted += reference.int_matmul(q[:, a:b], w[:, a:b]).float() * sx[:, g : g + 1] * sw[:, g]
+        groups = tuple(b - a for a, b in itertools.pairwise(borders.tolist()))
+        sx, sw = (raised(rand(rows, 3).abs(), r) for rows, r in zip((m, n), reach(groups, True), strict=True))
+        products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
+        wanted = reference.segment_epilogue(products, sx, sw, None, None, None, None, torch.float32)
         got = poisoned(lambda: operators.matmul(q, sx, w, sw, torch.float32, borders=borders), (m, n))  # noqa: B023
         assert same(got, wanted), f"segments {(m, n, k)}"
         for count, dtype in itertools.product((1, 37, 64, 128), (torch.bfloat16, torch.float16, torch.float32)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantkit import ops
 from quantkit.errors import MethodError, ModelError
 from quantkit.modules import weight_of
-from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, absmax_scale, range_scale
+from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, absmax_scale, raised, range_scale, reach
 from quantkit.scheme import Scheme
 from quantkit.transform import Rotation, Transform, groups_fault
 
@@ -139,10 +139,12 @@ class W8A8Linear(nn.Linear):
 
     def _set_static_range(self, low: Tensor, high: Tensor) -> None:
         assert self.input_scale is not None
+        reached = reach(self.groups or (self.in_features,), self.scheme.symmetric)[0]
         if self.input_zero_point is None:
-            self.input_scale.copy_(absmax_scale(torch.maximum(-low, high), self.scheme.activation_bits))
+            absmax = raised(torch.maximum(-low, high).view(-1), reached)
+            self.input_scale.copy_(absmax_scale(absmax, self.scheme.activation_bits))
         else:
-            scale, zero = range_scale(low, high, self.scheme.activation_bits)
+            scale, zero = range_scale(low.view(-1), high.view(-1), self.scheme.activation_bits, reached)
             self.input_scale.copy_(scale)
             self.input_zero_point.copy_(zero)
 

@@ -9,12 +9,14 @@ row of zeros           all codes 0; the output is exactly the bias
 NaN or Inf in a row    its scale is NaN, so that the whole output row is NaN, never a finite number; the same
                        with an asymmetric range ``high - low`` beyond float32
 accumulator            int32, exact while ``K <= MAX_EXACT_K``
-clusters of channels   each has scales and zero points of its own, as if it were a matrix product by itself; the products
-                       are rescaled and added up in float32, first to last, starting from 0
+clusters of channels   each has a scale and zero point of its own, but :func:`raised`; from one cluster to the next the int32
+                       sum is multiplied by the quotient of their scales and rounded, so that one accumulator serves all
 =====================  ==========================================================================
 
 -128 is left out of symmetric codes so that ``-q`` always exists and ``|acc| <= K * 127**2``.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -27,6 +29,37 @@ MAX_EXACT_K_ASYMMETRIC = (2**31 - 1) // (255 * 127)
 
 ABSMAX_FLOOR = 2.0**-96
 """Smallest absmax used for a scale: a row of zeros gets finite scales, and ``qmax / absmax`` never overflows."""
+
+
+WIDEST = 16.0
+"""How many times smaller than an earlier cluster's scale that of a later one may be, in a weight."""
+
+
+def reach(groups: tuple[int, ...], symmetric: bool) -> tuple[Tensor, Tensor]:
+    """By how much the scales after each of G clusters may be smaller than its own: ``[G]`` float32, activations and weights.
+
+    Sums of earlier clusters grow by both quotients, and with all that follows they have to stay within int32. What K leaves of
+    its 31 bits is shared out, most of it to the smallest clusters: 16 outlier channels of 4096 may be 250 times louder than
+    the rest (times 16 for their weights), the first half of 4096 channels 8 times (times 8).
+    """
+    spare = (MAX_EXACT_K if symmetric else MAX_EXACT_K_ASYMMETRIC) * (1 - 2.0**-8) - sum(groups)
+    share = max(spare, 0.0) / max(len(groups) - 1, 1)
+    both = [1 + share / max(size, 1) for size in groups]
+    weights = torch.tensor([min(math.sqrt(b), WIDEST) for b in both])
+    return torch.tensor(both) / weights, weights
+
+
+def within(values: Tensor, reach: Tensor) -> Tensor:
+    """Which of ``values [..., G]`` :func:`raised` would leave, but for rounding; bool."""
+    return values * (1 + 2.0**-16) >= raised(values, reach)
+
+
+def raised(values: Tensor, reach: Tensor) -> Tensor:
+    """Ranges or scales ``[..., G]`` of clusters, none below an earlier one over its ``reach [G]``."""
+    if values.shape[-1] < 2:
+        return values
+    floors = (values * (1.0 / reach).to(values.device)).cummax(-1).values
+    return torch.cat([values[..., :1], torch.maximum(values[..., 1:], floors[..., :-1])], -1)
 
 
 def qmax(bits: int) -> int:
@@ -50,15 +83,18 @@ def absmax_scale(absmax: Tensor, bits: int = 8) -> Tensor:
     return divided(absmax.clamp_min(ABSMAX_FLOOR), qmax(bits)) + poison(absmax)
 
 
-def range_scale(low: Tensor, high: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def range_scale(low: Tensor, high: Tensor, bits: int = 8, reach: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Asymmetric ``(scale, zero)`` of a range, extended to hold 0 so that 0 is a code.
 
-    ``zero`` is an int32 tensor in ``[-qmax - 1, qmax]``. The scale is NaN where an end, or their distance, is not finite.
+    ``zero`` is an int32 tensor in ``[-qmax - 1, qmax]``. The scale is NaN where an end, or their distance, is not finite. With
+    ``reach [G]`` ranges ``[..., G]`` are those of clusters, and where one is not finite none of its neighbours counts as such.
     """
     low, high = low.float().clamp_max(0), high.float().clamp_min(0)
-    scale = divided((high - low).clamp_min(ABSMAX_FLOOR), 2**bits - 1)
+    scale, bad = divided((high - low).clamp_min(ABSMAX_FLOOR), 2**bits - 1), poison(high - low)
+    if reach is not None:
+        scale, bad = raised(scale, reach), bad.sum(-1, keepdim=True)
     zero = torch.round(-(qmax(bits) + 1) - low / scale).nan_to_num(0.0)
-    return scale + poison(high - low), zero.to(torch.int32)
+    return scale + bad, zero.to(torch.int32)
 
 
 def encode(x: Tensor, absmax: Tensor, bits: int = 8) -> Tensor:
@@ -102,32 +138,46 @@ def quantize_weight(
         weight: ``[N, K]``, any floating dtype.
         bits: 2 to 8.
         per_tensor: one scale for the whole weight (repeated over its rows) in place of one per row.
-        groups: sizes of G consecutive clusters of columns, each of which is rounded by itself.
+        groups: sizes of G consecutive clusters of columns, each with a scale of its own, within :func:`reach`.
         clip: ``[N, 1]``, the share of its largest value that a row's grid spans; all of it if left out.
 
     Returns:
         codes ``[N, K]`` int8 and scale ``[N, 1]`` (``[N, G]`` with groups) float32.
     """
-    if groups:
-        parts = [quantize_weight(part, bits, per_tensor=per_tensor, clip=clip) for part in weight.split(groups, dim=1)]
-        return torch.cat([codes for codes, _ in parts], 1), torch.cat([scale for _, scale in parts], 1)
     # A few rows at a time: float32 copies of a whole weight would be the peak of memory while a model is loaded.
     rows = max(1, PIECE // max(weight.shape[1], 1))
+    sizes = groups or (weight.shape[1],)
     if weight.shape[1]:
-        absmax = torch.cat([part.float().abs().amax(dim=1, keepdim=True) for part in weight.split(rows)])
+        absmax = torch.cat([largest_of(part, sizes) for part in weight.split(rows)])
     else:
         absmax = torch.zeros(len(weight), 1, device=weight.device)
     if per_tensor and absmax.numel():
-        absmax = absmax.amax().expand_as(absmax).contiguous()
+        absmax = absmax.amax(0).expand_as(absmax).contiguous()
     if clip is not None:
         absmax = absmax * clip
-    # A row of zeros keeps scale 1, as every checkpoint format expects of an empty row.
-    scale = torch.where(absmax == 0, torch.ones_like(absmax), absmax_scale(absmax, bits))
+    absmax = raised(absmax, reach(sizes, False)[1])
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for first in range(0, len(weight), rows):
         part = slice(first, first + rows)
-        codes[part] = encode(weight[part], absmax[part], bits)
-    return codes, scale
+        codes[part] = encode_clusters(weight[part], absmax[part], sizes, bits)
+    return codes, weight_scale(absmax, bits)
+
+
+def weight_scale(absmax: Tensor, bits: int = 8) -> Tensor:
+    """Scales ``[N, G]`` of rows of a weight: those of zeros keep 1, as every checkpoint format expects of an empty row."""
+    empty = (absmax == 0).all(dim=1, keepdim=True)
+    return torch.where(empty, torch.ones_like(absmax), absmax_scale(absmax, bits))
+
+
+def largest_of(x: Tensor, groups: tuple[int, ...]) -> Tensor:
+    """Largest absolute values ``[M, G]`` float32 of clusters of the columns of ``x [M, K]``."""
+    return torch.stack([part.float().abs().amax(dim=1) for part in x.split(groups, dim=1)], 1)
+
+
+def encode_clusters(x: Tensor, absmax: Tensor, groups: tuple[int, ...], bits: int = 8) -> Tensor:
+    """Symmetric codes of ``x [M, K]`` for ``absmax [M, G]`` of clusters of its columns."""
+    parts = zip(x.split(groups, dim=1), absmax.split(1, dim=1), strict=True)
+    return torch.cat([encode(part, top, bits) for part, top in parts], 1)
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:

@@ -26,7 +26,7 @@ from quantkit.experts import put_back, unfuse
 from quantkit.fold import Fold, Reorder, restore_norms, row_factors, row_sources, snap, split, split_order, store_norms
 from quantkit.linear import W8A8Linear, check_exact
 from quantkit.modules import linears_of, replace_module, weight_of
-from quantkit.numerics import qmax, quantize_weight, sqnr_db
+from quantkit.numerics import qmax, quantize_weight, reach, sqnr_db, within
 from quantkit.observe import SiteStatistics, observe
 from quantkit.recipe import Recipe
 from quantkit.report import LayerRecord, Report, attach
@@ -423,16 +423,21 @@ def _codes_fault(codes: Codes, view: SiteView, linear: str) -> str | None:
     if not isinstance(codes, Codes):
         return f"{_kind(codes)} is no quantkit.Codes"
     (rows, channels), top, device = weight_of(view.linears[linear]).shape, qmax(view.scheme.weight_bits), view.device
-    scales = len(view.transform.groups or (channels,))
-    return _tensor_fault(
+    groups = view.transform.groups or (channels,)
+    fault = _tensor_fault(
         "codes",
         codes.codes,
         f"[{rows}, {channels}] torch.int8 on {device}",
         lambda q: (q >= -top) & (q <= top),
         f"-{top} to {top}",
     ) or _tensor_fault(
-        "scale", codes.scale, f"[{rows}, {scales}] torch.float32 on {device}", _invertible, "positive and finite"
+        "scale", codes.scale, f"[{rows}, {len(groups)}] torch.float32 on {device}", _invertible, "positive and finite"
     )
+    if fault is None and not bool(within(codes.scale, reach(groups, False)[1]).all()):
+        return (
+            "scale falls too far from one cluster to a later one for one int32 sum: quantize_weight(groups=) keeps it in reach"
+        )
+    return fault
 
 
 def _tensor_fault(what: str, value: Any, wanted: str, holds: Callable[[Tensor], Tensor], rule: str) -> str | None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import FAMILIES
 from helpers import assert_same, example, gpt2, llama, mlp, normal, outputs, tokens
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_architectures import build
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from quantkit import (
 from quantkit.calibrators.rptq import by_kmeans, by_tiles
 from quantkit.checkpoint import _digest
 from quantkit.discovery.verify import outputs_of, relative_error
-from quantkit.numerics import quantize_weight
+from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, quantize_weight, raised, reach, within
 from quantkit.ops import reference, use_backend
 
 SCHEMES = ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym"]
@@ -527,18 +527,53 @@ def test_segments_against_int64(data: st.DataObject) -> None:
     q, w = (torch.randint(-127, 128, (rows, k), generator=random, dtype=torch.int8) for rows in (m, n))
     zero = torch.randint(-128, 128, (m, g), generator=random, dtype=torch.int32)
     sx, sw = torch.rand(m, g, generator=random), torch.rand(n, g, generator=random)
+    sx, sw = (raised(s, r) for s, r in zip((sx, sw), reach(groups, False), strict=True))
     accs = [a.long() @ b.long().t() for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
     sums = torch.stack([b.long().sum(1) for b in w.split(groups, 1)], 1)
     assert_same(reference.row_sums(w, groups), sums.int())
-    wanted = torch.zeros(m, n)
-    for i, acc in enumerate(accs):
-        wanted = wanted + (acc - zero[:, i : i + 1] * sums[:, i]).float() * sx[:, i : i + 1] * sw[:, i]
     side, bias = torch.rand(m, n, generator=random), torch.rand(n, generator=random)
-    got = reference.segment_epilogue(
-        (acc.int() for acc in accs), sx, sw, zero, sums.int(), side, bias, torch.float32
-    )  # fmt: skip
-    assert_same(got, wanted + side + bias)
-    assert_same(
-        reference.segment_epilogue((acc.int() for acc in accs), sx, sw, None, None, None, None, torch.float32),
-        sum(((acc.float() * sx[:, i : i + 1] * sw[:, i]) for i, acc in enumerate(accs)), torch.zeros(m, n)),
-    )
+    for zeros in (zero, None):
+        total = torch.zeros(m, n, dtype=torch.int64)
+        for i, acc in enumerate(accs):
+            if i:
+                factor = total.float() * (sx[:, i - 1] / sx[:, i])[:, None] * (sw[:, i - 1] / sw[:, i])
+                total = factor.double().round().long()
+            total = total + acc - (0 if zeros is None else zeros[:, i : i + 1] * sums[:, i])
+            assert total.abs().max() < 2**31
+        wanted = total.float() * sx[:, -1:] * sw[:, -1]
+        got = reference.segment_epilogue((a.int() for a in accs), sx, sw, zeros, sums.int(), side, bias, torch.float32)
+        assert_same(got, wanted + side + bias)
+
+
+@given(st.lists(st.integers(1, 40_000), min_size=1, max_size=12), st.booleans(), st.data())
+def test_no_sum_leaves_int32(groups: list[int], symmetric: bool, data: st.DataObject) -> None:
+    """All codes at their largest and of one sign, and scales that fall from cluster to cluster as fast as they may."""
+    assume(sum(groups) <= (MAX_EXACT_K if symmetric else MAX_EXACT_K_ASYMMETRIC))
+    reached = reach(tuple(groups), symmetric)
+    drop = torch.tensor([data.draw(st.sampled_from([1e-6, 0.3, 1.0, 5.0])) for _ in groups]).cumprod(0)
+    sx, sw = (raised(drop, r) for r in reached)
+    assert bool(within(sx, reached[0]).all())
+    total = torch.zeros((), dtype=torch.float64)
+    for i, size in enumerate(groups):
+        if i:
+            total = (total.float() * (sx[i - 1] / sx[i]) * (sw[i - 1] / sw[i])).double().round()
+        total += size * 127 * (127 if symmetric else 255)
+        assert total < 2**31
+
+
+def test_codes_out_of_reach_are_refused() -> None:
+    class Steep:
+        name, stage, statistics = "steep", quantkit.Stage.ROUND, ()
+
+        def plan(self, view: quantkit.View) -> quantkit.Plan:
+            plan = quantkit.Plan()
+            for site in view.sites:
+                for name, weight in site.weights():
+                    codes, scale = quantize_weight(weight, groups=site.transform.groups or ())
+                    scale[:, 1:] /= 1000
+                    plan.codes[name] = quantkit.Codes(codes, scale)
+            return plan
+
+    model, x = mlp(outliers=True), X
+    with pytest.raises(MethodError, match="reach"):
+        quantkit.quantize(copy.deepcopy(model), [RPTQ(2, tile=8), Steep()], calibration=[x], progress=False)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from quantkit.numerics import absmax_scale, encode, encode_asymmetric, range_scale
+from quantkit.numerics import absmax_scale, encode_asymmetric, encode_clusters, largest_of, raised, range_scale, reach
 
 
 def quantize_rows(
@@ -18,23 +18,24 @@ def quantize_rows(
     Args:
         x: float.
         bits, symmetric: number format.
-        groups: sizes of G consecutive clusters of channels, each of which is quantized by itself; none is one of all.
+        groups: sizes of G consecutive clusters of channels, each with a scale of its own; none is one of all.
 
     Returns:
         codes ``[M, K]`` int8, scale ``[M, G]`` float32, and zero ``[M, G]`` int32 or None when symmetric.
     """
-    if groups:
-        parts = [quantize_rows(part, bits=bits, symmetric=symmetric) for part in x.split(groups, dim=1)]
-        zeros = None if symmetric else torch.cat([zero for _, _, zero in parts if zero is not None], 1)
-        return torch.cat([q for q, _, _ in parts], 1), torch.cat([scale for _, scale, _ in parts], 1), zeros
     if not x.shape[1]:
         return x.to(torch.int8), x.new_ones(len(x), 1, dtype=torch.float32), None
+    sizes = groups or (x.shape[1],)
     if symmetric:
-        absmax = x.float().abs().amax(dim=1, keepdim=True)
-        return encode(x, absmax, bits), absmax_scale(absmax, bits), None
-    low, high = x.float().aminmax(dim=1, keepdim=True)
-    scale, zero = range_scale(low, high, bits)
-    return encode_asymmetric(x, scale, zero, bits), scale, zero
+        absmax = largest_of(x, sizes)
+        finite = absmax.isfinite().all(dim=1, keepdim=True)
+        absmax = torch.where(finite, raised(absmax, reach(sizes, True)[0]), torch.nan)
+        return encode_clusters(x, absmax, sizes, bits), absmax_scale(absmax, bits), None
+    ends = [part.float().aminmax(dim=1) for part in x.split(sizes, dim=1)]
+    low, high = (torch.stack(values, 1) for values in zip(*ends, strict=True))
+    scale, zero = range_scale(low, high, bits, reach(sizes, False)[0])
+    parts = zip(x.split(sizes, dim=1), scale.split(1, dim=1), zero.split(1, dim=1), strict=True)
+    return torch.cat([encode_asymmetric(*part, bits) for part in parts], 1), scale, zero
 
 
 def quantize_static(
@@ -43,19 +44,19 @@ def quantize_static(
     """Static codes of ``x [M, K]`` for ``scale [G]`` and ``zero [G]``, G clusters or one; values outside saturate.
 
     Returns:
-        codes ``[M, K]`` int8 and scale ``[M, G]`` float32: the given one, NaN for rows that are not finite in this cluster.
+        codes ``[M, K]`` int8 and scale ``[M, G]`` float32: the given one, NaN for rows that are not finite.
     """
+    finite = x.isfinite().all(dim=1, keepdim=True)
     if groups:
         zeros = [None] * len(groups) if zero is None else zero.split(1)
         columns = x.split(groups, dim=1)
-        parts = [quantize_static(*part, bits=bits) for part in zip(columns, scale.split(1), zeros, strict=True)]
-        return torch.cat([q for q, _ in parts], 1), torch.cat([scale for _, scale in parts], 1)
+        parts = [quantize_static(*part, bits=bits)[0] for part in zip(columns, scale.split(1), zeros, strict=True)]
+        return torch.cat(parts, 1).masked_fill(~finite, 0), torch.where(finite, scale, torch.nan)
     top = 2 ** (bits - 1) - 1
     if zero is None:
         q = torch.round(x.float() * (1.0 / scale)).clamp(-top, top).nan_to_num(0.0).to(torch.int8)
     else:
         q = encode_asymmetric(x, scale, zero, bits)
-    finite = x.isfinite().all(dim=1, keepdim=True)
     return q, torch.where(finite, scale, torch.nan)
 
 
@@ -113,6 +114,11 @@ def row_sums(weight: Tensor, groups: tuple[int, ...] = ()) -> Tensor:
     return torch.stack([part.sum(dim=1, dtype=torch.int32) for part in weight.split(groups, dim=1)], 1)
 
 
+def steps(scale: Tensor) -> Tensor:
+    """``[..., G - 1]``: by how much the scale of each of G clusters is larger than that of the next."""
+    return scale[..., :-1] / scale[..., 1:]
+
+
 def segment_epilogue(
     products: Iterable[Tensor],
     x_scale: Tensor,
@@ -123,7 +129,10 @@ def segment_epilogue(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``sum over g of (acc_g - zero_g * weight_sum_g) * x_scale_g * weight_scale_g + side + bias``, in this order in float32.
+    """``y = acc * x_scale * weight_scale + side + bias`` of clusters of channels, with the scales of the last one.
+
+    From cluster g to the next, ``acc`` becomes ``rne(acc * (x_scale_g / x_scale_g+1) * (weight_scale_g / weight_scale_g+1))``,
+    in float32, as int32; each cluster adds ``acc_g - zero_g * weight_sum_g``.
 
     Args:
         products: of each of G clusters, ``[M, N]`` int32.
@@ -132,12 +141,16 @@ def segment_epilogue(
         side, bias: ``[M, N]`` and ``[N]``, float.
         dtype: of the result, cast last.
     """
-    y = x_scale.new_zeros(len(x_scale), len(weight_scale))
-    for g, acc in enumerate(products):
+    acc = torch.zeros(len(x_scale), len(weight_scale), dtype=torch.int32, device=x_scale.device)
+    x_steps, weight_steps = steps(x_scale).nan_to_num(0.0), steps(weight_scale)
+    for g, product in enumerate(products):
+        if g:
+            acc = torch.round(acc.float() * x_steps[:, g - 1 : g] * weight_steps[:, g - 1]).to(torch.int32)
         if zero is not None:
             assert weight_sum is not None
-            acc = acc - zero[..., g : g + 1] * weight_sum[:, g]
-        y = y + acc.float() * x_scale[:, g : g + 1] * weight_scale[:, g]
+            product = product - zero[..., g : g + 1] * weight_sum[:, g]
+        acc = acc + product
+    y = acc.float() * x_scale[:, -1:] * weight_scale[:, -1]
     for extra in (side, bias):
         y = y if extra is None else y + extra.float()
     return y.to(dtype)

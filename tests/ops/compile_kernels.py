@@ -180,7 +180,7 @@ def main() -> None:
         out[f"rows norm rotate {arch}"] = one_row(arch, 4096, **norm, **rotated)
         out[f"rows gate rotate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16", PRE="*fp32", **rotated)
         out[f"quantize asymmetric {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32")
-        clusters = {"CLUSTER": "*i32", "CLUSTERS": 8, "COUNT": 8}
+        clusters = {"CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8, "COUNT": 8}
         out[f"quantize clusters {arch}"] = quantize(arch, PERM="*i64", **clusters)
         out[f"quantize asymmetric clusters {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32", **clusters)
         out[f"quantize threshold {arch}"] = quantize(arch, REACHED="*i32")

@@ -19,6 +19,7 @@ from quantkit.integrations.compressed import longest
 from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, quantize_weight
 from quantkit.ops import BACKENDS, cpu, reference, use_backend
 from quantkit.ops.native import library
+from quantkit.ops.plain import Plain
 
 SCHEMES = [
     "w8a8",
@@ -320,21 +321,29 @@ def test_accumulators(k: int, m: int) -> None:
             assert_same(cpu.int_matmul(a, b, None), wanted)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-static-asym"])
-def test_clusters_are_products_of_their_own(backend: str, scheme: str) -> None:
-    """The sum, first to last and from 0, of a layer for each cluster; then the bias."""
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym"])
+def test_clusters_share_an_accumulator(backend: str, scheme: str) -> None:
+    """The rule of numerics, with int64 sums and one element at a time; and close to what clusters would be by themselves."""
     module, x = layer(40, 19, scheme, steps=("groups",)), hostile(17, 40)
-    wanted, first = torch.zeros(17, 19), 0
-    for g, size in enumerate(module.groups):
-        part = W8A8Linear(size, 19, scheme=Scheme.parse(scheme), bias=False)
-        columns = slice(first, first + size)
-        part.weight.copy_(module.weight[:, columns])
-        part.weight_scale.copy_(module.weight_scale[:, g : g + 1])
-        for name in ("input_scale", "input_zero_point"):
-            if getattr(part, name) is not None:
-                getattr(part, name).copy_(getattr(module, name)[g : g + 1])
-        wanted, first = wanted + part(x[:, columns]), first + size
-    assert_same(module(x), wanted + module.bias)
+    q, scale, zero = Plain().codes(module, x)
+    zero = torch.zeros(17, 3, dtype=torch.int32) if zero is None else zero.expand(17, 3)
+    parts = list(zip(q.split(module.groups, 1), module.weight.split(module.groups, 1), strict=True))
+    acc, apart = torch.zeros(17, 19, dtype=torch.int64), torch.zeros(17, 19, dtype=torch.float64)
+    for g, (a, b) in enumerate(parts):
+        if g:
+            x_step = (scale[:, g - 1] / scale[:, g]).nan_to_num(0.0)
+            w_step = module.weight_scale[:, g - 1] / module.weight_scale[:, g]
+            acc = (acc.float() * x_step[:, None] * w_step).double().round().long()
+        product = (a.long() - zero[:, g : g + 1]) @ b.long().t()
+        acc = acc + product
+        assert acc.abs().max() < 2**31
+        apart += product * scale[:, g : g + 1].double() * module.weight_scale[:, g].double()
+    y = acc.float() * scale[:, -1:] * module.weight_scale[:, -1]
+    got = module(x)
+    assert_same(got, y + module.bias)
+    half = sum(scale[:, g : g + 1] * module.weight_scale[:, g] / 2 for g in (1, 2))  # what the borders may round away
+    usual = slice(12, 17)  # rows of plain numbers
+    assert bool(((y - apart)[usual].abs() <= (1.01 * half + 1e-6 * apart.abs())[usual]).all())
 
 
 def test_halves_cannot_saturate() -> None:

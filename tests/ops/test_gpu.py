@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from triton.compiler.errors import CompilationError
 
 from quantkit.errors import BackendError
+from quantkit.numerics import raised, reach
 from quantkit.ops import reference
 from quantkit.ops.gpu import configs, operators, tune
 from quantkit.ops.gpu.configs import Decode, Gemm, Tile, Vector, padded
@@ -66,18 +67,27 @@ def test_the_largest_sum(sign: int) -> None:
 def test_segments(m: int, n: int, k: int, zero: bool) -> None:
     """A scale for every (token, segment) and (row, segment); segments of any multiple of 16, one of them empty."""
     q, w, borders = codes(m, k), codes(n, k), [0, 16, 48, 48, k]
-    sx, sw = torch.rand(m, 4), torch.rand(n, 4)
-    z = torch.randint(-128, 128, (m, 4), dtype=torch.int32)
-    wanted, sums = torch.zeros(m, n), torch.empty(n, 4, dtype=torch.int32)
-    for g, (first, last) in enumerate(pairwise(borders)):
-        part = w[:, first:last]
-        sums[:, g] = part.sum(1, dtype=torch.int32)
-        acc = reference.int_matmul(q[:, first:last], part)
-        acc = acc - z[:, g : g + 1] * sums[:, g] if zero else acc
-        wanted += acc.float() * sx[:, g : g + 1] * sw[:, g]
-    more = {"zero": z, "wsum": sums} if zero else {}
-    got = matmul(q, sx, w, sw, torch.float32, borders=torch.tensor(borders, dtype=torch.int32), config=SMALL, **more)
-    assert_same(got, wanted)
+    groups = tuple(b - a for a, b in pairwise(borders))
+    sx, sw = (raised(torch.rand(rows, 4), r) for rows, r in zip((m, n), reach(groups, False), strict=True))
+    z = torch.randint(-128, 128, (m, 4), dtype=torch.int32) if zero else None
+    sums = reference.row_sums(w, groups)
+    products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
+    got = matmul(q, sx, w, sw, torch.float32, zero=z, wsum=sums, borders=torch.tensor(borders, dtype=torch.int32), config=SMALL)
+    assert_same(got, reference.segment_epilogue(products, sx, sw, z, sums, None, None, torch.float32))
+
+
+def test_rescaling_rounds_half_to_even() -> None:
+    """Sums of up to 2**30 and quotients that make halves of them."""
+    big = 127 * 127 * 32
+    q = torch.tensor([[1] * 16, [3] * 16, [-5] * 16, [7] * 16, [127] * 16], dtype=torch.int8)
+    q, w = torch.cat([q, torch.zeros(5, 16, dtype=torch.int8)], 1), torch.zeros(4, 32, dtype=torch.int8)
+    w[0, 0], w[1, :3], w[2, :16], w[3, :16] = 1, 1, 127, -127
+    for step in (0.5, 0.25, 1.5, 2.5, 4000.0, 2**31 / big / 1.01):
+        sx, sw = torch.tensor([[step, 1.0]]).expand(5, 2).contiguous(), torch.ones(4, 2)
+        products = [reference.int_matmul(q[:, a:b], w[:, a:b]) for a, b in ((0, 16), (16, 32))]
+        wanted = reference.segment_epilogue(products, sx, sw, None, None, None, None, torch.float32)
+        borders = torch.tensor([0, 16, 32], dtype=torch.int32)
+        assert_same(matmul(q, sx, w, sw, torch.float32, borders=borders, config=SMALL), wanted)
 
 
 @pytest.mark.parametrize("count", [1, 16, 37])

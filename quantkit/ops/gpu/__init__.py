@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import BackendError
+from quantkit.numerics import reach
 from quantkit.ops.gpu.configs import padded, padded_side
 from quantkit.ops.plain import Plain
 from quantkit.ops.reference import row_sums
@@ -29,7 +30,7 @@ class GPUPacked:
 
     With clusters of channels, each starts at a multiple of 16 of the P places in a row: ``permutation [P]`` says which channel
     is where, -1 where none is, ``borders [G + 1]`` int32 where clusters begin, and ``clusters [P / 16]`` int32 whose 16 places
-    are.
+    are, with their ``reach [G]``.
     """
 
     backend: Any
@@ -44,6 +45,7 @@ class GPUPacked:
     permutation: Tensor | None
     borders: Tensor | None
     clusters: Tensor | None
+    reach: Tensor | None
     vector: bool
 
 
@@ -72,9 +74,10 @@ class GPU(Plain):
     def pack(self, layer: W8A8Linear) -> GPUPacked:
         k = layer.in_features
         weight, scale, permutation = layer.weight.contiguous(), layer.weight_scale, layer.permutation
-        borders = clusters = None
+        borders = clusters = reached = None
         if layer.groups:
             borders, clusters, places = _places(layer.groups, weight.device)
+            reached = reach(layer.groups, layer.scheme.symmetric)[0].to(weight.device)
             width = 16 * len(clusters)
             weight = weight.new_zeros(len(weight), width).index_copy_(1, places, weight)
             if permutation is not None or width > k:
@@ -91,7 +94,7 @@ class GPU(Plain):
         return GPUPacked(
             self, layer.weight.device, layer.weight, weight, (scale if layer.groups else scale.view(-1)).contiguous(),
             None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups), side, mask, _signed_scale(layer),
-            permutation, borders, clusters, vector and not layer.threshold and all(v is None for v in rest),
+            permutation, borders, clusters, reached, vector and not layer.threshold and all(v is None for v in rest),
         )  # fmt: skip
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
@@ -110,7 +113,7 @@ class GPU(Plain):
             x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=packed.pre_scale,
             permutation=packed.permutation, rotation=layer.rotation_block, side_index=layer.outlier_index,
             side_mask=packed.side_mask, in_scale=layer.input_scale, in_zero=layer.input_zero_point, clusters=packed.clusters,
-            count=max(1, len(layer.groups)),
+            reach=packed.reach,
         )  # fmt: skip
         q, scale = out[:2]
         zero = out[2] if not scheme.symmetric and not scheme.is_static else layer.input_zero_point

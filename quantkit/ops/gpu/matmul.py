@@ -1,7 +1,8 @@
 """INT8 matrix product for any shape on any GPU that Triton knows: pointers, masks, ``tl.dot``.
 
-``y = (sum over segments g of (acc_g - zero * wsum) * sx[:, g] * sw[:, g]) + side sidew^T + bias``, in that order, in float32;
-active columns (see :mod:`.columns`) are gathered on the way.
+``y = (acc - zero * wsum) * sx * sw + side sidew^T + bias``, in that order, in float32. With K in segments, each with scales of
+its own, the int32 sum is rescaled from one to the next, see :func:`quantkit.ops.reference.segment_epilogue`. Active columns
+(see :mod:`.columns`) are gathered on the way.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ def tile_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):
     height = tl.minimum(tiles_m - first, GROUP)
     rest = t % (GROUP * tiles_n)
     return first + rest % height, rest // height
+
+
+@triton.jit
+def rescaled(acc, x_step, w_step):
+    """``rne(acc * x_step * w_step)``, int32, of ``acc [M, N]`` and steps ``[M, 1]`` and ``[1, N]``."""
+    y = acc.to(tl.float32) * x_step * w_step
+    size = tl.abs(y)
+    whole = (size + 8388608.0) - 8388608.0  # 2**23, from where on float32 holds nothing but integers
+    return tl.where(size < 8388608.0, tl.where(y < 0, -whole, whole), y).to(tl.int32)
 
 
 @triton.jit
@@ -48,18 +58,23 @@ def multiply_tile(
             acc -= tl.load(ZERO + row * zero_stride)[:, None] * tl.load(WSUM + column)[None, :]
         y = acc.to(tl.float32) * tl.load(SX + row)[:, None] * tl.load(SW + column)[None, :]
     else:
-        y = tl.zeros((BM, BN), tl.float32)
+        acc = tl.zeros((BM, BN), tl.int32)
+        sx, sw = tl.load(SX + row * SEGMENTS), tl.load(SW + column * SEGMENTS)
         for g in range(SEGMENTS):
+            if g > 0:
+                x_next, w_next = tl.load(SX + row * SEGMENTS + g), tl.load(SW + column * SEGMENTS + g)
+                x_step = tl.div_rn(sx, x_next)
+                x_step = tl.where(x_step == x_step, x_step, 0.0)  # of a row that becomes NaN
+                acc = rescaled(acc, x_step[:, None], tl.div_rn(sw, w_next)[None, :])
+                sx, sw = x_next, w_next
             first, last = tl.multiple_of(tl.load(BORDERS + g), 16), tl.multiple_of(tl.load(BORDERS + g + 1), 16)
-            acc = tl.zeros((BM, BN), tl.int32)
             for start in range(first, last, BK):
                 a = tl.load(q + start, mask=(start + k < last)[None, :], other=0)
                 acc = tl.dot(a, tl.load(w + start, mask=(start + k < last)[:, None], other=0), acc, out_dtype=tl.int32)
             if ZERO is not None:
                 zero = tl.load(ZERO + row * zero_stride + g)
                 acc -= zero[:, None] * tl.load(WSUM + column * SEGMENTS + g)[None, :]
-            sx, sw = tl.load(SX + row * SEGMENTS + g), tl.load(SW + column * SEGMENTS + g)
-            y += acc.to(tl.float32) * sx[:, None] * sw[None, :]
+        y = acc.to(tl.float32) * sx[:, None] * sw[None, :]
     j = tl.arange(0, 16)
     if ACTIVE is not None:
         count = tl.load(ACTIVE)

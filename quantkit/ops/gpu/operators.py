@@ -126,7 +126,7 @@ _library.define(
     "quantize(Tensor x, *, int bits=8, bool symmetric=True, str source='', Tensor? x2=None, Tensor? gain=None, "
     "Tensor? bias=None, float eps=0.0, float offset=0.0, Tensor? shift=None, Tensor? pre_scale=None, "
     "Tensor? permutation=None, int rotation=0, Tensor? side_index=None, Tensor? side_mask=None, "
-    "Tensor? in_scale=None, Tensor? in_zero=None, Tensor? clusters=None, int count=1, float threshold=0.0) -> Tensor[]"
+    "Tensor? in_scale=None, Tensor? in_zero=None, Tensor? clusters=None, Tensor? reach=None, float threshold=0.0) -> Tensor[]"
 )
 _library.define(
     "matmul(Tensor q, Tensor sx, Tensor weight, Tensor sw, ScalarType dtype, Tensor? zero=None, Tensor? wsum=None, "
@@ -140,10 +140,10 @@ for _name, _function in (("quantize", quantize), ("matmul", matmul), ("gemv", ge
 
 @torch.library.register_fake("quantkit::quantize")
 def _(
-    x, *, symmetric=True, source="", x2=None, side_index=None, in_scale=None, clusters=None, count=1, threshold=0.0, **_
+    x, *, symmetric=True, source="", x2=None, side_index=None, in_scale=None, clusters=None, reach=None, threshold=0.0, **_
 ):  # fmt: skip
     m, k = x.shape
-    width = configs.padded(k) if clusters is None else 16 * len(clusters)
+    width, count = (configs.padded(k), 1) if clusters is None else (16 * len(clusters), len(reach))
     out = [x.new_empty((m, width), dtype=torch.int8), x.new_empty((m, count), dtype=torch.float32)]
     out += [] if symmetric or in_scale is not None else [x.new_empty((m, count), dtype=torch.int32)]
     out += [] if side_index is None else [x.new_empty((m, configs.padded_side(len(side_index))))]

@@ -29,43 +29,69 @@ def _round(x):
 
 
 @triton.jit
-def _largest(x, cluster, CLUSTERS: tl.constexpr):
-    """The largest of each row of ``x [R, B]``, none below 0; with ``cluster [R]``, of all rows of the same cluster."""
-    top = tl.max(x, 1)
+def _of_each(x, cluster, CLUSTERS: tl.constexpr):
+    """The largest of ``x [R]``, none below 0, in each cluster ``[CLUSTERS]``."""
+    mine = cluster[:, None] == tl.arange(0, CLUSTERS)[None, :]
+    return tl.max(tl.where(mine, x[:, None], 0), 0)
+
+
+@triton.jit
+def _spread(values, cluster, CLUSTERS: tl.constexpr):
+    """``values [CLUSTERS]`` for rows ``[R]`` of clusters, 0 for those of none."""
+    mine = cluster[:, None] == tl.arange(0, CLUSTERS)[None, :]
+    return tl.max(tl.where(mine, values[None, :], 0.0), 1)
+
+
+@triton.jit
+def _raised(values, REACH, COUNT: tl.constexpr, CLUSTERS: tl.constexpr):
+    """numerics.raised."""
+    g = tl.arange(0, CLUSTERS)
+    reached = tl.load(REACH + g, mask=g < COUNT, other=1.0)
+    least = values * tl.div_rn(tl.full(reached.shape, 1.0, tl.float32), reached)
+    return tl.maximum(values, tl.max(tl.where(g[None, :] < g[:, None], least[None, :], 0.0), 1))
+
+
+@triton.jit
+def _magnitude(x, CLUSTERS: tl.constexpr):
+    """Bits of the largest absolute value of each row ``[R]``, and whether the row is finite, or with clusters all of them."""
+    top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     if CLUSTERS > 1:
-        mine = cluster[:, None] == tl.arange(0, CLUSTERS)[None, :]
-        of_each = tl.max(tl.where(mine, top[:, None], 0), 0)
-        top = tl.max(tl.where(mine, of_each[None, :], 0), 1)
-    return top
+        finite = (tl.max(top, 0) < EXPONENT) & (top >= 0)
+    else:
+        finite = top < EXPONENT
+    return top, finite
 
 
 @triton.jit
-def _magnitude(x, cluster, CLUSTERS: tl.constexpr):
-    """Bits of the largest absolute value of each row; NaN is the largest."""
-    return _largest(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, cluster, CLUSTERS)
-
-
-@triton.jit
-def _symmetric(x, cluster, QMAX: tl.constexpr, CLUSTERS: tl.constexpr):
+def _symmetric(x, cluster, REACH, QMAX: tl.constexpr, COUNT: tl.constexpr, CLUSTERS: tl.constexpr):
     """Codes and scale of rows ``x [R, B]`` float32, padded with 0: numerics.encode and absmax_scale, bit for bit."""
-    top = _magnitude(x, cluster, CLUSTERS)
-    finite = top < EXPONENT
-    absmax = tl.maximum(tl.where(finite, top, 0).to(tl.float32, bitcast=True), FLOOR)
+    top, finite = _magnitude(x, CLUSTERS)
+    absmax = tl.where(finite, top, 0).to(tl.float32, bitcast=True)
+    if CLUSTERS > 1:
+        absmax = _spread(_raised(_of_each(absmax, cluster, CLUSTERS), REACH, COUNT, CLUSTERS), cluster, CLUSTERS)
+    absmax = tl.maximum(absmax, FLOOR)
     limit = tl.full(absmax.shape, QMAX, tl.float32)
     q = (x * tl.div_rn(limit, absmax)[:, None] + ROUND).to(tl.int32, bitcast=True)
     return tl.where(finite[:, None], q, 0).to(tl.int8), tl.where(finite, tl.div_rn(absmax, limit), float("nan"))
 
 
 @triton.jit
-def _asymmetric(x, cluster, QMAX: tl.constexpr, CLUSTERS: tl.constexpr):
+def _asymmetric(x, cluster, REACH, QMAX: tl.constexpr, COUNT: tl.constexpr, CLUSTERS: tl.constexpr):
     """Codes, scale and zero of rows ``x [R, B]``, padded with 0: numerics.encode_asymmetric and range_scale."""
-    finite = _magnitude(x, cluster, CLUSTERS) < EXPONENT
+    _, finite = _magnitude(x, CLUSTERS)
     x = tl.where(finite[:, None], x, 0.0)
-    low = -_largest(tl.maximum(-x, 0.0), cluster, CLUSTERS)
-    high = _largest(tl.maximum(x, 0.0), cluster, CLUSTERS)
+    low, high = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
+    if CLUSTERS > 1:
+        low, high = -_of_each(-low, cluster, CLUSTERS), _of_each(high, cluster, CLUSTERS)
     scale = tl.div_rn(tl.maximum(high - low, FLOOR), tl.full(low.shape, 2 * QMAX + 1, tl.float32))
-    finite = finite & (scale < float("inf"))
-    scale = tl.where(finite, scale, 1.0)
+    if CLUSTERS > 1:
+        finite = finite & (tl.min((scale < float("inf")).to(tl.int32), 0) > 0)
+        scale = _spread(_raised(scale, REACH, COUNT, CLUSTERS), cluster, CLUSTERS)
+        scale = tl.where(finite & (cluster >= 0), scale, 1.0)
+        low = -_spread(-low, cluster, CLUSTERS)
+    else:
+        finite = finite & (scale < float("inf"))
+        scale = tl.where(finite, scale, 1.0)
     zero = _round(-(QMAX + 1) - tl.div_rn(tl.where(finite, low, 0.0), scale))
     v = x * tl.div_rn(tl.full(low.shape, 1.0, tl.float32), scale)[:, None]
     q = _round(tl.where(finite[:, None], v, 0.0)) + zero[:, None]
@@ -75,9 +101,9 @@ def _asymmetric(x, cluster, QMAX: tl.constexpr, CLUSTERS: tl.constexpr):
 
 
 @triton.jit
-def _static(x, scale, zero, cluster, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, CLUSTERS: tl.constexpr):
+def _static(x, scale, zero, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, CLUSTERS: tl.constexpr):
     """Codes and row scales of rows ``x [R, B]`` for a given ``scale [R]`` and ``zero [R]``."""
-    finite = _magnitude(x, cluster, CLUSTERS) < EXPONENT
+    _, finite = _magnitude(x, CLUSTERS)
     v = x * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
     v = tl.where(finite[:, None], v, 0.0)
     if SYMMETRIC:
@@ -115,7 +141,7 @@ def gated(x, x2, SOURCE: tl.constexpr):
 
 @triton.jit
 def quantize_kernel(
-    X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIDE_INDEX, SIDE_MASK, IN_SCALE, IN_ZERO, CLUSTER,
+    X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIDE_INDEX, SIDE_MASK, IN_SCALE, IN_ZERO, CLUSTER, REACH,
     Q, S, Z, SIDE, SUM, REACHED, M, K, places, padded, stride_xm, stride_xk, stride_2m, stride_2k, side_count, side_stride, eps,
     offset, threshold,
     SOURCE: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ROTATION: tl.constexpr, SIDES: tl.constexpr,
@@ -191,11 +217,11 @@ def quantize_kernel(
         zero = cluster
         if IN_ZERO is not None:
             zero = tl.load(IN_ZERO + cluster, mask=store, other=0)
-        q, s = _static(x, tl.load(IN_SCALE + cluster, mask=store, other=1.0), zero, cluster, QMAX, SYMMETRIC, CLUSTERS)
+        q, s = _static(x, tl.load(IN_SCALE + cluster, mask=store, other=1.0), zero, QMAX, SYMMETRIC, CLUSTERS)
     elif SYMMETRIC:
-        q, s = _symmetric(x, cluster, QMAX, CLUSTERS)
+        q, s = _symmetric(x, cluster, REACH, QMAX, COUNT, CLUSTERS)
     else:
-        q, s, z = _asymmetric(x, cluster, QMAX, CLUSTERS)
+        q, s, z = _asymmetric(x, cluster, REACH, QMAX, COUNT, CLUSTERS)
         tl.store(Z + at, z, mask=store)
     q = tl.reshape(q, (R, B))
     out = Q + row[:, None] * padded + k[None, :]
@@ -231,7 +257,7 @@ def quantize(
     in_scale: Tensor | None = None,
     in_zero: Tensor | None = None,
     clusters: Tensor | None = None,
-    count: int = 1,
+    reach: Tensor | None = None,
     threshold: float = 0.0,
     warps: int = 0,
 ) -> list[Tensor]:
@@ -249,8 +275,9 @@ def quantize(
         rotation: channels of a block; 0 for none.
         side_mask: ``[K]`` int8, 1 at the channels of ``side_index``, which are 0 in the codes.
         in_scale, in_zero: ``[G]``, static scale and zero point; left out, every token gets its own.
-        clusters, count: with G > 1 clusters of channels, ``[P / 16]`` int32, to which of them each 16 of the P codes of a row
-            belong, and G. ``permutation`` is then ``[P]``, -1 where a code is padding.
+        clusters, reach: with G > 1 clusters of channels, ``[P / 16]`` int32, to which of them each 16 of the P codes of a row
+            belong, and ``[G]`` float32, :func:`quantkit.numerics.reach`. ``permutation`` is then ``[P]``, -1 where a code is
+            padding.
         threshold: finite elements that reach it are 0 in the codes, and do not count for the scale; 0 for none.
         warps: of each program; 0 decides by K.
 
@@ -267,7 +294,7 @@ def quantize(
         raise ValueError(f"source={source!r} cannot be fused where side columns are taken: apply it before quantize")
     m, k = x.shape
     x, x2 = reachable(x), x2 if x2 is None else reachable(x2)
-    width = padded(k) if clusters is None else 16 * len(clusters)
+    width, count = (padded(k), 1) if clusters is None or reach is None else (16 * len(clusters), len(reach))
     places = k if clusters is None else width
     q, scale = x.new_empty((m, width), dtype=torch.int8), x.new_empty((m, count), dtype=torch.float32)
     zero = None if symmetric or in_scale is not None else x.new_empty((m, count), dtype=torch.int32)
@@ -283,7 +310,7 @@ def quantize(
     rows = 1 if clusters is not None else max(1, 1024 // block)
     pdl, strides2 = hopper(x.device), (0, 0) if x2 is None else x2.stride()
     quantize_kernel[(triton.cdiv(m, rows),)](
-        x, x2, gain, bias, shift, pre_scale, permutation, side_index, side_mask, in_scale, in_zero, clusters,
+        x, x2, gain, bias, shift, pre_scale, permutation, side_index, side_mask, in_scale, in_zero, clusters, reach,
         q, scale, zero, side, kept, reached, m, k, places, width, *x.stride(), *strides2, columns,
         sides, eps, offset, threshold, source, qmax(bits), symmetric, rotation,
         triton.next_power_of_2(sides) if sides else 0, triton.next_power_of_2(count), count, rows, block,
