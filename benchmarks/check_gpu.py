@@ -126,16 +126,49 @@ def check_tiles() -> None:
         against_exact(functools.partial(matmul, config=tile), tile)
 
 
-def check_segments_and_sides() -> None:
+def check_segments() -> None:
+    """Clusters of channels in every kernel, with and without zero points, to the bits of the reference."""
+    for (m, n, k), zeros in itertools.product(
+        (
+            (1, 96, 256),
+            (9, 304, 1024),
+            (50, 304, 1024),
+            (100, 4096, 4096),
+            (300, 520, 4096),
+            (1000, 4096, 4096),
+            (4096, 8192, 2048),
+        ),
+        (False, True),
+    ):
+        for inner in ([128], [128, k - 128], [32, k // 48 * 16]):
+            borders = [0, *sorted({b for b in inner if 0 < b < k}), k]
+            groups = tuple(b - a for a, b in itertools.pairwise(borders))
+            q, w, count = codes(m, k), codes(n, k), len(groups)
+            sx, sw = (raised(rand(rows, count).abs() / k, r) for rows, r in zip((m, n), reach(groups, not zeros), strict=True))
+            sw = raised(sw, reach(groups, False)[1])
+            zero = torch.randint(-128, 128, (m, count), device=DEVICE, generator=random, dtype=torch.int32) if zeros else None
+            sums, side = reference.row_sums(w, groups), rand(m, 64).bfloat16()
+            products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
+            align = 16 if any(b % 128 for b in borders) else 128
+            pack = {
+                "borders": torch.tensor(borders, device=DEVICE, dtype=torch.int32), "steps": reference.steps(sw).t().contiguous(),
+                "align": align, "zero": zero, "wsum": sums.t().contiguous(),
+            }  # fmt: skip
+            last = sw[:, -1].contiguous()
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                wanted = reference.segment_epilogue(products, sx, sw, zero, sums, None, None, dtype)
+                got = poisoned(lambda: operators.matmul(q, sx, w, last, dtype, **pack), (m, n))  # noqa: B023
+                assert same(got, wanted), f"segments {(m, n, k, borders, zeros, dtype)}"
+            side_weight = rand(n, 64).bfloat16()
+            extra = (side.double() @ side_weight.double().t()).float()
+            wanted = reference.segment_epilogue(products, sx, sw, zero, sums, extra, None, torch.float32)
+            out = operators.matmul(q, sx, w, last, torch.bfloat16, side=side, side_weight=side_weight, **pack)
+            assert relative(out, wanted) < 5e-3, f"segments and a side {(m, n, k, borders, zeros)} {relative(out, wanted)}"
+
+
+def check_sides() -> None:
     for m, n, k in ((1, 96, 256), (50, 304, 1008), (300, 520, 4096), (1000, 4096, 4096)):
-        q, w = codes(m, k), codes(n, k)
-        borders = torch.tensor([0, 32, k // 48 * 16, k], device=DEVICE, dtype=torch.int32)
-        groups = tuple(b - a for a, b in itertools.pairwise(borders.tolist()))
-        sx, sw = (raised(rand(rows, 3).abs(), r) for rows, r in zip((m, n), reach(groups, True), strict=True))
-        products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
-        wanted = reference.segment_epilogue(products, sx, sw, None, None, None, None, torch.float32)
-        got = poisoned(lambda: operators.matmul(q, sx, w, sw, torch.float32, borders=borders), (m, n))  # noqa: B023
-        assert same(got, wanted), f"segments {(m, n, k)}"
+        q, w, sx, sw = codes(m, k), codes(n, k), rand(m, 1).abs() / k, rand(n, 1).abs()
         for count, dtype in itertools.product((1, 37, 64, 128), (torch.bfloat16, torch.float16, torch.float32)):
             side, side_weight = rand(m, count).to(dtype), rand(n, count).to(dtype)
             one = sx[:, :1].contiguous(), sw[:, 0].contiguous()
@@ -414,7 +447,7 @@ CHECKS = {
     f.__name__.removeprefix("check_"): f
     for f in (
         check_quantize, check_norms_and_gates, check_rows, check_matmul, check_gemms, check_decodes, check_tiles,
-        check_segments_and_sides, check_layers, check_threshold, check_batches, check_chains, check_devices,
+        check_segments, check_sides, check_layers, check_threshold, check_batches, check_chains, check_devices,
     )
 }  # fmt: skip
 

@@ -128,6 +128,21 @@ def ours_with_columns(n: int) -> Callable[[Inputs], Call | None]:
     return candidate
 
 
+def ours_in_segments(count: int) -> Callable[[Inputs], Call | None]:
+    """K in segments with scales of their own, as RPTQ leaves it: the hottest channels in a tile that is padded with zeros."""
+
+    def candidate(a: Inputs) -> Call | None:
+        wide = a.k + configs.BLOCK
+        inner = {2: [128], 4: [128, 128 + a.k // 1024 * 128, 128 + a.k // 256 * 128]}[count]
+        borders = torch.tensor([0, *inner, wide], device=DEVICE, dtype=torch.int32)
+        q, w = ([int8(rows, wide) for _ in range(a.copies)] for rows in (a.m, a.n))
+        sx, steps = torch.rand(a.m, count, device=DEVICE) / a.k, torch.rand(count - 1, a.n, device=DEVICE) + 1
+        more = {"borders": borders, "steps": steps, "align": configs.BLOCK}
+        return lambda i: operators.matmul(at(q, i), sx, at(w, i), a.sw, torch.bfloat16, **more)
+
+    return candidate
+
+
 def ours_with_threshold(a: Inputs) -> Call | None:
     """LLM.int8() as published, with 8 columns that reach the threshold."""
 
@@ -380,6 +395,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="bitsandbytes, torchao, gemlite, those that are installed")
     parser.add_argument("--hot", action="store_true", help="one copy of the weight as well")
     parser.add_argument("--columns", nargs="*", type=int, default=[], help="outlier columns beside the INT8 product")
+    parser.add_argument("--segments", nargs="*", type=int, default=[], choices=[2, 4], help="of K, with scales of their own")
     parser.add_argument("--threshold", action="store_true", help="columns that reach 6 in the batch, 8 of them")
     parser.add_argument("--only", nargs="*", default=["*"], help="globs over the names of candidates")
     parser.add_argument("--name", default="gemm", help="of the result")
@@ -392,6 +408,7 @@ def main() -> None:
     candidates |= variants() if args.variants else {}
     candidates |= peers() if args.peers else {}
     candidates |= {f"bf16: quantkit, {n} columns": ours_with_columns(n) for n in args.columns}
+    candidates |= {f"given: quantkit, {n} segments": ours_in_segments(n) for n in args.segments}
     candidates |= {"bf16: quantkit, threshold 6": ours_with_threshold} if args.threshold else {}
     candidates = {name: c for name, c in candidates.items() if any(fnmatch(name, pattern) for pattern in args.only)}
     if args.compile is not None:

@@ -134,7 +134,11 @@ def described(rows: int, columns: int, dtype: torch.dtype = torch.int8) -> str:
 
 
 def gluon(
-    config: configs.Gemm | configs.Decode, dtype: torch.dtype = torch.bfloat16, sides: int = 0, **extra: str
+    config: configs.Gemm | configs.Decode,
+    dtype: torch.dtype = torch.bfloat16,
+    sides: int = 0,
+    segments: int = 1,
+    **extra: str,
 ) -> dict[str, Any]:
     types = dict.fromkeys(("M", "N", "K", "zero_stride"), "i32") | {"SX": "*fp32", "SW": "*fp32"} | extra
     tokens, rows = (64, config.columns) if isinstance(config, configs.Gemm) else (config.tokens, 64)
@@ -148,7 +152,12 @@ def gluon(
             "y_desc": described(64, config.width, dtype),
         }
         constants = {"GROUP": config.group, "BN": config.columns, "BK": 128, "STAGES": config.stages, "WIDTH": config.width}
-        constants |= {"SLOTS": 2 if extra.keys() <= {"ACTIVE"} else 1, "SIDES": sides, "PDL": config.early}
+        constants |= {
+            "SLOTS": 1 if extra.keys() & {"ZP", "B"} else 2,
+            "SIDES": sides,
+            "SEGMENTS": segments,
+            "PDL": config.early,
+        }
         return compiled(hopper.gemm_kernel, 90, types, constants, options)
     types |= {
         "q_desc": described(config.tokens, config.block_k),
@@ -156,13 +165,14 @@ def gluon(
         "Y": f"*{NAMES[dtype]}",
     } | ({"y_desc": described(config.tokens, 64, dtype)} if config.staged else {})
     constants = {"TOKENS": config.tokens, "BK": config.block_k, "STAGES": config.stages, "SIDES": sides, "PDL": config.early}
+    constants["SEGMENTS"] = segments
     return compiled(hopper.decode_kernel, 90, types, constants, options | {"maxnreg": config.registers})
 
 
-def chosen() -> list[Any]:
+def chosen(*, segments: bool = False) -> list[Any]:
     """Every Hopper kernel that the table can choose."""
     sizes = [(m, n) for m in (1, 8, 16, 32, 64, 100, 128, 256, 512, 4096) for n in (1024, 4096, 28672)]
-    return sorted({configs.hopper(m, n) for m, n in sizes}, key=str)
+    return sorted({configs.hopper(m, n, segments=segments) for m, n in sizes}, key=str)
 
 
 def main() -> None:
@@ -192,7 +202,7 @@ def main() -> None:
             out[f"matmul {arch} {tile}"] = matmul(arch, tile)
         for tile in (tiles[0], configs.portable(arch, 8192, 4096, segments=True)):
             out[f"matmul {arch} {tile} zero bias"] = matmul(arch, tile, **zero, **bias)
-            out[f"matmul {arch} {tile} segments"] = matmul(arch, tile, BORDERS="*i32", SEGMENTS=4)
+            out[f"matmul {arch} {tile} segments"] = matmul(arch, tile, BORDERS="*i32", STEPS="*fp32", SEGMENTS=4)
         for tile in tiles:
             out[f"matmul {arch} {tile} side"] = matmul(arch, tile, SIDE="*bf16", SIDEW="*bf16")
             out[f"matmul {arch} {tile} threshold"] = matmul(arch, tile, SIDE="*bf16", ACTIVE="*i32")
@@ -204,6 +214,11 @@ def main() -> None:
     for m in (1, 32, 64, 128, 8192):  # what runs after a Hopper kernel that had no room for all
         tile = configs.portable(90, m, 28672, segments=True)
         out[f"matmul 90 {tile} more"] = matmul(90, tile, SIDE="*bf16", ACTIVE="*i32", ROOM=columns.ROOM)
+    for config in chosen(segments=True):
+        clusters = {"BORDERS": "*i32", "STEPS": "*fp32"}
+        out[f"hopper 90 {config} segments"] = gluon(config, segments=4, **clusters)
+        zeros = {"ZP": "*i32", "WSUM": "*i32", "B": "*bf16"}
+        out[f"hopper 90 {config} segments side zero bias"] = gluon(config, sides=1, segments=2, **clusters, **zeros)
     for config in chosen():
         out[f"hopper 90 {config}"] = gluon(config)
         out[f"hopper 90 {config} zero bias"] = gluon(config, torch.float16, ZP="*i32", WSUM="*i32", B="*fp32")

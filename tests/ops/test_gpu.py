@@ -62,6 +62,12 @@ def test_the_largest_sum(sign: int) -> None:
     assert_same(got, torch.full((2, 1), float(sign * k * 127**2)))
 
 
+def in_segments(q: Tensor, sx: Tensor, w: Tensor, sw: Tensor, borders: list[int], **more: Tensor | None) -> Tensor:
+    """``sw [N, G]`` as a backend packs it."""
+    where, steps = torch.tensor(borders, dtype=torch.int32), reference.steps(sw).t().contiguous()
+    return matmul(q, sx, w, sw[:, -1].contiguous(), torch.float32, borders=where, steps=steps, config=SMALL, **more)
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 64), (20, 40, 208)])
 @pytest.mark.parametrize("zero", [False, True])
 def test_segments(m: int, n: int, k: int, zero: bool) -> None:
@@ -72,7 +78,7 @@ def test_segments(m: int, n: int, k: int, zero: bool) -> None:
     z = torch.randint(-128, 128, (m, 4), dtype=torch.int32) if zero else None
     sums = reference.row_sums(w, groups)
     products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
-    got = matmul(q, sx, w, sw, torch.float32, zero=z, wsum=sums, borders=torch.tensor(borders, dtype=torch.int32), config=SMALL)
+    got = in_segments(q, sx, w, sw, borders, zero=z, wsum=sums.t().contiguous())
     assert_same(got, reference.segment_epilogue(products, sx, sw, z, sums, None, None, torch.float32))
 
 
@@ -86,8 +92,7 @@ def test_rescaling_rounds_half_to_even() -> None:
         sx, sw = torch.tensor([[step, 1.0]]).expand(5, 2).contiguous(), torch.ones(4, 2)
         products = [reference.int_matmul(q[:, a:b], w[:, a:b]) for a, b in ((0, 16), (16, 32))]
         wanted = reference.segment_epilogue(products, sx, sw, None, None, None, None, torch.float32)
-        borders = torch.tensor([0, 16, 32], dtype=torch.int32)
-        assert_same(matmul(q, sx, w, sw, torch.float32, borders=borders, config=SMALL), wanted)
+        assert_same(in_segments(q, sx, w, sw, [0, 16, 32]), wanted)
 
 
 @pytest.mark.parametrize("count", [1, 16, 37])

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from quantkit.errors import BackendError
 from quantkit.numerics import reach
-from quantkit.ops.gpu.configs import padded, padded_side
+from quantkit.ops.gpu.configs import BLOCK, capability, padded, padded_side
 from quantkit.ops.plain import Plain
-from quantkit.ops.reference import row_sums
+from quantkit.ops.reference import row_sums, steps
 
 if TYPE_CHECKING:
     from quantkit.linear import W8A8Linear
@@ -29,8 +29,8 @@ class GPUPacked:
     """A weight ready to run: ``codes`` in rows of 16; ``vector`` says whether one token may take the fused kernel.
 
     With clusters of channels, each starts at a multiple of 16 of the P places in a row: ``permutation [P]`` says which channel
-    is where, -1 where none is, ``borders [G + 1]`` int32 where clusters begin, and ``clusters [P / 16]`` int32 whose 16 places
-    are, with their ``reach [G]``.
+    is where, -1 where none is, ``borders [G + 1]`` int32 where clusters begin, all at multiples of ``align``, and ``clusters
+    [P / 16]`` int32 whose 16 places are, with their ``reach [G]`` and the ``steps [G - 1, N]`` between their scales.
     """
 
     backend: Any
@@ -46,6 +46,8 @@ class GPUPacked:
     borders: Tensor | None
     clusters: Tensor | None
     reach: Tensor | None
+    steps: Tensor | None
+    align: int
     vector: bool
 
 
@@ -74,9 +76,11 @@ class GPU(Plain):
     def pack(self, layer: W8A8Linear) -> GPUPacked:
         k = layer.in_features
         weight, scale, permutation = layer.weight.contiguous(), layer.weight_scale, layer.permutation
-        borders = clusters = reached = None
+        borders = clusters = reached = differences = None
+        align = _align(layer.groups, layer.weight.device)
         if layer.groups:
-            borders, clusters, places = _places(layer.groups, weight.device)
+            borders, clusters, places = _places(layer.groups, align, weight.device)
+            scale, differences = scale[:, -1], steps(scale).t().contiguous()
             reached = reach(layer.groups, layer.scheme.symmetric)[0].to(weight.device)
             width = 16 * len(clusters)
             weight = weight.new_zeros(len(weight), width).index_copy_(1, places, weight)
@@ -91,10 +95,11 @@ class GPU(Plain):
             side = torch.nn.functional.pad(side, (0, padded_side(side.shape[1]) - side.shape[1])).contiguous()
         rest = (layer.shift, layer.permutation, layer.outlier_index)
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block and not layer.groups
+        sums = None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups).t().contiguous()
         return GPUPacked(
-            self, layer.weight.device, layer.weight, weight, (scale if layer.groups else scale.view(-1)).contiguous(),
-            None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups), side, mask, _signed_scale(layer),
-            permutation, borders, clusters, reached, vector and not layer.threshold and all(v is None for v in rest),
+            self, layer.weight.device, layer.weight, weight, scale.reshape(-1).contiguous(), sums, side, mask,
+            _signed_scale(layer), permutation, borders, clusters, reached, differences, align,
+            vector and not layer.threshold and all(v is None for v in rest),
         )  # fmt: skip
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
@@ -119,14 +124,22 @@ class GPU(Plain):
         zero = out[2] if not scheme.symmetric and not scheme.is_static else layer.input_zero_point
         side = (None, None) if packed.side_weight is None else (out[-1], packed.side_weight.to(x.dtype))
         return ops.matmul(
-            q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, *side, packed.borders
+            q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, *side, packed.borders,
+            packed.steps, packed.align,
         )  # fmt: skip
 
 
-def _places(groups: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _align(groups: tuple[int, ...], device: torch.device) -> int:
+    """To how many places clusters are padded: to slots of Hopper's ring, unless that made rows an eighth longer."""
+    whole = sum(-(-size // BLOCK) * BLOCK for size in groups)
+    return BLOCK if device.type == "cuda" and capability(device) == 90 and whole <= 1.125 * sum(groups) else 16
+
+
+def _places(groups: tuple[int, ...], align: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Where clusters begin in a row of codes ``[G + 1]``, whose 16 places are ``[P / 16]``, and where channels go ``[K]``."""
-    starts = [0, *itertools.accumulate(map(padded, groups))]
-    clusters = [number for number, size in enumerate(groups) for _ in range(padded(size) // 16)]
+    widths = [-(-size // align) * align for size in groups]
+    starts = [0, *itertools.accumulate(widths)]
+    clusters = [number for number, width in enumerate(widths) for _ in range(width // 16)]
     places = [torch.arange(start, start + size, device=device) for start, size in zip(starts[:-1], groups, strict=True)]
     borders, of_tiles = (torch.tensor(values, dtype=torch.int32, device=device) for values in (starts, clusters))
     return borders, of_tiles, torch.cat(places)

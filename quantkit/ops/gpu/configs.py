@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,10 @@ SIDE = 64
 """Outlier columns come in steps of so many: 128 bytes in 16 bit, as wide as a row of codes in a slot of the ring."""
 
 
+BLOCK = 128
+"""Codes of a row in a slot of the ring: clusters of channels start at multiples of it where Hopper's kernels multiply them."""
+
+
 def padded_side(columns: int) -> int:
     """Outlier columns as the kernels take them."""
     return -(-columns // SIDE) * SIDE
@@ -132,17 +136,18 @@ def portable(arch: int, m: int, n: int, *, segments: bool = False) -> Tile:
     return LARGE[max((a for a in LARGE if a <= arch), default=80)]
 
 
-def hopper(m: int, n: int) -> Gemm | Decode:
+def hopper(m: int, n: int, *, segments: bool = False) -> Gemm | Decode:
     """The kernel of :mod:`.hopper` for ``m`` tokens and ``n`` rows of the weight.
 
     Many tokens take the tile that gets through in the least time: rounds over the processors times the columns of a tile,
     and what a tile costs besides.
     """
-    if m <= 128:
+    if m <= (64 if segments else 128):  # the widest ring has no registers left
         tokens = next(t for t in RINGS if m <= t)
         if m > 8 and 2 * -(-n // 64) <= PROCESSORS:
             tokens //= 2  # two groups of tokens run side by side
-        return RINGS[tokens]
+        ring = RINGS[tokens]
+        return replace(ring, block_k=BLOCK, stages=ring.stages * ring.block_k // BLOCK) if segments else ring
     return min(GEMMS, key=lambda c: -(-(-(-m // 128) * -(-n // c.columns)) // PROCESSORS) * (c.columns + 32))
 
 
@@ -166,7 +171,7 @@ def choose(device: torch.device, m: int, n: int, k: int, *, tma: bool = False, s
         if isinstance(config, Tile) or (tma and isinstance(config, Decode if m <= 64 else Gemm | Decode)):
             return config
     arch = capability(device)
-    return hopper(m, n) if arch == 90 and tma else portable(arch, m, n, segments=segments)
+    return hopper(m, n, segments=segments) if arch == 90 and tma else portable(arch, m, n, segments=segments)
 
 
 # ---- what quantkit tune found

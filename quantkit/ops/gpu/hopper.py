@@ -140,10 +140,33 @@ def put(y, column: gl.constexpr, row, first, sx, zero, columns, y_desc, staging,
 
 
 @gluon.jit
-def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, staging, columns, y_desc, SX, SW, ZP, WSUM, B,
-                  ACTIVE, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-                  WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
-                  SIDES: gl.constexpr):  # fmt: skip
+def nearest(y):
+    """int32 of float32, half to even, in the same registers."""
+    return gl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,r", [y], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def put_columns(columns, scale, WSUM, g, n, N, ZERO: gl.constexpr):
+    """What :func:`rescaled` reads of the columns ``n`` of a tile."""
+    columns.index(0).store(scale)
+    if ZERO:
+        columns.index(2).store(gl.load(WSUM + g * N + n, mask=n < N, other=0).to(gl.float32, bitcast=True))
+
+
+@gluon.jit
+def step_of(SX, m, M, g, SEGMENTS: gl.constexpr):
+    """By how much the scale of tokens ``m`` is larger in segment ``g - 1`` than in ``g``; 0 for those with NaN."""
+    step = gl.div_rn(
+        gl.load(SX + m * SEGMENTS + g - 1, mask=m < M, other=0.0), gl.load(SX + m * SEGMENTS + g, mask=m < M, other=1.0)
+    )
+    return gl.where(step == step, step, 0.0)
+
+
+@gluon.jit
+def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, staging, columns, y_desc, SX, SW, STEPS, ZP,
+                  WSUM, B, ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+                  STAGES: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
+                  SIDES: gl.constexpr, SEGMENTS: gl.constexpr):  # fmt: skip
     # int8 wgmma with N = 256 aborts the compiler (Triton 3.6 and 3.9): two of 128 make up the tile
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 32])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 16])  # of the 16-bit product
@@ -158,19 +181,21 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
         first, row = tn * BN, first_row(tm, M, 2 * ROWS) + c * ROWS
         m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         n = first + gl.arange(0, BN, flat)
-        sx = gl.load(SX + m, mask=m < M, other=0.0)
+        sx = gl.load(SX + m * SEGMENTS + SEGMENTS - 1, mask=m < M, other=0.0)
         sw = gl.load(SW + n, mask=n < N, other=0.0)
         acc = gl.zeros([ROWS, BN], gl.int32, layout)
         mbarrier.wait(full.index(stage), phase)
         acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True, use_acc=False)
-        columns.index(0).store(sw)
         if BIAS:
             columns.index(1).store(gl.load(B + n, mask=n < N, other=0.0).to(gl.float32))
-        if ZERO:
-            columns.index(2).store(gl.load(WSUM + n, mask=n < N, other=0).to(gl.float32, bitcast=True))
+        if SEGMENTS == 1:
+            put_columns(columns, sw, WSUM, 0, n, N, ZERO)
         before = stage
         stage, phase = following(stage, phase, STAGES)
-        for _ in range(1, KT):
+        upto = KT
+        if SEGMENTS > 1:
+            upto = gl.load(BORDERS + 1) // BK
+        for _ in range(1, upto):
             mbarrier.wait(full.index(stage), phase)
             acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
@@ -179,9 +204,29 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
             stage, phase = following(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before), count=1)
+        if SEGMENTS > 1:
+            for g in range(1, SEGMENTS):
+                shift = m
+                if ZERO:
+                    shift = gl.load(ZP + m * zero_stride + g - 1, mask=m < M, other=0)
+                steps = gl.load(STEPS + (g - 1) * N + n, mask=n < N, other=0.0)
+                put_columns(columns, steps, WSUM, g - 1, n, N, ZERO)
+                y = rescaled(acc, 0, step_of(SX, m, M, g, SEGMENTS), shift, columns, BN, ZERO)
+                acc = warpgroup_mma_init(nearest(y))
+                start, upto = upto, gl.load(BORDERS + g + 1) // BK
+                for k in range(start, upto):
+                    mbarrier.wait(full.index(stage), phase)
+                    acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
+                    acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
+                    mbarrier.arrive(empty.index(before), count=1, pred=k > start)
+                    before = stage
+                    stage, phase = following(stage, phase, STAGES)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(empty.index(before), count=1)
+            put_columns(columns, sw, WSUM, SEGMENTS - 1, n, N, ZERO)
         zero = m
         if ZERO:
-            zero = gl.load(ZP + m * zero_stride, mask=m < M, other=0)
+            zero = gl.load(ZP + m * zero_stride + SEGMENTS - 1, mask=m < M, other=0)
         if SIDES > 0:
             # The INT32 registers become float32 ones, and take the 16-bit product on top.
             acc = gl.convert_layout(rescaled(acc, 0, sx, zero, columns, BN, ZERO), wide)
@@ -211,9 +256,9 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
-def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACTIVE, M, N, K, zero_stride,
+def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, STEPS, ZP, WSUM, B, ACTIVE, BORDERS, M, N, K, zero_stride,
                 GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
-                SLOTS: gl.constexpr, SIDES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+                SLOTS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """``y [M, N]`` in 16 bit from descriptors of ``q [M, K]`` (boxes of 64 x BK), ``w [N, K]`` (BN x BK) and y (64 x WIDTH);
     with SIDES > 0 of ``x [M, 64 SIDES]`` (64 x 64) and ``v [N, 64 SIDES]`` (BN x 64) in 16 bit, whose product is added."""
     ZERO: gl.constexpr = ZP is not None
@@ -236,10 +281,12 @@ def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACT
         gdc_launch_dependents()
         gdc_wait()
     gl.warp_specialize([
-        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B,
-                         ACTIVE, M, N, KT, zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
-        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B,
-                         ACTIVE, M, N, KT, zero_stride, GROUP, BN, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES)),
+        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, STEPS, ZP, WSUM, B,
+                         ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
+                         SEGMENTS)),
+        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, STEPS, ZP, WSUM, B,
+                         ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
+                         SEGMENTS)),
         (gemm_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, GROUP, BN, BK, STAGES,
                          SIDES)),
     ], [4, 1], [232, 24])  # fmt: skip
@@ -291,9 +338,9 @@ def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty,
 
 
 @gluon.jit
-def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, M, N, KT,
-                    zero_stride, TOKENS: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr,
-                    PDL: gl.constexpr):  # fmt: skip
+def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, STEPS, ZP, WSUM, B, ACTIVE,
+                    BORDERS, M, N, KT, zero_stride, TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+                    SIDES: gl.constexpr, SEGMENTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])  # of the 16-bit product
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
     token = first_row(gl.program_id(0), M, TOKENS)
@@ -302,24 +349,33 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    sx = gl.load(SX + m, mask=m < M, other=0.0)
+    sx = gl.load(SX + m * SEGMENTS + SEGMENTS - 1, mask=m < M, other=0.0)
     for t in range(gl.program_id(1), gl.cdiv(N, ROWS), gl.num_programs(1)):
         n = t * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         sw = gl.load(SW + n, mask=n < N, other=0.0)
         acc = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.int32, layout))
-        before = 0
-        for k in range(KT):
-            mbarrier.wait(full.index(stage), phase)
-            acc = warpgroup_mma(w_ring.index(stage), q_ring.index(stage).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
-            mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
-            before = stage
-            stage, phase = following(stage, phase, STAGES)
-        total = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(before), count=1)
-        if ZP is not None:
-            zero = gl.load(ZP + m * zero_stride, mask=m < M, other=0)
-            total = total - gl.load(WSUM + n, mask=n < N, other=0)[:, None] * zero[None, :]
+        before, start, upto = 0, 0, KT
+        for g in gl.static_range(SEGMENTS):
+            if SEGMENTS > 1:
+                upto = gl.load(BORDERS + g + 1) // BK
+            for k in range(start, upto):
+                mbarrier.wait(full.index(stage), phase)
+                acc = warpgroup_mma(w_ring.index(stage), q_ring.index(stage).permute((1, 0)), acc, is_async=True)
+                acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
+                mbarrier.arrive(empty.index(before), count=1, pred=k > start)
+                before = stage
+                stage, phase = following(stage, phase, STAGES)
+            total = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(before), count=1)
+            if ZP is not None:
+                zero = gl.load(ZP + m * zero_stride + g, mask=m < M, other=0)
+                total = total - gl.load(WSUM + g * N + n, mask=n < N, other=0)[:, None] * zero[None, :]
+            if SEGMENTS > 1:
+                start = upto
+                if g < SEGMENTS - 1:
+                    steps = gl.load(STEPS + g * N + n, mask=n < N, other=0.0)
+                    total = nearest((total.to(gl.float32) * step_of(SX, m, M, g + 1, SEGMENTS)[None, :]) * steps[:, None])
+                acc = warpgroup_mma_init(total)
         y = (total.to(gl.float32) * sx[None, :]) * sw[:, None]
         if SIDES > 0:
             y = gl.convert_layout(y, wide)
@@ -348,8 +404,8 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
-def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, M, N, K, zero_stride,
-                  TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr,
+def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, STEPS, ZP, WSUM, B, ACTIVE, BORDERS, M, N, K, zero_stride,
+                  TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr,
                   PDL: gl.constexpr):  # fmt: skip
     """``y [M, N]`` from descriptors of ``q [M, K]`` (boxes of TOKENS x BK) and ``w [N, K]`` (64 x BK); with SIDES > 0 of
     ``x [M, 64 SIDES]`` (TOKENS x 64) and ``v [N, 64 SIDES]`` (64 x 64) in 16 bit, whose product is added."""
@@ -366,8 +422,8 @@ def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B
         staging = gl.allocate_shared_memory(y_desc.dtype, [TOKENS, ROWS], y_desc.layout)
     KT = gl.cdiv(K, BK)
     gl.warp_specialize([
-        (decode_consumer, (x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, M, N,
-                           KT, zero_stride, TOKENS, STAGES, SIDES, PDL)),
+        (decode_consumer, (x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, STEPS, ZP, WSUM, B, ACTIVE,
+                           BORDERS, M, N, KT, zero_stride, TOKENS, BK, STAGES, SIDES, SEGMENTS, PDL)),
         (decode_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, TOKENS, BK, STAGES,
                            SIDES, PDL)),
     ], [1], [40])  # fmt: skip
@@ -403,15 +459,19 @@ def multiply(
     side: Tensor | None = None,
     side_weight: Tensor | None = None,
     active: Tensor | None = None,
+    borders: Tensor | None = None,
+    steps: Tensor | None = None,
     config: Gemm | Decode,
 ) -> Tensor:
     """``[M, N]`` of a 16-bit ``dtype`` (any float with :class:`Decode`); arguments as those of the portable ``matmul``.
 
     Side columns are in 16 bit, and a multiple of ``configs.SIDE``; with ``active [1 + K]`` int32 only its first entry of them.
+    Segments of K are none of them empty, and start at multiples of the config's ``block_k``.
     """
     (m, k), n = q.shape, len(weight)
     y = q.new_empty((m, n), dtype=dtype)
-    zero_stride = 1 if zero is not None and zero.numel() > 1 else 0
+    segments = 1 if borders is None else len(borders) - 1
+    zero_stride = segments if zero is not None and zero.numel() > segments else 0
     sides = 0 if side is None else side.shape[1] // configs.SIDE
 
     def described_sides(rows: int, weight_rows: int) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
@@ -425,9 +485,9 @@ def multiply(
         gemm_kernel[(min(processors(q.device), tiles),)](
             described(q, 64, config.block_k), described(weight, config.columns, config.block_k),
             *described_sides(64, config.columns), described(y, 64, config.width),
-            sx, sw, zero, wsum, bias, active, m, n, k, zero_stride,
+            sx, sw, steps, zero, wsum, bias, active, borders, m, n, k, zero_stride,
             config.group, config.columns, config.block_k, config.stages, config.width,
-            2 if bias is None and zero is None else 1, sides, config.early, **options,
+            2 if bias is None and zero is None else 1, sides, segments, config.early, **options,
         )  # fmt: skip
     else:
         groups = triton.cdiv(m, config.tokens)
@@ -435,8 +495,8 @@ def multiply(
         decode_kernel[(groups, max(1, min(processors(q.device) // groups, triton.cdiv(n, 64))))](
             described(q, config.tokens, config.block_k), described(weight, 64, config.block_k),
             *described_sides(config.tokens, 64), described(y, config.tokens, 64) if staged else None,
-            y, sx, sw, zero, wsum, bias, active, m, n, k, zero_stride,
-            config.tokens, config.block_k, config.stages, sides, config.early, maxnreg=config.registers, **options,
+            y, sx, sw, steps, zero, wsum, bias, active, borders, m, n, k, zero_stride,
+            config.tokens, config.block_k, config.stages, sides, segments, config.early, maxnreg=config.registers, **options,
         )  # fmt: skip
     return y
 

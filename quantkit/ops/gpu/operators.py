@@ -69,15 +69,20 @@ def matmul(
     side: Tensor | None = None,
     side_weight: Tensor | None = None,
     borders: Tensor | None = None,
+    steps: Tensor | None = None,
+    align: int = 16,
     active: Tensor | None = None,
 ) -> Tensor:
-    """``[M, N]`` of ``dtype``; arguments as :func:`quantkit.ops.gpu.matmul.matmul`, with the kernel chosen by the shape."""
+    """``[M, N]`` of ``dtype``; arguments as :func:`quantkit.ops.gpu.matmul.matmul`, with the kernel chosen by the shape.
+
+    ``align`` is what all borders are multiples of.
+    """
     (m, k), n = q.shape, len(weight)
     plain = zero is None and side is None and borders is None
     if m == 1 and plain and k % 16 == 0:
         return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, config=configs.vector(k, given=True))
     tma = hopper is not None and k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0
-    tma = tma and borders is None and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
+    tma = tma and (borders is None or align % configs.BLOCK == 0) and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
     if side is not None:
         tma = tma and (active is not None or side.shape[1] % configs.SIDE == 0) and side.dtype in SIXTEEN
     if active is not None:
@@ -88,8 +93,9 @@ def matmul(
         try:
             if active is None or side is None:
                 return hopper.multiply(
-                    q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight, config=config
-                )
+                    q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight,
+                    borders=borders, steps=steps, config=config,
+                )  # fmt: skip
             some = columns.gather(side, q, sx, weight, sw, active)
             y = hopper.multiply(
                 q, sx, weight, sw, dtype, bias=bias, side=some[0], side_weight=some[1], active=active, config=config
@@ -101,7 +107,7 @@ def matmul(
             config = configs.portable(configs.capability(q.device), m, n)
     return _matmul(
         q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight, borders=borders,
-        active=active, config=config,
+        steps=steps, active=active, config=config,
     )  # fmt: skip
 
 
@@ -131,7 +137,7 @@ _library.define(
 _library.define(
     "matmul(Tensor q, Tensor sx, Tensor weight, Tensor sw, ScalarType dtype, Tensor? zero=None, Tensor? wsum=None, "
     "Tensor? bias=None, Tensor? side=None, Tensor? side_weight=None, Tensor? borders=None, "
-    "Tensor? active=None) -> Tensor"
+    "Tensor? steps=None, int align=16, Tensor? active=None) -> Tensor"
 )
 _library.define("gemv(Tensor x, Tensor weight, Tensor sw, int bits=8, Tensor? bias=None, Tensor? pre_scale=None) -> Tensor")
 for _name, _function in (("quantize", quantize), ("matmul", matmul), ("gemv", gemv)):
