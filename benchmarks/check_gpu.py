@@ -151,8 +151,8 @@ def check_segments() -> None:
             products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
             align = 16 if any(b % 128 for b in borders) else 128
             pack = {
-                "borders": torch.tensor(borders, device=DEVICE, dtype=torch.int32), "steps": reference.steps(sw).t().contiguous(),
-                "align": align, "zero": zero, "wsum": sums.t().contiguous(),
+                "borders": torch.tensor(borders, device=DEVICE, dtype=torch.int32), "align": align, "zero": zero,
+                "steps": reference.steps(sw).t().contiguous(), "wsum": sums.t().contiguous(),
             }  # fmt: skip
             last = sw[:, -1].contiguous()
             for dtype in (torch.bfloat16, torch.float16, torch.float32):

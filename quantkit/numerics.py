@@ -39,8 +39,8 @@ def reach(groups: tuple[int, ...], symmetric: bool) -> tuple[Tensor, Tensor]:
     """By how much the scales after each of G clusters may be smaller than its own: ``[G]`` float32, activations and weights.
 
     Sums of earlier clusters grow by both quotients, and with all that follows they have to stay within int32. What K leaves of
-    its 31 bits is shared out, most of it to the smallest clusters: 16 outlier channels of 4096 may be 250 times louder than
-    the rest (times 16 for their weights), the first half of 4096 channels 8 times (times 8).
+    its 31 bits is shared out, most of it to the smallest clusters: 16 outlier channels of 4096 may be 4,000 times louder than
+    the rest, the first half of 4096 channels 32 times (and each twice that, for their weights).
     """
     spare = (MAX_EXACT_K if symmetric else MAX_EXACT_K_ASYMMETRIC) * (1 - 2.0**-8) - sum(groups)
     share = max(spare, 0.0) / max(len(groups) - 1, 1)
