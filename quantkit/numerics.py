@@ -31,7 +31,7 @@ ABSMAX_FLOOR = 2.0**-96
 """Smallest absmax used for a scale: a row of zeros gets finite scales, and ``qmax / absmax`` never overflows."""
 
 
-WIDEST = 16.0
+WIDEST = 2.0
 """How many times smaller than an earlier cluster's scale that of a later one may be, in a weight."""
 
 
