@@ -23,6 +23,7 @@ from quantkit.ops.gpu.gemv import gemv_kernel
 from quantkit.ops.gpu.matmul import matmul_kernel
 from quantkit.ops.gpu.quantize import quantize_kernel
 
+SIXTEENS = ("N", "K", "K4", "places", "padded", "stride_xm", "stride_x", "stride_2")  # multiples of 16 in a usual layer
 NAMES = {torch.int8: "i8", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -33,9 +34,7 @@ def compiled(
     constants = {name: constants.get(name) for name in kernel.arg_names if name not in types}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     # What Triton itself finds out about pointers and the sizes of a usual layer.
-    sixteen = [
-        types.get(name, "")[:1] == "*" or name in ("N", "K", "K4", "places", "padded", "stride_xm") for name in kernel.arg_names
-    ]
+    sixteen = [types.get(name, "")[:1] == "*" or name in SIXTEENS for name in kernel.arg_names]
     aligned = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(sixteen) if yes}
     indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, indexed, aligned)
@@ -87,6 +86,7 @@ def one_row(arch: int, k: int, m: int = 8192, **features: Any) -> dict[str, Any]
     shape = rows.shape_of(k, rotation, m, two="X2" in types, vectors=bool(types.keys() & {"GAIN", "PRE", "PERM"}))
     constants = {"SOURCE": features.get("SOURCE", ""), "QMAX": 127, "ROTATION": rotation, "PDL": arch >= 90}
     constants |= {"L": shape.line, "B": shape.block, "EVEN": shape.block == k, "AHEAD": shape.ahead}
+    constants |= {name: features.get(name, 0) for name in ("RING", "ROUNDED")}
     return compiled(rows.rows_kernel, arch, types, constants, {"num_warps": shape.warps})
 
 

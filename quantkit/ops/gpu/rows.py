@@ -9,6 +9,7 @@ product needs no exchange of data: the bits of a channel's number that select a 
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.numerics import qmax
@@ -86,6 +87,15 @@ def rotate(x, matrix, BLOCK: gl.constexpr, G: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
+def silu(x):
+    """``x * sigmoid(x)`` with the GPU's own exponential and reciprocal, each wrong by a bit or two of 24."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 a; mul.f32 a, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 a, a; add.f32 a, a, 0f3F800000; rcp.approx.ftz.f32 a, a; "
+        "mul.f32 $0, $1, a; }", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def larger(a, b):
     """The larger absolute value, NaN if there is one."""
     return gl.inline_asm_elementwise(
@@ -120,12 +130,25 @@ def read(P, row, stride, k, K, EVEN: gl.constexpr):
 
 
 @gluon.jit
+def fetch(slot, P, row, M, stride, k, K, EVEN: gl.constexpr):
+    """Start to copy a row (the last one, past the end) to shared memory: every thread what it will read itself."""
+    at = P + gl.minimum(row, M - 1).to(gl.int64) * stride + k
+    if EVEN:
+        async_copy.async_copy_global_to_shared(slot, at)
+    else:
+        async_copy.async_copy_global_to_shared(slot, at, mask=k < K)
+
+
+@gluon.jit
 def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, stride_x, stride_2, eps, offset,
                 SOURCE: gl.constexpr, QMAX: gl.constexpr, ROTATION: gl.constexpr, L: gl.constexpr, B: gl.constexpr,
-                EVEN: gl.constexpr, AHEAD: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+                EVEN: gl.constexpr, AHEAD: gl.constexpr, RING: gl.constexpr, ROUNDED: gl.constexpr,
+                PDL: gl.constexpr):  # fmt: skip
     """Rows of K channels, one at a time; see :func:`quantkit.ops.gpu.quantize.quantize` for the arguments.
 
-    AHEAD fetches the next row of this program while this one is worked on, and keeps the vectors for all of them.
+    AHEAD fetches the next row of this program while this one is worked on, and keeps the vectors for all of them. RING > 0
+    fetches so many rows into shared memory, for want of registers. With ROUNDED a gate is rounded to the dtype of x before a
+    rotation, as it would be in memory: the rotation is then one product, of numbers that it holds exactly.
     """
     G: gl.constexpr = B // L
     layout: gl.constexpr = lines(G, L, gl.num_warps())
@@ -148,16 +171,37 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, s
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    first = gl.program_id(0)
-    x_ahead = read(X, first, stride_x, k, K, EVEN)
-    if X2 is not None:
-        x2_ahead = read(X2, first, stride_2, k, K, EVEN)
-    for row in range(first, M, gl.num_programs(0)):
-        x = x_ahead
+    first, step, slot = gl.program_id(0), gl.num_programs(0), 0
+    if RING > 0:
+        straight: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+        x_ring = gl.allocate_shared_memory(X.dtype.element_ty, [RING, G, L], straight)
         if X2 is not None:
-            x2 = x2_ahead.to(gl.float32)
+            x2_ring = gl.allocate_shared_memory(X2.dtype.element_ty, [RING, G, L], straight)
+        for i in gl.static_range(RING):
+            fetch(x_ring.index(i), X, first + i * step, M, stride_x, k, K, EVEN)
+            if X2 is not None:
+                fetch(x2_ring.index(i), X2, first + i * step, M, stride_2, k, K, EVEN)
+            async_copy.commit_group()
+    else:
+        x_ahead = read(X, first, stride_x, k, K, EVEN)
+        if X2 is not None:
+            x2_ahead = read(X2, first, stride_2, k, K, EVEN)
+    for row in range(first, M, step):
+        if RING > 0:
+            async_copy.wait_group(RING - 1)
+            x = x_ring.index(slot).load(layout)
+            fetch(x_ring.index(slot), X, row + RING * step, M, stride_x, k, K, EVEN)
+            if X2 is not None:
+                x2 = x2_ring.index(slot).load(layout).to(gl.float32)
+                fetch(x2_ring.index(slot), X2, row + RING * step, M, stride_2, k, K, EVEN)
+            async_copy.commit_group()
+            slot = (slot + 1) % RING
+        else:
+            x = x_ahead
+            if X2 is not None:
+                x2 = x2_ahead.to(gl.float32)
         if AHEAD:
-            following = gl.minimum(row + gl.num_programs(0), M - 1)
+            following = gl.minimum(row + step, M - 1)
             x_ahead = read(X, following, stride_x, k, K, EVEN)
             if X2 is not None:
                 x2_ahead = read(X2, following, stride_2, k, K, EVEN)
@@ -168,6 +212,8 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, s
                 kept = (x + x2).to(SUM.dtype.element_ty)
                 gl.store(SUM + gl.cast(row, gl.int64) * K + k, kept, mask=k < K)
                 x = kept.to(gl.float32)
+        elif SOURCE == "silu":
+            x = silu(x) * x2
         elif SOURCE != "":
             x = gated(x, x2, SOURCE)
         factor = 1.0 / ROTATION**0.5 if ROTATION > 0 else 1.0
@@ -185,6 +231,8 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, s
         if PERM is not None:
             x = gl.where(k < K, gl.gather(x.reshape([B]), perm.reshape([B]), 0).reshape([G, L]), 0.0)
         if ROTATION > 0:
+            if ROUNDED:
+                x = x.to(X.dtype.element_ty)
             x = rotate(x, matrix, ROTATION, G, L)
         if SOURCE == "rms":  # the root commutes with all that follows it, so that one reduction serves both
             total, top = gl.reduce((squares, x.reshape([B])), 0, sum_and_larger)
@@ -253,15 +301,18 @@ def quantize(
     q, scale = x.new_empty((m, padded(k)), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)
     kept = x.new_empty((m, k)) if x2 is not None and source in ("rms", "layer") else None
     vectors = gain is not None or pre_scale is not None or permutation is not None
+    gate = x2 is not None and kept is None
     shape = shape_of(k, rotation, m, two=x2 is not None, vectors=vectors)
-    exact = not source and pre_scale is None and x.dtype != torch.float32
+    exact = (gate or not source) and pre_scale is None and x.dtype != torch.float32
+    ring, per, registers = map(int, os.environ.get("QK_RING", "2,1,0").split(","))  # to be measured
+    ring = ring if ring_of(shape, x, x2) and rotation and m > PROCESSORS else 0
     pdl = hopper(x.device)
-    rows_kernel[(shape.programs if shape.ahead else m,)](
+    rows_kernel[(per * PROCESSORS if ring else shape.programs if shape.ahead else m,)](
         x, x2, gain, bias, pre_scale, permutation,
         hadamard_16(rotation, x.device, x.dtype if exact else torch.bfloat16) if rotation else None,
         q, scale, kept, m, k, padded(k), x.stride(0), 0 if x2 is None else x2.stride(0), eps, offset,
-        source, qmax(bits), rotation, shape.line, shape.block, shape.block == k, shape.ahead, pdl,
-        num_warps=shape.warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
+        source, qmax(bits), rotation, shape.line, shape.block, shape.block == k, shape.ahead, ring, gate and exact, pdl,
+        num_warps=shape.warps, **({'maxnreg': registers} if ring and registers else {}), enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return [q, scale] if kept is None else [q, scale, kept]
 
@@ -290,6 +341,13 @@ def shape_of(k: int, rotation: int, m: int, *, two: bool, vectors: bool) -> Shap
     programs = PROCESSORS * (1 if warps == 16 else 8)
     room = block <= 1024 * warps and not (two and warps == 16)
     return Shape(line, block, warps, programs, m > programs and room and (vectors or block > 8192))
+
+
+def ring_of(shape: Shape, x: Tensor, x2: Tensor | None) -> int:
+    """Rows ahead in shared memory: 2 where one program fills a processor's registers, and 2 rows fit its memory."""
+    room = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin - 4096
+    copied = all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 for t in (x, x2) if t is not None)
+    return 2 if shape.warps == 16 and copied and 4 * shape.block * x.element_size() <= room else 0
 
 
 @functools.cache
