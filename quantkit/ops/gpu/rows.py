@@ -155,14 +155,19 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, s
     g, j = gl.arange(0, G, gl.SliceLayout(1, layout)), gl.arange(0, L, gl.SliceLayout(0, layout))
     k = g[:, None] * L + j[None, :]
     # The vectors do not depend on the kernel before: they are on the way while that one ends.
+    # Channels are put in order as they come, in 16 bit, and the vectors with them; behind a gate, in float32.
+    FIRST: gl.constexpr = PERM is not None and (SOURCE == "" or SOURCE == "rms" or SOURCE == "layer")
+    source = k
     if PERM is not None:
         perm = gl.load(PERM + k, mask=k < K, other=0).to(gl.int32)
+        if FIRST:
+            source = perm
     if PRE is not None:
-        pre = read(PRE, gl.to_tensor(0), 0, k, K, EVEN)
+        pre = gl.load(PRE + source, mask=k < K, other=0.0)
     if GAIN is not None:
-        gain = read(GAIN, gl.to_tensor(0), 0, k, K, EVEN)
+        gain = gl.load(GAIN + source, mask=k < K, other=0.0)
     if BIAS is not None:
-        bias = read(BIAS, gl.to_tensor(0), 0, k, K, EVEN)
+        bias = gl.load(BIAS + source, mask=k < K, other=0.0)
     if ROTATION > 0:
         mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
         right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
@@ -205,16 +210,17 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, s
             x_ahead = read(X, following, stride_x, k, K, EVEN)
             if X2 is not None:
                 x2_ahead = read(X2, following, stride_2, k, K, EVEN)
+        if X2 is not None:
+            if SOURCE == "rms" or SOURCE == "layer":
+                x = (x.to(gl.float32) + x2).to(SUM.dtype.element_ty)
+                gl.store(SUM + gl.cast(row, gl.int64) * K + k, x, mask=k < K)
+        if FIRST:
+            x = gl.where(k < K, gl.gather(x.reshape([B]), perm.reshape([B]), 0).reshape([G, L]), 0.0).to(x.dtype)
         if SOURCE != "" or PRE is not None or ROTATION == 0:
             x = x.to(gl.float32)
-        if SOURCE == "rms" or SOURCE == "layer":
-            if X2 is not None:
-                kept = (x + x2).to(SUM.dtype.element_ty)
-                gl.store(SUM + gl.cast(row, gl.int64) * K + k, kept, mask=k < K)
-                x = kept.to(gl.float32)
-        elif SOURCE == "silu":
+        if SOURCE == "silu":
             x = silu(x) * x2
-        elif SOURCE != "":
+        elif SOURCE == "gelu" or SOURCE == "gelu_tanh":
             x = gated(x, x2, SOURCE)
         factor = 1.0 / ROTATION**0.5 if ROTATION > 0 else 1.0
         if SOURCE == "layer":
@@ -228,7 +234,7 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, s
             x = x + bias.to(gl.float32)
         if PRE is not None:
             x = x * pre
-        if PERM is not None:
+        if PERM is not None and not FIRST:
             x = gl.where(k < K, gl.gather(x.reshape([B]), perm.reshape([B]), 0).reshape([G, L]), 0.0)
         if ROTATION > 0:
             if ROUNDED:
@@ -311,8 +317,9 @@ def quantize(
         x, x2, gain, bias, pre_scale, permutation,
         hadamard_16(rotation, x.device, x.dtype if exact else torch.bfloat16) if rotation else None,
         q, scale, kept, m, k, padded(k), x.stride(0), 0 if x2 is None else x2.stride(0), eps, offset,
-        source, qmax(bits), rotation, shape.line, shape.block, shape.block == k, shape.ahead, ring, gate and exact, pdl,
-        num_warps=shape.warps, **({'maxnreg': registers} if ring and registers else {}), enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
+        source, qmax(bits), rotation, shape.line, shape.block, shape.block == k, shape.ahead and not ring, ring, gate and exact, pdl,
+        num_warps=shape.warps, enable_fp_fusion=False,
+        **({"maxnreg": registers} if ring and registers else {}), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return [q, scale] if kept is None else [q, scale, kept]
 
