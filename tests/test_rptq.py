@@ -529,7 +529,7 @@ def test_segments_against_int64(data: st.DataObject) -> None:
     sx, sw = torch.rand(m, g, generator=random), torch.rand(n, g, generator=random)
     sx, sw = (raised(s, r) for s, r in zip((sx, sw), reach(groups, False), strict=True))
     accs = [a.long() @ b.long().t() for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
-    sums = torch.stack([b.long().sum(1) for b in w.split(groups, 1)], 1)
+    sums = torch.stack([b.long().sum(1) for b in w.split(groups, 1)])
     assert_same(reference.row_sums(w, groups), sums.int())
     side, bias = torch.rand(m, n, generator=random), torch.rand(n, generator=random)
     for zeros in (zero, None):
@@ -538,7 +538,7 @@ def test_segments_against_int64(data: st.DataObject) -> None:
             if i:
                 factor = total.float() * (sx[:, i - 1] / sx[:, i])[:, None] * (sw[:, i - 1] / sw[:, i])
                 total = factor.double().round().long()
-            total = total + acc - (0 if zeros is None else zeros[:, i : i + 1] * sums[:, i])
+            total = total + acc - (0 if zeros is None else zeros[:, i : i + 1] * sums[i])
             assert total.abs().max() < 2**31
         wanted = total.float() * sx[:, -1:] * sw[:, -1]
         got = reference.segment_epilogue((a.int() for a in accs), sx, sw, zeros, sums.int(), side, bias, torch.float32)

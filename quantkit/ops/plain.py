@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PlainPacked:
-    """Only the sums of the weight's rows, for zero points; ``[N, G]`` with clusters of channels."""
+    """Only the sums of the weight's rows, for zero points; ``[G, N]`` with clusters of channels."""
 
     backend: Any
     device: torch.device

@@ -108,10 +108,10 @@ def epilogue(
 
 
 def row_sums(weight: Tensor, groups: tuple[int, ...] = ()) -> Tensor:
-    """Sums of the codes in each row of ``weight [N, K]``, int32: ``[N]``, or ``[N, G]`` of each cluster of channels."""
+    """Sums of the codes in each row of ``weight [N, K]``, int32: ``[N]``, or ``[G, N]`` of each cluster of channels."""
     if not groups:
         return weight.sum(dim=1, dtype=torch.int32)
-    return torch.stack([part.sum(dim=1, dtype=torch.int32) for part in weight.split(groups, dim=1)], 1)
+    return torch.stack([part.sum(dim=1, dtype=torch.int32) for part in weight.split(groups, dim=1)])
 
 
 def steps(scale: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def segment_epilogue(
     Args:
         products: of each of G clusters, ``[M, N]`` int32.
         x_scale, weight_scale: ``[M, G]`` and ``[N, G]`` float32.
-        zero, weight_sum: ``[M, G]`` (or ``[G]``) and ``[N, G]`` int32, for asymmetric activations.
+        zero, weight_sum: ``[M, G]`` (or ``[G]``) and ``[G, N]`` int32, for asymmetric activations.
         side, bias: ``[M, N]`` and ``[N]``, float.
         dtype: of the result, cast last.
     """
@@ -148,7 +148,7 @@ def segment_epilogue(
             acc = torch.round(acc.float() * x_steps[:, g - 1 : g] * weight_steps[:, g - 1]).to(torch.int32)
         if zero is not None:
             assert weight_sum is not None
-            product = product - zero[..., g : g + 1] * weight_sum[:, g]
+            product = product - zero[..., g : g + 1] * weight_sum[g]
         acc = acc + product
     y = acc.float() * x_scale[:, -1:] * weight_scale[:, -1]
     for extra in (side, bias):

@@ -95,7 +95,7 @@ class GPU(Plain):
             side = torch.nn.functional.pad(side, (0, padded_side(side.shape[1]) - side.shape[1])).contiguous()
         rest = (layer.shift, layer.permutation, layer.outlier_index)
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block and not layer.groups
-        sums = None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups).t().contiguous()
+        sums = None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups)
         return GPUPacked(
             self, layer.weight.device, layer.weight, weight, scale.reshape(-1).contiguous(), sums, side, mask,
             _signed_scale(layer), permutation, borders, clusters, reached, differences, align,
