@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -27,12 +28,20 @@ def forms(k: int) -> dict[str, dict[str, Any]]:
     pre, gain = torch.rand(k, device=DEVICE) + 0.5, torch.rand(k, device=DEVICE).bfloat16()
     norm: dict[str, Any] = {"source": "rms", "gain": gain, "eps": 1e-6}
     order = torch.randperm(k, device=DEVICE)
+    eight = {"clusters": torch.arange(k // 16, device=DEVICE, dtype=torch.int32) * 8 // (k // 16), "reach": torch.ones(8, device=DEVICE)}
+    full = torch.arange(1 << (k - 1).bit_length(), device=DEVICE)
+    bits = lambda *some: sum(((full >> b & 1) << i for i, b in enumerate(some)))  # noqa: E731
+    lane, rho = bits(3, 4, 6, 7, 8), bits(0, 1, 2, 5, *range(9, 14))
+    placed = 64 * (rho // 2) + 2 * lane + rho % 2
+    placed = placed[placed < k][:k] if k & (k - 1) else placed
     return {
         "quantize": {},
         "rotate 32": {"rotation": 32}, "rotate 64": {"rotation": 64}, "rotate 128": {"rotation": 128},
         "pre-scale": {"pre_scale": pre}, "pre-scale, rotate 64": {"pre_scale": pre, "rotation": 64},
         "order": {"permutation": order},
         "RMSNorm": norm, "RMSNorm, rotate 64": norm | {"rotation": 64}, "RMSNorm, order": norm | {"permutation": order},
+        "RMSNorm, placed": norm | {"permutation": placed},
+        "order, 8 clusters": {"permutation": order} | eight, "RMSNorm, order, 8 clusters": norm | {"permutation": order} | eight,
         "residual, RMSNorm": norm | {"x2": True}, "residual, RMSNorm, rotate 64": norm | {"x2": True, "rotation": 64},
         "SiLU gate": {"source": "silu", "x2": True}, "SiLU gate, rotate 64": {"source": "silu", "x2": True, "rotation": 64},
     }  # fmt: skip
@@ -43,6 +52,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", type=int, default=[16, 1024, 4096, 8192])
     parser.add_argument("--channels", nargs="*", type=int, default=[4096, 8192, 14336])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", nargs="*", metavar="PATTERN", default=["*"], help="forms, * and ? as in a shell")
+    parser.add_argument("--name", default="quantize")
     args = parser.parse_args()
     rows = []
     for k, m in itertools.product(args.channels, args.rows):
@@ -54,13 +65,14 @@ def main() -> None:
             two = options.get("x2")
             return lambda i: operators.quantize(x[i % n], **options | ({"x2": x[(i + 1) % n]} if two else {}))
 
-        graphs = {name: graph_of(call(options), list(range(calls))) for name, options in forms(k).items()}
+        graphs = {name: graph_of(call(options), list(range(calls))) for name, options in forms(k).items()
+                  if any(fnmatch(name, p) for p in args.only)}
         times = {name: round(s / calls * 1e6, 2) for name, s in interleaved(graphs, args.rounds).items()}
         rows.append({"m": m, "k": k, "us": times})
         print(m, k, times, flush=True)
         del graphs, x
         torch.cuda.empty_cache()
-    print("written", record("quantize", rows))
+    print("written", record(args.name, rows))
 
 
 if __name__ == "__main__":

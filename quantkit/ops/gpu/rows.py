@@ -310,14 +310,19 @@ def quantize(
     gate = x2 is not None and kept is None
     shape = shape_of(k, rotation, m, two=x2 is not None, vectors=vectors)
     exact = (gate or not source) and pre_scale is None and x.dtype != torch.float32
-    ring, per, registers = map(int, os.environ.get("QK_RING", "2,1,0").split(","))  # to be measured
-    ring = ring if ring_of(shape, x, x2) and rotation and m > PROCESSORS else 0
+    # to be measured: rows ahead, 16 warps a processor, registers, from so many warps on
+    ring, per, registers, least = map(int, os.environ.get("QK_RING", "2,1,0,16").split(","))
+    mine = shape.warps >= least and (rotation or least < 16)
+    many = PROCESSORS * per * 16 // shape.warps
+    ring = ring if ring_of(shape, x, x2) and mine and m > many else 0
+    ahead = shape.ahead and not ring
+    programs = many if ring or (ahead and mine) else shape.programs if ahead else m
     pdl = hopper(x.device)
-    rows_kernel[(per * PROCESSORS if ring else shape.programs if shape.ahead else m,)](
+    rows_kernel[(programs,)](
         x, x2, gain, bias, pre_scale, permutation,
         hadamard_16(rotation, x.device, x.dtype if exact else torch.bfloat16) if rotation else None,
         q, scale, kept, m, k, padded(k), x.stride(0), 0 if x2 is None else x2.stride(0), eps, offset,
-        source, qmax(bits), rotation, shape.line, shape.block, shape.block == k, shape.ahead and not ring, ring, gate and exact, pdl,
+        source, qmax(bits), rotation, shape.line, shape.block, shape.block == k, ahead, ring, gate and exact, pdl,
         num_warps=shape.warps, enable_fp_fusion=False,
         **({"maxnreg": registers} if ring and registers else {}), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
@@ -354,7 +359,7 @@ def ring_of(shape: Shape, x: Tensor, x2: Tensor | None) -> int:
     """Rows ahead in shared memory: 2 where one program fills a processor's registers, and 2 rows fit its memory."""
     room = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin - 4096
     copied = all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 for t in (x, x2) if t is not None)
-    return 2 if shape.warps == 16 and copied and 4 * shape.block * x.element_size() <= room else 0
+    return 2 if copied and 4 * shape.block * x.element_size() <= room else 0
 
 
 @functools.cache
