@@ -136,9 +136,9 @@ def ours_in_segments(count: int) -> Callable[[Inputs], Call | None]:
         inner = {2: [128], 4: [128, 128 + a.k // 1024 * 128, 128 + a.k // 256 * 128]}[count]
         borders = torch.tensor([0, *inner, wide], device=DEVICE, dtype=torch.int32)
         q, w = ([int8(rows, wide) for _ in range(a.copies)] for rows in (a.m, a.n))
-        sx, steps = torch.rand(a.m, count, device=DEVICE) / a.k, torch.rand(count - 1, a.n, device=DEVICE) + 1
-        more = {"borders": borders, "steps": steps, "align": configs.BLOCK}
-        return lambda i: operators.matmul(at(q, i), sx, at(w, i), a.sw, torch.bfloat16, **more)
+        sx, sw = torch.rand(a.m, count, device=DEVICE) / a.k, torch.rand(count, a.n, device=DEVICE) + 1
+        more = {"borders": borders, "align": configs.BLOCK}
+        return lambda i: operators.matmul(at(q, i), sx, at(w, i), sw, torch.bfloat16, **more)
 
     return candidate
 

@@ -119,6 +119,11 @@ def steps(scale: Tensor) -> Tensor:
     return scale[..., :-1] / scale[..., 1:]
 
 
+def chained(scale: Tensor) -> Tensor:
+    """``[G, N]`` from the scales ``[N, G]`` of clusters: :func:`steps` from each to the next, and at last those of the last."""
+    return torch.cat([steps(scale), scale[:, -1:]], 1).t().contiguous()
+
+
 def segment_epilogue(
     products: Iterable[Tensor],
     x_scale: Tensor,

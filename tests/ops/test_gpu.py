@@ -64,8 +64,8 @@ def test_the_largest_sum(sign: int) -> None:
 
 def in_segments(q: Tensor, sx: Tensor, w: Tensor, sw: Tensor, borders: list[int], **more: Tensor | None) -> Tensor:
     """``sw [N, G]`` as a backend packs it."""
-    where, steps = torch.tensor(borders, dtype=torch.int32), reference.steps(sw).t().contiguous()
-    return matmul(q, sx, w, sw[:, -1].contiguous(), torch.float32, borders=where, steps=steps, config=SMALL, **more)
+    where = torch.tensor(borders, dtype=torch.int32)
+    return matmul(q, sx, w, reference.chained(sw), torch.float32, borders=where, config=SMALL, **more)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 64), (20, 40, 208)])

@@ -37,7 +37,7 @@ def rescaled(acc, x_step, w_step):
 
 @triton.jit
 def multiply_tile(
-    t, Q, W, Y, SX, SW, STEPS, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
+    t, Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
     SEGMENTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """One tile ``[BM, BN]`` of ``y [M, N]``; see :func:`matmul` for the arguments."""
@@ -65,7 +65,7 @@ def multiply_tile(
                 following = tl.load(SX + row * SEGMENTS + g)
                 x_step = tl.div_rn(sx, following)
                 x_step = tl.where(x_step == x_step, x_step, 0.0)  # of a row that becomes NaN
-                acc = rescaled(acc, x_step[:, None], tl.load(STEPS + (g - 1) * N + column)[None, :])
+                acc = rescaled(acc, x_step[:, None], tl.load(SW + (g - 1) * N + column)[None, :])
                 sx = following
             first, last = tl.multiple_of(tl.load(BORDERS + g), 16), tl.multiple_of(tl.load(BORDERS + g + 1), 16)
             for start in range(first, last, BK):
@@ -74,7 +74,7 @@ def multiply_tile(
             if ZERO is not None:
                 zero = tl.load(ZERO + row * zero_stride + g)
                 acc -= zero[:, None] * tl.load(WSUM + g * N + column)[None, :]
-        y = acc.to(tl.float32) * sx[:, None] * tl.load(SW + column)[None, :]
+        y = acc.to(tl.float32) * sx[:, None] * tl.load(SW + (SEGMENTS - 1) * N + column)[None, :]
     j = tl.arange(0, 16)
     if ACTIVE is not None:
         count = tl.load(ACTIVE)
@@ -97,14 +97,14 @@ def multiply_tile(
 
 @triton.jit
 def matmul_kernel(
-    Q, W, Y, SX, SW, STEPS, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
+    Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
     SEGMENTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
     ROOM: tl.constexpr,
 ):  # fmt: skip
     """All tiles, one for each program; with ROOM a few programs share them, and have nothing to do for ROOM active columns."""
     if ROOM == 0:
         multiply_tile(
-            tl.program_id(0), Q, W, Y, SX, SW, STEPS, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride,
+            tl.program_id(0), Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride,
             side_count, side_m, side_k, SEGMENTS, BM, BN, BK, GROUP, EVEN_K,
         )  # fmt: skip
     else:
@@ -112,7 +112,7 @@ def matmul_kernel(
         if tl.load(ACTIVE) > ROOM:
             for t in range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0)):
                 multiply_tile(
-                    t, Q, W, Y, SX, SW, STEPS, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count,
+                    t, Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count,
                     side_m, side_k, SEGMENTS, BM, BN, BK, GROUP, EVEN_K,
                 )  # fmt: skip
 
@@ -130,7 +130,6 @@ def matmul(
     side: Tensor | None = None,
     side_weight: Tensor | None = None,
     borders: Tensor | None = None,
-    steps: Tensor | None = None,
     active: Tensor | None = None,
     done: Tensor | None = None,
     config: Tile,
@@ -140,7 +139,7 @@ def matmul(
     Args:
         q, weight: ``[M, K]`` and ``[N, K]`` int8, contiguous.
         sx: ``[M, G]`` float32, for G segments of K; G is 1 without ``borders``.
-        sw, steps: ``[N]`` and ``[G - 1, N]`` float32, scales of the last segment, and by how much each is larger than the next.
+        sw: ``[N]`` float32, or of segments ``[G, N]``, :func:`quantkit.ops.reference.chained`.
         zero, wsum: ``[M, G]`` (or ``[G]``, static) and ``[G, N]`` int32: zero points, and sums over segments of the weight.
         bias: ``[N]`` float.
         side, side_weight: ``[M, n]`` and ``[N, n]`` in one float dtype: columns multiplied without rounding.
@@ -156,7 +155,7 @@ def matmul(
     tiles = triton.cdiv(m, config.m) * triton.cdiv(n, config.n)
     segments = 1 if borders is None else len(borders) - 1
     matmul_kernel[(tiles if done is None else min(tiles, 2 * PROCESSORS),)](
-        q, weight, y, sx, sw, steps, zero, wsum, bias, side, side_weight, borders, active, m, n, k,
+        q, weight, y, sx, sw, zero, wsum, bias, side, side_weight, borders, active, m, n, k,
         segments if zero is not None and zero.numel() > segments else 0, 0 if side is None else side.shape[1],
         *((0, 0) if side is None else side.stride()), segments, config.m, config.n, config.k, config.group, k % config.k == 0,
         0 if done is None else ROOM,

@@ -124,19 +124,17 @@ def low_bytes(x, mask):
 
 
 @gluon.jit
-def read(P, row, stride, k, K, EVEN: gl.constexpr):
-    at = P + row.to(gl.int64) * stride + k
-    return gl.load(at) if EVEN else gl.load(at, mask=k < K, other=0.0)
+def read(P, row, M, stride, k, K, EVEN: gl.constexpr):
+    """A row, or zeros past the last one."""
+    at, real = P + row.to(gl.int64) * stride + k, (row < M) & (k >= 0)
+    return gl.load(at, mask=real if EVEN else real & (k < K), other=0.0)
 
 
 @gluon.jit
 def fetch(slot, P, row, M, stride, k, K, EVEN: gl.constexpr):
-    """Start to copy a row (the last one, past the end) to shared memory: every thread what it will read itself."""
-    at = P + gl.minimum(row, M - 1).to(gl.int64) * stride + k
-    if EVEN:
-        async_copy.async_copy_global_to_shared(slot, at)
-    else:
-        async_copy.async_copy_global_to_shared(slot, at, mask=k < K)
+    """Start to copy a row (nothing, past the last one) to shared memory: every thread what it will read itself."""
+    at, real = P + row.to(gl.int64) * stride + k, (row < M) & (k >= 0)
+    async_copy.async_copy_global_to_shared(slot, at, mask=real if EVEN else real & (k < K))
 
 
 @gluon.jit
@@ -188,9 +186,9 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, s
                 fetch(x2_ring.index(i), X2, first + i * step, M, stride_2, k, K, EVEN)
             async_copy.commit_group()
     else:
-        x_ahead = read(X, first, stride_x, k, K, EVEN)
+        x_ahead = read(X, first, M, stride_x, k, K, EVEN)
         if X2 is not None:
-            x2_ahead = read(X2, first, stride_2, k, K, EVEN)
+            x2_ahead = read(X2, first, M, stride_2, k, K, EVEN)
     for row in range(first, M, step):
         if RING > 0:
             async_copy.wait_group(RING - 1)
@@ -206,10 +204,9 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, s
             if X2 is not None:
                 x2 = x2_ahead.to(gl.float32)
         if AHEAD:
-            following = gl.minimum(row + step, M - 1)
-            x_ahead = read(X, following, stride_x, k, K, EVEN)
+            x_ahead = read(X, row + step, M, stride_x, k, K, EVEN)
             if X2 is not None:
-                x2_ahead = read(X2, following, stride_2, k, K, EVEN)
+                x2_ahead = read(X2, row + step, M, stride_2, k, K, EVEN)
         if X2 is not None:
             if SOURCE == "rms" or SOURCE == "layer":
                 x = (x.to(gl.float32) + x2).to(SUM.dtype.element_ty)
