@@ -23,7 +23,7 @@ from torch import Tensor
 
 import quantkit
 from quantkit.linear import W8A8Linear
-from quantkit.numerics import quantize_weight, raised, reach
+from quantkit.numerics import peaks, quantize_weight, raised, reach
 from quantkit.ops import reference
 from quantkit.ops.gpu import configs, hopper, operators, rows
 from quantkit.ops.gpu.matmul import matmul
@@ -152,16 +152,16 @@ def check_segments() -> None:
             align = 16 if any(b % 128 for b in borders) else 128
             pack = {
                 "borders": torch.tensor(borders, device=DEVICE, dtype=torch.int32), "align": align, "zero": zero,
-                "wsum": sums,
+                "wsum": sums, "peaks": peaks(groups, not zeros).to(DEVICE),
             }  # fmt: skip
             chain = reference.chained(sw)
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                wanted = reference.segment_epilogue(products, sx, sw, zero, sums, None, None, dtype)
+                wanted = reference.segment_epilogue(products, groups, sx, sw, zero, sums, None, None, dtype)
                 got = poisoned(lambda: operators.matmul(q, sx, w, chain, dtype, **pack), (m, n))  # noqa: B023
                 assert same(got, wanted), f"segments {(m, n, k, borders, zeros, dtype)}"
             side_weight = rand(n, 64).bfloat16()
             extra = (side.double() @ side_weight.double().t()).float()
-            wanted = reference.segment_epilogue(products, sx, sw, zero, sums, extra, None, torch.float32)
+            wanted = reference.segment_epilogue(products, groups, sx, sw, zero, sums, extra, None, torch.float32)
             out = operators.matmul(q, sx, w, chain, torch.bfloat16, side=side, side_weight=side_weight, **pack)
             assert relative(out, wanted) < 5e-3, f"segments and a side {(m, n, k, borders, zeros)} {relative(out, wanted)}"
 

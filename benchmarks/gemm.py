@@ -28,6 +28,7 @@ from common import record
 from torch import Tensor
 from torch.nn import functional as F
 
+from quantkit import numerics
 from quantkit.ops.gpu import configs, hopper, operators, tune
 from quantkit.ops.gpu.gemv import gemv
 from quantkit.ops.gpu.tune import COLD_BYTES, Call, graph_of, interleaved, seconds
@@ -137,7 +138,8 @@ def ours_in_segments(count: int) -> Callable[[Inputs], Call | None]:
         borders = torch.tensor([0, *inner, wide], device=DEVICE, dtype=torch.int32)
         q, w = ([int8(rows, wide) for _ in range(a.copies)] for rows in (a.m, a.n))
         sx, sw = torch.rand(a.m, count, device=DEVICE) / a.k, torch.rand(count, a.n, device=DEVICE) + 1
-        more = {"borders": borders, "align": configs.BLOCK}
+        most = numerics.peaks(tuple(borders.diff().tolist()), symmetric=True).to(DEVICE)
+        more = {"borders": borders, "peaks": most, "align": configs.BLOCK}
         return lambda i: operators.matmul(at(q, i), sx, at(w, i), sw, torch.bfloat16, **more)
 
     return candidate

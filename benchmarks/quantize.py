@@ -28,7 +28,10 @@ def forms(k: int) -> dict[str, dict[str, Any]]:
     pre, gain = torch.rand(k, device=DEVICE) + 0.5, torch.rand(k, device=DEVICE).bfloat16()
     norm: dict[str, Any] = {"source": "rms", "gain": gain, "eps": 1e-6}
     order = torch.randperm(k, device=DEVICE)
-    eight = {"clusters": torch.arange(k // 16, device=DEVICE, dtype=torch.int32) * 8 // (k // 16), "reach": torch.ones(8, device=DEVICE)}
+    eight = {
+        "clusters": torch.arange(k // 16, device=DEVICE, dtype=torch.int32) * 8 // (k // 16),
+        "reach": torch.ones(8, device=DEVICE),
+    }
     full = torch.arange(1 << (k - 1).bit_length(), device=DEVICE)
     bits = lambda *some: sum(((full >> b & 1) << i for i, b in enumerate(some)))  # noqa: E731
     lane, rho = bits(3, 4, 6, 7, 8), bits(0, 1, 2, 5, *range(9, 14))
@@ -65,8 +68,11 @@ def main() -> None:
             two = options.get("x2")
             return lambda i: operators.quantize(x[i % n], **options | ({"x2": x[(i + 1) % n]} if two else {}))
 
-        graphs = {name: graph_of(call(options), list(range(calls))) for name, options in forms(k).items()
-                  if any(fnmatch(name, p) for p in args.only)}
+        graphs = {
+            name: graph_of(call(options), list(range(calls)))
+            for name, options in forms(k).items()
+            if any(fnmatch(name, p) for p in args.only)
+        }
         times = {name: round(s / calls * 1e6, 2) for name, s in interleaved(graphs, args.rounds).items()}
         rows.append({"m": m, "k": k, "us": times})
         print(m, k, times, flush=True)

@@ -10,7 +10,8 @@ NaN or Inf in a row    its scale is NaN, so that the whole output row is NaN, ne
                        with an asymmetric range ``high - low`` beyond float32
 accumulator            int32, exact while ``K <= MAX_EXACT_K``
 clusters of channels   each has a scale and zero point of its own, but :func:`raised`; from one cluster to the next the int32
-                       sum is multiplied by the quotient of their scales and rounded, so that one accumulator serves all
+                       sum is multiplied by the quotient of their scales and rounded (:func:`on_grid`), so that one
+                       accumulator serves all
 =====================  ==========================================================================
 
 -128 is left out of symmetric codes so that ``-q`` always exists and ``|acc| <= K * 127**2``.
@@ -47,6 +48,25 @@ def reach(groups: tuple[int, ...], symmetric: bool) -> tuple[Tensor, Tensor]:
     both = [1 + share / max(size, 1) for size in groups]
     weights = torch.tensor([min(math.sqrt(b), WIDEST) for b in both])
     return torch.tensor(both) / weights, weights
+
+
+WIDENED = WIDEST * (1 + 2.0**-10)
+"""By how much a weight's step may make sums grow, and more than rounding adds to that."""
+
+
+def peaks(groups: tuple[int, ...], symmetric: bool) -> Tensor:
+    """The largest sum that each cluster's products can have: ``[G]`` float32."""
+    return torch.tensor([float(size * (127**2 if symmetric else 255 * 127)) for size in groups])
+
+
+def on_grid(y: Tensor, peak: Tensor) -> Tensor:
+    """``y [M, N]`` as int32, rounded half to even to a multiple of the least ``2**e``, ``e >= 0``, with ``peak < 2**(22 + e)``.
+
+    ``peak [M, 1]`` float32 bounds a token's sums. A grid of 2**23 points across them is far finer than the noise of rounding,
+    and a kernel gets there by adding a number and reading the bits, where conversions would take it five times as long.
+    """
+    grid = torch.exp2(((peak.view(torch.int32) >> 23) - 148).clamp_min(0).double())
+    return (torch.round(y.double() / grid) * grid).to(torch.int32)
 
 
 def within(values: Tensor, reach: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,17 @@ from quantkit import (
 from quantkit.calibrators.rptq import by_kmeans, by_tiles
 from quantkit.checkpoint import _digest
 from quantkit.discovery.verify import outputs_of, relative_error
-from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, quantize_weight, raised, reach, within
+from quantkit.numerics import (
+    MAX_EXACT_K,
+    MAX_EXACT_K_ASYMMETRIC,
+    WIDENED,
+    on_grid,
+    peaks,
+    quantize_weight,
+    raised,
+    reach,
+    within,
+)
 from quantkit.ops import reference, use_backend
 
 SCHEMES = ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym"]
@@ -533,15 +544,20 @@ def test_segments_against_int64(data: st.DataObject) -> None:
     assert_same(reference.row_sums(w, groups), sums.int())
     side, bias = torch.rand(m, n, generator=random), torch.rand(n, generator=random)
     for zeros in (zero, None):
-        total = torch.zeros(m, n, dtype=torch.int64)
+        total, peak = torch.zeros(m, n, dtype=torch.int64), torch.zeros(m)
         for i, acc in enumerate(accs):
             if i:
-                factor = total.float() * (sx[:, i - 1] / sx[:, i])[:, None] * (sw[:, i - 1] / sw[:, i])
-                total = factor.double().round().long()
+                step = sx[:, i - 1] / sx[:, i]
+                factor = total.float() * step[:, None] * (sw[:, i - 1] / sw[:, i])
+                peak = peak * (step * (2 + 2.0**-9))
+                grid = torch.tensor([2.0 ** max(0, math.frexp(float(p))[1] - 22) for p in peak], dtype=torch.float64)[:, None]
+                total = ((factor.double() / grid).round() * grid).long()
+            peak = peak + groups[i] * 127 * (127 if zeros is None else 255)
+            assert bool((total.abs() <= peak[:, None]).all())
             total = total + acc - (0 if zeros is None else zeros[:, i : i + 1] * sums[i])
             assert total.abs().max() < 2**31
         wanted = total.float() * sx[:, -1:] * sw[:, -1]
-        got = reference.segment_epilogue((a.int() for a in accs), sx, sw, zeros, sums.int(), side, bias, torch.float32)
+        got = reference.segment_epilogue((a.int() for a in accs), groups, sx, sw, zeros, sums.int(), side, bias, torch.float32)
         assert_same(got, wanted + side + bias)
 
 
@@ -553,12 +569,30 @@ def test_no_sum_leaves_int32(groups: list[int], symmetric: bool, data: st.DataOb
     drop = torch.tensor([data.draw(st.sampled_from([1e-6, 0.3, 1.0, 5.0])) for _ in groups]).cumprod(0)
     sx, sw = (raised(drop, r) for r in reached)
     assert bool(within(sx, reached[0]).all())
-    total = torch.zeros((), dtype=torch.float64)
-    for i, size in enumerate(groups):
+    total = torch.zeros((), dtype=torch.int64)
+    peak = torch.zeros(1)
+    for i, (size, most) in enumerate(zip(groups, peaks(tuple(groups), symmetric), strict=True)):
         if i:
-            total = (total.float() * (sx[i - 1] / sx[i]) * (sw[i - 1] / sw[i])).double().round()
+            peak = peak * ((sx[i - 1] / sx[i]) * WIDENED)
+            y = total.float() * (sx[i - 1] / sx[i]) * (sw[i - 1] / sw[i])
+            assert y < 2**31
+            total = on_grid(y.view(1), peak)[0].long()
         total += size * 127 * (127 if symmetric else 255)
+        peak = peak + most
         assert total < 2**31
+        assert total <= peak * (1 + 2.0**-20)
+
+
+@given(st.floats(-1, 1, width=32), st.floats(1, 2.0**31, width=32))
+def test_sums_on_a_grid(share: float, peak: float) -> None:
+    """To the nearest of at least 2**22 steps up to the peak; as bits of a float32 sum, which is how kernels get there."""
+    y, top = torch.tensor([share]) * peak, torch.tensor([peak])
+    e = max(0, math.frexp(peak)[1] - 22)
+    got = on_grid(y, top)
+    assert abs(int(got) - float(y)) <= 2.0 ** (e - 1)
+    assert int(got) % 2**e == 0
+    magic = torch.tensor([1.5 * 2.0 ** (23 + e)])
+    assert int(got) == ((y + magic).view(torch.int32) - magic.view(torch.int32)).item() << e
 
 
 def test_codes_out_of_reach_are_refused() -> None:

@@ -73,7 +73,9 @@ class Plain:
         sums = None if zero is None else layer.packed.sums
         if layer.groups:
             products = self.segments(layer, q)
-            return reference.segment_epilogue(products, scale, layer.weight_scale, zero, sums, product, layer.bias, dtype)
+            return reference.segment_epilogue(
+                products, layer.groups, scale, layer.weight_scale, zero, sums, product, layer.bias, dtype
+            )
         if product is not None:
             extra = product if extra is None else product + extra.float()
         acc = self.matmul(layer, q)

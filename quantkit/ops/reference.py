@@ -7,7 +7,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from quantkit.numerics import absmax_scale, encode_asymmetric, encode_clusters, largest_of, raised, range_scale, reach
+from quantkit.numerics import (
+    WIDENED,
+    absmax_scale,
+    encode_asymmetric,
+    encode_clusters,
+    largest_of,
+    on_grid,
+    peaks,
+    raised,
+    range_scale,
+    reach,
+)
 
 
 def quantize_rows(
@@ -126,6 +137,7 @@ def chained(scale: Tensor) -> Tensor:
 
 def segment_epilogue(
     products: Iterable[Tensor],
+    groups: tuple[int, ...],
     x_scale: Tensor,
     weight_scale: Tensor,
     zero: Tensor | None,
@@ -136,11 +148,12 @@ def segment_epilogue(
 ) -> Tensor:
     """``y = acc * x_scale * weight_scale + side + bias`` of clusters of channels, with the scales of the last one.
 
-    From cluster g to the next, ``acc`` becomes ``rne(acc * (x_scale_g / x_scale_g+1) * (weight_scale_g / weight_scale_g+1))``,
-    in float32, as int32; each cluster adds ``acc_g - zero_g * weight_sum_g``.
+    From cluster g to the next, ``acc`` becomes ``acc * (x_scale_g / x_scale_g+1) * (weight_scale_g / weight_scale_g+1)``, in
+    float32, rounded :func:`quantkit.numerics.on_grid`; each cluster adds ``acc_g - zero_g * weight_sum_g``.
 
     Args:
         products: of each of G clusters, ``[M, N]`` int32.
+        groups: their sizes.
         x_scale, weight_scale: ``[M, G]`` and ``[N, G]`` float32.
         zero, weight_sum: ``[M, G]`` (or ``[G]``) and ``[G, N]`` int32, for asymmetric activations.
         side, bias: ``[M, N]`` and ``[N]``, float.
@@ -148,9 +161,13 @@ def segment_epilogue(
     """
     acc = torch.zeros(len(x_scale), len(weight_scale), dtype=torch.int32, device=x_scale.device)
     x_steps, weight_steps = steps(x_scale).nan_to_num(0.0), steps(weight_scale)
-    for g, product in enumerate(products):
+    peak = torch.zeros_like(x_scale[:, :1])
+    for g, (product, most) in enumerate(zip(products, peaks(groups, zero is None).to(peak.device), strict=True)):
         if g:
-            acc = torch.round(acc.float() * x_steps[:, g - 1 : g] * weight_steps[:, g - 1]).to(torch.int32)
+            x_step = x_steps[:, g - 1 : g]
+            peak = peak * (x_step * WIDENED)
+            acc = on_grid(acc.float() * x_step * weight_steps[:, g - 1], peak)
+        peak = peak + most
         if zero is not None:
             assert weight_sum is not None
             product = product - zero[..., g : g + 1] * weight_sum[g]

@@ -166,7 +166,7 @@ def gluon(
     } | ({"y_desc": described(config.tokens, 64, dtype)} if config.staged else {})
     constants = {"TOKENS": config.tokens, "BK": config.block_k, "STAGES": config.stages, "SIDES": sides, "PDL": config.early}
     constants["SEGMENTS"] = segments
-    return compiled(hopper.decode_kernel, 90, types, constants, options | {"maxnreg": config.registers})
+    return compiled(hopper.decode_kernel, 90, types, constants, options | {"maxnreg": config.registers(segments)})
 
 
 def chosen(*, segments: bool = False) -> list[Any]:
@@ -202,7 +202,7 @@ def main() -> None:
             out[f"matmul {arch} {tile}"] = matmul(arch, tile)
         for tile in (tiles[0], configs.portable(arch, 8192, 4096, segments=True)):
             out[f"matmul {arch} {tile} zero bias"] = matmul(arch, tile, **zero, **bias)
-            out[f"matmul {arch} {tile} segments"] = matmul(arch, tile, BORDERS="*i32", SEGMENTS=4)
+            out[f"matmul {arch} {tile} segments"] = matmul(arch, tile, BORDERS="*i32", PEAKS="*fp32", SEGMENTS=4)
         for tile in tiles:
             out[f"matmul {arch} {tile} side"] = matmul(arch, tile, SIDE="*bf16", SIDEW="*bf16")
             out[f"matmul {arch} {tile} threshold"] = matmul(arch, tile, SIDE="*bf16", ACTIVE="*i32")
@@ -215,7 +215,7 @@ def main() -> None:
         tile = configs.portable(90, m, 28672, segments=True)
         out[f"matmul 90 {tile} more"] = matmul(90, tile, SIDE="*bf16", ACTIVE="*i32", ROOM=columns.ROOM)
     for config in chosen(segments=True):
-        clusters = {"BORDERS": "*i32"}
+        clusters = {"BORDERS": "*i32", "PEAKS": "*fp32"}
         out[f"hopper 90 {config} segments"] = gluon(config, segments=4, **clusters)
         zeros = {"ZP": "*i32", "WSUM": "*i32", "B": "*bf16"}
         out[f"hopper 90 {config} segments side zero bias"] = gluon(config, sides=1, segments=2, **clusters, **zeros)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from triton.compiler.errors import CompilationError
 
 from quantkit.errors import BackendError
-from quantkit.numerics import raised, reach
+from quantkit.numerics import peaks, raised, reach
 from quantkit.ops import reference
 from quantkit.ops.gpu import configs, operators, tune
 from quantkit.ops.gpu.configs import Decode, Gemm, Tile, Vector, padded
@@ -64,8 +64,9 @@ def test_the_largest_sum(sign: int) -> None:
 
 def in_segments(q: Tensor, sx: Tensor, w: Tensor, sw: Tensor, borders: list[int], **more: Tensor | None) -> Tensor:
     """``sw [N, G]`` as a backend packs it."""
+    most = peaks(tuple(b - a for a, b in pairwise(borders)), more.get("zero") is None)
     where = torch.tensor(borders, dtype=torch.int32)
-    return matmul(q, sx, w, reference.chained(sw), torch.float32, borders=where, config=SMALL, **more)
+    return matmul(q, sx, w, reference.chained(sw), torch.float32, borders=where, peaks=most, config=SMALL, **more)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 64), (20, 40, 208)])
@@ -79,7 +80,7 @@ def test_segments(m: int, n: int, k: int, zero: bool) -> None:
     sums = reference.row_sums(w, groups)
     products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
     got = in_segments(q, sx, w, sw, borders, zero=z, wsum=sums)
-    assert_same(got, reference.segment_epilogue(products, sx, sw, z, sums, None, None, torch.float32))
+    assert_same(got, reference.segment_epilogue(products, groups, sx, sw, z, sums, None, None, torch.float32))
 
 
 def test_rescaling_rounds_half_to_even() -> None:
@@ -91,7 +92,7 @@ def test_rescaling_rounds_half_to_even() -> None:
     for step in (0.5, 0.25, 1.5, 2.5, 4000.0, 2**31 / big / 1.01):
         sx, sw = torch.tensor([[step, 1.0]]).expand(5, 2).contiguous(), torch.ones(4, 2)
         products = [reference.int_matmul(q[:, a:b], w[:, a:b]) for a, b in ((0, 16), (16, 32))]
-        wanted = reference.segment_epilogue(products, sx, sw, None, None, None, None, torch.float32)
+        wanted = reference.segment_epilogue(products, (16, 16), sx, sw, None, None, None, None, torch.float32)
         assert_same(in_segments(q, sx, w, sw, [0, 16, 32]), wanted)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import BackendError
-from quantkit.numerics import reach
+from quantkit.numerics import peaks, reach
 from quantkit.ops.gpu.configs import BLOCK, capability, padded, padded_side
 from quantkit.ops.plain import Plain
 from quantkit.ops.reference import chained, row_sums
@@ -30,7 +30,7 @@ class GPUPacked:
 
     With clusters of channels, each starts at a multiple of 16 of the P places in a row: ``permutation [P]`` says which channel
     is where, -1 where none is, ``borders [G + 1]`` int32 where clusters begin, all at multiples of ``align``, and ``clusters
-    [P / 16]`` int32 whose 16 places are, with their ``reach [G]``; ``scale [G, N]`` is then :func:`.reference.chained`.
+    [P / 16]`` int32 whose 16 places are, with their ``reach [G]`` and ``peaks [G]``; ``scale [G, N]`` is then :func:`.reference.chained`.
     """
 
     backend: Any
@@ -46,6 +46,7 @@ class GPUPacked:
     borders: Tensor | None
     clusters: Tensor | None
     reach: Tensor | None
+    peaks: Tensor | None
     align: int
     vector: bool
 
@@ -75,12 +76,13 @@ class GPU(Plain):
     def pack(self, layer: W8A8Linear) -> GPUPacked:
         k = layer.in_features
         weight, scale, permutation = layer.weight.contiguous(), layer.weight_scale, layer.permutation
-        borders = clusters = reached = None
+        borders = clusters = reached = most = None
         align = _align(layer.groups, layer.weight.device)
         if layer.groups:
             borders, clusters, places = _places(layer.groups, align, weight.device)
             scale = chained(scale)
             reached = reach(layer.groups, layer.scheme.symmetric)[0].to(weight.device)
+            most = peaks(layer.groups, layer.scheme.symmetric).to(weight.device)
             width = 16 * len(clusters)
             weight = weight.new_zeros(len(weight), width).index_copy_(1, places, weight)
             if permutation is not None or width > k:
@@ -97,7 +99,7 @@ class GPU(Plain):
         sums = None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups)
         return GPUPacked(
             self, layer.weight.device, layer.weight, weight, (scale if layer.groups else scale.view(-1)).contiguous(), sums, side, mask,
-            _signed_scale(layer), permutation, borders, clusters, reached, align,
+            _signed_scale(layer), permutation, borders, clusters, reached, most, align,
             vector and not layer.threshold and all(v is None for v in rest),
         )  # fmt: skip
 
@@ -124,7 +126,7 @@ class GPU(Plain):
         side = (None, None) if packed.side_weight is None else (out[-1], packed.side_weight.to(x.dtype))
         return ops.matmul(
             q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, *side, packed.borders,
-            packed.align,
+            packed.peaks, packed.align,
         )  # fmt: skip
 
 

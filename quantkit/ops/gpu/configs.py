@@ -58,10 +58,9 @@ class Decode:
     block_k: int = 256
     early: bool = True
 
-    @property
-    def registers(self) -> int:
+    def registers(self, segments: int = 1) -> int:
         """For each thread; the accumulators alone take half a ``tokens``."""
-        return 128 if self.tokens < 128 else 192
+        return 128 if self.tokens < 128 and segments == 1 else 192
 
     @property
     def staged(self) -> bool:

@@ -8,7 +8,6 @@ it needs 16-byte rows: K a multiple of 16, and N of 8 for a 16-bit result.
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 import triton
@@ -28,13 +27,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.ops.gpu import configs
 from quantkit.ops.gpu.configs import Decode, Gemm
+from quantkit.ops.gpu.matmul import GROWTH, on_grid
 
 renamed = hasattr(tma, "async_load")  # in Triton 3.9
 load = tma.async_load if renamed else tma.async_copy_global_to_shared
 store = tma.async_store if renamed else tma.async_copy_shared_to_global
 ROWS = gl.constexpr(64)  # rows of a wgmma
-LAG = gl.constexpr(int(os.environ.get("QK_LAG", "1")))
-LAG_PLAIN = gl.constexpr(int(os.environ.get("QK_LAG_PLAIN", "0")))
 SIDE = gl.constexpr(configs.SIDE)
 
 
@@ -143,12 +141,6 @@ def put(y, column: gl.constexpr, row, first, sx, zero, columns, y_desc, staging,
 
 
 @gluon.jit
-def nearest(y):
-    """int32 of float32, half to even, in the same registers."""
-    return gl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,r", [y], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
 def put_columns(columns, scale, sums, ZERO: gl.constexpr):
     """What :func:`rescaled` reads of the columns of a tile."""
     columns.index(0).store(scale)
@@ -164,8 +156,8 @@ def quotient(one, two):
 
 
 @gluon.jit
-def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, lag, staging, columns, y_desc, SX, SW, ZP,
-                  WSUM, B, ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, staging, columns, y_desc, SX, SW, ZP,
+                  WSUM, B, ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
                   STAGES: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
                   SIDES: gl.constexpr, SEGMENTS: gl.constexpr):  # fmt: skip
     # int8 wgmma with N = 256 aborts the compiler (Triton 3.6 and 3.9): two of 128 make up the tile
@@ -177,10 +169,6 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
     flat: gl.constexpr = gl.BlockedLayout([max(BN // 128, 1)], [32], [4], [0])
     tiles_m, tiles_n = gl.cdiv(M, 2 * ROWS), gl.cdiv(N, BN)
     stage, phase = 0, 0
-    STAGGERED: gl.constexpr = LAG > 0 and (SEGMENTS > 1 or LAG_PLAIN > 0)
-    lag_at = gl.minimum(LAG, KT - 1)
-    if STAGGERED and c == 1:
-        mbarrier.wait(lag, 0)
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tm, tn = tile_of(t, tiles_m, tiles_n, GROUP)
         first, row = tn * BN, first_row(tm, M, 2 * ROWS) + c * ROWS
@@ -189,6 +177,7 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
         sx, before_sx, zero = gl.load(SX + m * SEGMENTS, mask=m < M, other=0.0), 0.0, m
         if SEGMENTS > 1:
             before_sx, sx = sx, gl.load(SX + m * SEGMENTS + 1, mask=m < M, other=0.0)
+            peak = gl.load(PEAKS) + gl.zeros_like(sx)
         sw, sums = gl.load(SW + n, mask=n < N, other=0.0), n
         if ZERO:
             sums = gl.load(WSUM + n, mask=n < N, other=0)
@@ -203,13 +192,11 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
         upto = KT
         if SEGMENTS > 1:
             upto = gl.load(BORDERS + 1) // BK
-        for k in range(1, upto):
+        for _ in range(1, upto):
             mbarrier.wait(full.index(stage), phase)
             acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
             mbarrier.arrive(empty.index(before), count=1)
-            if STAGGERED and c == 0:
-                mbarrier.arrive(lag, count=1, pred=(k == lag_at) & (t == gl.program_id(0)))
             before = stage
             stage, phase = following(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -223,7 +210,11 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                 if ZERO:
                     zero = gl.load(ZP + m * zero_stride + g - 1, mask=m < M, other=0)
                     sums = gl.load(WSUM + g * N + n, mask=n < N, other=0)
-                acc = warpgroup_mma_init(nearest(rescaled(acc, 0, quotient(before_sx, sx), zero, columns, BN, ZERO)))
+                most = gl.load(PEAKS + g)
+                step = quotient(before_sx, sx)
+                peak = peak * (step * GROWTH)
+                acc = warpgroup_mma_init(on_grid(rescaled(acc, 0, step, zero, columns, BN, ZERO), peak[:, None]))
+                peak += most
                 put_columns(columns, sw, sums, ZERO)
                 before_sx, sx = sx, next_sx
                 for k in range(start, upto):
@@ -231,8 +222,6 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                     acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
                     acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
                     mbarrier.arrive(empty.index(before), count=1, pred=k > start)
-                    if STAGGERED and c == 0:
-                        mbarrier.arrive(lag, count=1, pred=(k == lag_at) & (t == gl.program_id(0)))
                     before = stage
                     stage, phase = following(stage, phase, STAGES)
                 acc = warpgroup_mma_wait(0, deps=[acc])
@@ -268,7 +257,7 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
-def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, M, N, K, zero_stride,
+def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, PEAKS, M, N, K, zero_stride,
                 GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
                 SLOTS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """``y [M, N]`` in 16 bit from descriptors of ``q [M, K]`` (boxes of 64 x BK), ``w [N, K]`` (BN x BK) and y (64 x WIDTH);
@@ -283,11 +272,6 @@ def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACT
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=2)
-    if SEGMENTS > 1 or LAG_PLAIN > 0:
-        lag = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(lag, count=1)
-    else:
-        lag: gl.constexpr = None
     staging0 = gl.allocate_shared_memory(y_desc.dtype, [SLOTS, ROWS, WIDTH], y_desc.layout)
     staging1 = gl.allocate_shared_memory(y_desc.dtype, [SLOTS, ROWS, WIDTH], y_desc.layout)
     kinds: gl.constexpr = 3 if ZERO else (2 if BIAS else 1)
@@ -298,11 +282,11 @@ def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACT
         gdc_launch_dependents()
         gdc_wait()
     gl.warp_specialize([
-        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, lag, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B,
-                         ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
+        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B,
+                         ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
                          SEGMENTS)),
-        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, lag, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B,
-                         ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
+        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B,
+                         ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
                          SEGMENTS)),
         (gemm_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, GROUP, BN, BK, STAGES,
                          SIDES)),
@@ -356,7 +340,7 @@ def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty,
 
 @gluon.jit
 def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE,
-                    BORDERS, M, N, KT, zero_stride, TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+                    BORDERS, PEAKS, M, N, KT, zero_stride, TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
                     SIDES: gl.constexpr, SEGMENTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])  # of the 16-bit product
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
@@ -370,14 +354,14 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
     for t in range(gl.program_id(1), gl.cdiv(N, ROWS), gl.num_programs(1)):
         n = t * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         acc = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.int32, layout))
-        before, start, sx = 0, 0, first_sx
+        before, start, sx, peak = 0, 0, first_sx, gl.zeros_like(first_sx)
         if SEGMENTS > 1:
             upto = gl.load(BORDERS + 1) // BK
         for g in gl.static_range(SEGMENTS):
             # what the end of the segment needs, on its way while it is multiplied
             sw = gl.load(SW + g * N + n, mask=n < N, other=0.0)
             if g < SEGMENTS - 1:
-                next_upto = gl.load(BORDERS + g + 2) // BK
+                next_upto, most = gl.load(BORDERS + g + 2) // BK, gl.load(PEAKS + g)
                 next_sx = gl.load(SX + m * SEGMENTS + g + 1, mask=m < M, other=0.0)
             if ZP is not None:
                 zero = gl.load(ZP + m * zero_stride + g, mask=m < M, other=0)
@@ -394,7 +378,9 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
             if ZP is not None:
                 total = total - sums[:, None] * zero[None, :]
             if g < SEGMENTS - 1:
-                total = nearest((total.to(gl.float32) * quotient(sx, next_sx)[None, :]) * sw[:, None])
+                step = quotient(sx, next_sx)
+                peak = (peak + most) * (step * GROWTH)
+                total = on_grid((total.to(gl.float32) * step[None, :]) * sw[:, None], peak[None, :])
                 acc = warpgroup_mma_init(total)
                 start, upto, sx = upto, next_upto, next_sx
         y = (total.to(gl.float32) * sx[None, :]) * sw[:, None]
@@ -425,7 +411,7 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
-def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, M, N, K, zero_stride,
+def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, PEAKS, M, N, K, zero_stride,
                   TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr,
                   PDL: gl.constexpr):  # fmt: skip
     """``y [M, N]`` from descriptors of ``q [M, K]`` (boxes of TOKENS x BK) and ``w [N, K]`` (64 x BK); with SIDES > 0 of
@@ -444,7 +430,7 @@ def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B
     KT = gl.cdiv(K, BK)
     gl.warp_specialize([
         (decode_consumer, (x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE,
-                           BORDERS, M, N, KT, zero_stride, TOKENS, BK, STAGES, SIDES, SEGMENTS, PDL)),
+                           BORDERS, PEAKS, M, N, KT, zero_stride, TOKENS, BK, STAGES, SIDES, SEGMENTS, PDL)),
         (decode_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, TOKENS, BK, STAGES,
                            SIDES, PDL)),
     ], [1], [40])  # fmt: skip
@@ -481,6 +467,7 @@ def multiply(
     side_weight: Tensor | None = None,
     active: Tensor | None = None,
     borders: Tensor | None = None,
+    peaks: Tensor | None = None,
     config: Gemm | Decode,
 ) -> Tensor:
     """``[M, N]`` of a 16-bit ``dtype`` (any float with :class:`Decode`); arguments as those of the portable ``matmul``.
@@ -505,7 +492,7 @@ def multiply(
         gemm_kernel[(min(processors(q.device), tiles),)](
             described(q, 64, config.block_k), described(weight, config.columns, config.block_k),
             *described_sides(64, config.columns), described(y, 64, config.width),
-            sx, sw, zero, wsum, bias, active, borders, m, n, k, zero_stride,
+            sx, sw, zero, wsum, bias, active, borders, peaks, m, n, k, zero_stride,
             config.group, config.columns, config.block_k, config.stages, config.width,
             2 if bias is None and zero is None else 1, sides, segments, config.early, **options,
         )  # fmt: skip
@@ -515,8 +502,8 @@ def multiply(
         decode_kernel[(groups, max(1, min(processors(q.device) // groups, triton.cdiv(n, 64))))](
             described(q, config.tokens, config.block_k), described(weight, 64, config.block_k),
             *described_sides(config.tokens, 64), described(y, config.tokens, 64) if staged else None,
-            y, sx, sw, zero, wsum, bias, active, borders, m, n, k, zero_stride,
-            config.tokens, config.block_k, config.stages, sides, segments, config.early, maxnreg=config.registers, **options,
+            y, sx, sw, zero, wsum, bias, active, borders, peaks, m, n, k, zero_stride,
+            config.tokens, config.block_k, config.stages, sides, segments, config.early, maxnreg=config.registers(segments), **options,
         )  # fmt: skip
     return y
 

@@ -13,8 +13,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from quantkit.numerics import WIDENED
 from quantkit.ops.gpu.columns import ROOM, residual
 from quantkit.ops.gpu.configs import PROCESSORS, Tile
+
+GROWTH = tl.constexpr(WIDENED)
 
 
 @triton.jit
@@ -27,17 +30,18 @@ def tile_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def rescaled(acc, x_step, w_step):
-    """``rne(acc * x_step * w_step)``, int32, of ``acc [M, N]`` and steps ``[M, 1]`` and ``[1, N]``."""
-    y = acc.to(tl.float32) * x_step * w_step
-    size = tl.abs(y)
-    whole = (size + 8388608.0) - 8388608.0  # 2**23, from where on float32 holds nothing but integers
-    return tl.where(size < 8388608.0, tl.where(y < 0, -whole, whole), y).to(tl.int32)
+def on_grid(y, peak):
+    """:func:`quantkit.numerics.on_grid`: ``1.5 * 2**(23 + e) + y`` has y in its low bits, rounded."""
+    e = tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) - 148, 0)
+    magic = ((e + 150) << 23) | 0x400000
+    bits = (y + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    # a factor that the compiler does not know to be 2**e: one instruction multiplies and adds, where it would shift and subtract
+    return bits * ((e + 127) << 23).to(tl.float32, bitcast=True).to(tl.int32) - (magic << e)
 
 
 @triton.jit
 def multiply_tile(
-    t, Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
+    t, Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, PEAKS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
     SEGMENTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """One tile ``[BM, BN]`` of ``y [M, N]``; see :func:`matmul` for the arguments."""
@@ -60,13 +64,17 @@ def multiply_tile(
     else:
         acc = tl.zeros((BM, BN), tl.int32)
         sx = tl.load(SX + row * SEGMENTS)
+        peak = tl.zeros([BM], tl.float32)
         for g in range(SEGMENTS):
             if g > 0:
                 following = tl.load(SX + row * SEGMENTS + g)
                 x_step = tl.div_rn(sx, following)
                 x_step = tl.where(x_step == x_step, x_step, 0.0)  # of a row that becomes NaN
-                acc = rescaled(acc, x_step[:, None], tl.load(SW + (g - 1) * N + column)[None, :])
+                peak = peak * (x_step * GROWTH)
+                y = acc.to(tl.float32) * x_step[:, None] * tl.load(SW + (g - 1) * N + column)[None, :]
+                acc = on_grid(y, peak[:, None])
                 sx = following
+            peak += tl.load(PEAKS + g)
             first, last = tl.multiple_of(tl.load(BORDERS + g), 16), tl.multiple_of(tl.load(BORDERS + g + 1), 16)
             for start in range(first, last, BK):
                 a = tl.load(q + start, mask=(start + k < last)[None, :], other=0)
@@ -97,14 +105,14 @@ def multiply_tile(
 
 @triton.jit
 def matmul_kernel(
-    Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
+    Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, PEAKS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
     SEGMENTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
     ROOM: tl.constexpr,
 ):  # fmt: skip
     """All tiles, one for each program; with ROOM a few programs share them, and have nothing to do for ROOM active columns."""
     if ROOM == 0:
         multiply_tile(
-            tl.program_id(0), Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride,
+            tl.program_id(0), Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, PEAKS, ACTIVE, M, N, K, zero_stride,
             side_count, side_m, side_k, SEGMENTS, BM, BN, BK, GROUP, EVEN_K,
         )  # fmt: skip
     else:
@@ -112,7 +120,7 @@ def matmul_kernel(
         if tl.load(ACTIVE) > ROOM:
             for t in range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0)):
                 multiply_tile(
-                    t, Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count,
+                    t, Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, PEAKS, ACTIVE, M, N, K, zero_stride, side_count,
                     side_m, side_k, SEGMENTS, BM, BN, BK, GROUP, EVEN_K,
                 )  # fmt: skip
 
@@ -130,6 +138,7 @@ def matmul(
     side: Tensor | None = None,
     side_weight: Tensor | None = None,
     borders: Tensor | None = None,
+    peaks: Tensor | None = None,
     active: Tensor | None = None,
     done: Tensor | None = None,
     config: Tile,
@@ -143,7 +152,8 @@ def matmul(
         zero, wsum: ``[M, G]`` (or ``[G]``, static) and ``[G, N]`` int32: zero points, and sums over segments of the weight.
         bias: ``[N]`` float.
         side, side_weight: ``[M, n]`` and ``[N, n]`` in one float dtype: columns multiplied without rounding.
-        borders: ``[G + 1]`` int32, where segments of K start and end: multiples of 16, from 0 to K.
+        borders, peaks: ``[G + 1]`` int32, where segments of K start and end: multiples of 16, from 0 to K; and ``[G]``,
+            :func:`quantkit.numerics.peaks` of the segments without their padding.
         active: ``[1 + K]`` int32, how many columns to take from ``side`` as they are, and which; ``side [M, K]`` is then what q
             was rounded from, without side_weight, zero or borders.
         done: ``[M, N]``, the result already, but for batches with more active columns than ``columns.ROOM``; Hopper only.
@@ -155,7 +165,7 @@ def matmul(
     tiles = triton.cdiv(m, config.m) * triton.cdiv(n, config.n)
     segments = 1 if borders is None else len(borders) - 1
     matmul_kernel[(tiles if done is None else min(tiles, 2 * PROCESSORS),)](
-        q, weight, y, sx, sw, zero, wsum, bias, side, side_weight, borders, active, m, n, k,
+        q, weight, y, sx, sw, zero, wsum, bias, side, side_weight, borders, peaks, active, m, n, k,
         segments if zero is not None and zero.numel() > segments else 0, 0 if side is None else side.shape[1],
         *((0, 0) if side is None else side.stride()), segments, config.m, config.n, config.k, config.group, k % config.k == 0,
         0 if done is None else ROOM,

@@ -69,6 +69,7 @@ def matmul(
     side: Tensor | None = None,
     side_weight: Tensor | None = None,
     borders: Tensor | None = None,
+    peaks: Tensor | None = None,
     align: int = 16,
     active: Tensor | None = None,
 ) -> Tensor:
@@ -93,7 +94,7 @@ def matmul(
             if active is None or side is None:
                 return hopper.multiply(
                     q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight,
-                    borders=borders, config=config,
+                    borders=borders, peaks=peaks, config=config,
                 )  # fmt: skip
             some = columns.gather(side, q, sx, weight, sw, active)
             y = hopper.multiply(
@@ -106,7 +107,7 @@ def matmul(
             config = configs.portable(configs.capability(q.device), m, n)
     return _matmul(
         q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight, borders=borders,
-        active=active, config=config,
+        peaks=peaks, active=active, config=config,
     )  # fmt: skip
 
 
@@ -136,7 +137,7 @@ _library.define(
 _library.define(
     "matmul(Tensor q, Tensor sx, Tensor weight, Tensor sw, ScalarType dtype, Tensor? zero=None, Tensor? wsum=None, "
     "Tensor? bias=None, Tensor? side=None, Tensor? side_weight=None, Tensor? borders=None, "
-    "int align=16, Tensor? active=None) -> Tensor"
+    "Tensor? peaks=None, int align=16, Tensor? active=None) -> Tensor"
 )
 _library.define("gemv(Tensor x, Tensor weight, Tensor sw, int bits=8, Tensor? bias=None, Tensor? pre_scale=None) -> Tensor")
 for _name, _function in (("quantize", quantize), ("matmul", matmul), ("gemv", gemv)):
