@@ -286,6 +286,42 @@ def check_rows() -> None:
             near(got, r(gate.bfloat16().float()) if block else gate)  # rounded as in memory, before a rotation
 
 
+def check_clusters() -> None:
+    """Clusters in the kernel for common forms: layers to the bits of the reference, norms and gates as the portable one."""
+    for groups in (
+        (128, 896),
+        (20, 500, 1500, 2076),
+        (64, 128, 64, 700, 1000, 1000, 2000, 3236),
+        (8, 1000, 4000, 9328),
+    ):
+        k = sum(groups)
+        order = torch.randperm(k, device=DEVICE)
+        layer = layer_of(520, k, Transform(permutation=order, groups=groups))
+        packed, gain = layer.packed, rand(k).bfloat16()
+        where = {
+            "permutation": packed.permutation, "clusters": packed.clusters, "reach": packed.reach, "align": packed.align
+        }  # fmt: skip
+        assert packed.align == configs.BLOCK, f"clusters {k, groups}"
+        for m in (1, 37, 3000):
+            x, y = rand(m, k).bfloat16(), rand(m, k).bfloat16()
+            x[:, order[: groups[0]]] *= 30
+            assert rows.takes(x, **where), f"rows leaves clusters of {k} out"
+            with torch.inference_mode():
+                norm = {"source": "rms", "gain": gain, "eps": 1e-6}
+                for form in (norm, norm | {"x2": y}, {"source": "silu", "x2": y}):
+                    got, wanted = operators.quantize(x, **where, **form), quantize(x, **where, **form)
+                    assert relative(got[1], wanted[1]) < 1e-5, f"clusters {(m, k, form['source'])}: scale"
+                    off = (got[0].int() - wanted[0].int()).abs()
+                    assert int(off.max()) <= 1 and float(off.float().mean()) < 1e-2, f"clusters {(m, k, form['source'])}"  # noqa: PT018
+                if m > 4:
+                    x[1], x[2, k // 2], x[3, 0] = 0, float("nan"), float("-inf")
+                for dtype in (torch.bfloat16, torch.float32):
+                    got = poisoned(lambda: layer(x.to(dtype)), (m, k))  # noqa: B023
+                    with quantkit.use_backend("reference"):
+                        assert same(got, layer(x.to(dtype))), f"clusters {(m, k, dtype)}"
+                    assert same(got[:1], layer(x[:1].to(dtype))), f"clusters {(m, k, dtype)}: alone"
+
+
 def agree(got: list[Tensor], wanted: Tensor, what: str, *, exact: bool = False) -> None:
     """Codes and scales against those of ``wanted [M, K]``: the same, or but for ties, of which the share is counted."""
     q, scale, _ = reference.quantize_rows(wanted)
@@ -447,8 +483,8 @@ def check_devices() -> None:
 CHECKS = {
     f.__name__.removeprefix("check_"): f
     for f in (
-        check_quantize, check_norms_and_gates, check_rows, check_matmul, check_gemms, check_decodes, check_tiles,
-        check_segments, check_sides, check_layers, check_threshold, check_batches, check_chains, check_devices,
+        check_quantize, check_norms_and_gates, check_rows, check_clusters, check_matmul, check_gemms, check_decodes,
+        check_tiles, check_segments, check_sides, check_layers, check_threshold, check_batches, check_chains, check_devices,
     )
 }  # fmt: skip
 

@@ -184,7 +184,8 @@ def main() -> None:
         },
         "extrapolated": {
             "steps of a block": steps, "block, seconds": round(whole, 1), "learning of a block, seconds": round(learning, 1),
-            f"{BLOCKS} blocks, minutes": round((BLOCKS * whole + compilation) / 60, 1), "share of learning": round(learning / whole, 3),
+            f"{BLOCKS} blocks, minutes": round((BLOCKS * whole + compilation) / 60, 1),
+            "share of learning": round(learning / whole, 3),
         },
     }  # fmt: skip
     print(row)

@@ -17,7 +17,8 @@ import torch
 from common import record
 from torch import Tensor
 
-from quantkit.ops.gpu import operators
+from quantkit.numerics import reach
+from quantkit.ops.gpu import _places, configs, operators
 from quantkit.ops.gpu.tune import COLD_BYTES, graph_of, interleaved
 
 DEVICE = torch.device("cuda")
@@ -28,23 +29,19 @@ def forms(k: int) -> dict[str, dict[str, Any]]:
     pre, gain = torch.rand(k, device=DEVICE) + 0.5, torch.rand(k, device=DEVICE).bfloat16()
     norm: dict[str, Any] = {"source": "rms", "gain": gain, "eps": 1e-6}
     order = torch.randperm(k, device=DEVICE)
-    eight = {
-        "clusters": torch.arange(k // 16, device=DEVICE, dtype=torch.int32) * 8 // (k // 16),
-        "reach": torch.ones(8, device=DEVICE),
-    }
-    full = torch.arange(1 << (k - 1).bit_length(), device=DEVICE)
-    bits = lambda *some: sum(((full >> b & 1) << i for i, b in enumerate(some)))  # noqa: E731
-    lane, rho = bits(3, 4, 6, 7, 8), bits(0, 1, 2, 5, *range(9, 14))
-    placed = 64 * (rho // 2) + 2 * lane + rho % 2
-    placed = placed[placed < k][:k] if k & (k - 1) else placed
+    # as a layer packs eight clusters, the first of them padded
+    groups = (20, *(k // 8,) * 6, k - 20 - k // 8 * 6)
+    _, clusters, places = _places(groups, configs.BLOCK, order, DEVICE)
+    gathered = torch.full((16 * len(clusters),), -1, device=DEVICE).index_copy_(0, places, order)
+    eight = {"permutation": gathered, "clusters": clusters, "reach": reach(groups, symmetric=True)[0].to(DEVICE)}
+    eight |= {"align": configs.BLOCK}
     return {
         "quantize": {},
         "rotate 32": {"rotation": 32}, "rotate 64": {"rotation": 64}, "rotate 128": {"rotation": 128},
         "pre-scale": {"pre_scale": pre}, "pre-scale, rotate 64": {"pre_scale": pre, "rotation": 64},
         "order": {"permutation": order},
         "RMSNorm": norm, "RMSNorm, rotate 64": norm | {"rotation": 64}, "RMSNorm, order": norm | {"permutation": order},
-        "RMSNorm, placed": norm | {"permutation": placed},
-        "order, 8 clusters": {"permutation": order} | eight, "RMSNorm, order, 8 clusters": norm | {"permutation": order} | eight,
+        "order, 8 clusters": eight, "RMSNorm, order, 8 clusters": norm | eight,
         "residual, RMSNorm": norm | {"x2": True}, "residual, RMSNorm, rotate 64": norm | {"x2": True, "rotation": 64},
         "SiLU gate": {"source": "silu", "x2": True}, "SiLU gate, rotate 64": {"source": "silu", "x2": True, "rotation": 64},
     }  # fmt: skip

@@ -24,6 +24,7 @@ from quantkit.ops.gpu.matmul import matmul_kernel
 from quantkit.ops.gpu.quantize import quantize_kernel
 
 SIXTEENS = ("N", "K", "K4", "places", "padded", "stride_xm", "stride_x", "stride_2")  # multiples of 16 in a usual layer
+SHARED = {80: 163_840, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes that one program may have
 NAMES = {torch.int8: "i8", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -83,10 +84,17 @@ def one_row(arch: int, k: int, m: int = 8192, **features: Any) -> dict[str, Any]
     pointers = {name: kind for name, kind in features.items() if isinstance(kind, str) and name != "SOURCE"}
     types |= dict.fromkeys(("eps", "offset"), "fp32") | pointers
     rotation = features.get("ROTATION", 0)
-    shape = rows.shape_of(k, rotation, m, two="X2" in types, vectors=bool(types.keys() & {"GAIN", "PRE", "PERM"}))
-    constants = {"SOURCE": features.get("SOURCE", ""), "QMAX": 127, "ROTATION": rotation, "PDL": arch >= 90}
-    constants |= {"L": shape.line, "B": shape.block, "EVEN": shape.block == k, "AHEAD": shape.ahead}
-    constants |= {name: features.get(name, 0) for name in ("RING", "ROUNDED")}
+    source, order = features.get("SOURCE", ""), "PERM" in types
+    gate = "X2" in types and source not in ("rms", "layer")
+    shape = rows.shape_of(
+        features.get("places", k), rotation, m, two="X2" in types, gate=gate, order=order,
+        vectors=bool(types.keys() & {"GAIN", "PRE", "PERM"}),
+    )  # fmt: skip
+    ring = shape.ring and shape.bytes(2, order) <= SHARED[arch]
+    constants = {"SOURCE": source, "QMAX": 127, "ROTATION": rotation, "PDL": arch >= 90}
+    constants |= {"L": shape.line, "B": shape.block, "EVEN": shape.block == k, "AHEAD": shape.ahead and not ring}
+    constants |= {"RING": rows.RING if ring else 0, "ROUNDED": gate and "PRE" not in types}
+    constants |= {"CLUSTERS": features.get("CLUSTERS", 1), "COUNT": features.get("CLUSTERS", 1)}
     return compiled(rows.rows_kernel, arch, types, constants, {"num_warps": shape.warps})
 
 
@@ -188,7 +196,13 @@ def main() -> None:
         out[f"rows {arch}"] = one_row(arch, 4096)
         out[f"rows rotate {arch}"] = one_row(arch, 14336, **rotated)
         out[f"rows norm rotate {arch}"] = one_row(arch, 4096, **norm, **rotated)
-        out[f"rows gate rotate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16", PRE="*fp32", **rotated)
+        out[f"rows gate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16")
+        clustered = {"PERM": "*i64", "CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8}
+        out[f"rows norm clusters {arch}"] = one_row(arch, 4096, places=4224, SOURCE="rms", GAIN="*bf16", **clustered)
+        out[f"rows gate rotate few {arch}"] = one_row(arch, 14336, 16, SOURCE="silu", X2="*bf16", **rotated)
+        if arch != 89:  # which has too little shared memory for them: the portable kernel takes these
+            out[f"rows gate clusters {arch}"] = one_row(arch, 8192, SOURCE="silu", X2="*bf16", **clustered)
+            out[f"rows gate rotate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16", PRE="*fp32", **rotated)
         out[f"quantize asymmetric {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32")
         clusters = {"CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8, "COUNT": 8}
         out[f"quantize clusters {arch}"] = quantize(arch, PERM="*i64", **clusters)
@@ -209,6 +223,9 @@ def main() -> None:
     for k, block, m in itertools.product((576, 4096, 14336, 28672), (0, 64, 256), (16, 8192)):
         out[f"rows {k} {block} {m} 90"] = one_row(90, k, m, ROTATION=block, **({"MATRIX": "*bf16"} if block else {}))
     out["rows layer norm rotate 90"] = one_row(90, 8192, **norm | rotated | {"SOURCE": "layer"}, BIAS="*bf16")
+    clustered = {"PERM": "*i64", "CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8}
+    for m in (16, 8192):
+        out[f"rows gate clusters 14336 {m} 90"] = one_row(90, 14336, m, SOURCE="silu", X2="*bf16", **clustered)
     out["rows norm permuted 90"] = one_row(90, 4096, **norm, PERM="*i64")
     out["columns gather 90"] = gathered()
     for m in (1, 32, 64, 128, 8192):  # what runs after a Hopper kernel that had no room for all

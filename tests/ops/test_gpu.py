@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compile_kernels import SHARED
 from helpers import assert_same
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ from triton.compiler.errors import CompilationError
 
 from quantkit.errors import BackendError
 from quantkit.numerics import peaks, raised, reach
-from quantkit.ops import reference
+from quantkit.ops import gpu, reference
 from quantkit.ops.gpu import configs, operators, tune
 from quantkit.ops.gpu.configs import Decode, Gemm, Tile, Vector, padded
 from quantkit.ops.gpu.gemv import gemv
@@ -184,7 +185,6 @@ def test_empty() -> None:
     assert matmul(q, scale, codes(7, 32), torch.rand(7), torch.float32, config=SMALL).shape == (0, 7)
 
 
-SHARED = {80: 163_840, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes that one block may have
 MMA = {80: "mma.sync", 89: "mma.sync", 90: ("mma.sync", "wgmma"), 100: ("mma.sync", "tcgen05")}
 
 
@@ -332,3 +332,18 @@ def test_a_triton_with_another_gluon(monkeypatch: pytest.MonkeyPatch, caplog: py
         assert_same(got, reference.epilogue(reference.int_matmul(q, w), sx, sw, None, None, None, torch.float16))
     assert len(caplog.records) == 1
     assert "async_load has been removed" in caplog.text
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=5), st.integers(0, 9))
+def test_channels_are_spread_over_banks(sizes: list[int], seed: int) -> None:
+    """Each cluster keeps its places; and what 32 threads read at once is in as many banks as there are."""
+    order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))
+    borders, _, places = gpu._places(tuple(sizes), 128, order, torch.device("cpu"))
+    for first, last, mine in zip(borders[:-1], borders[1:], places.split(sizes), strict=True):
+        assert sorted(mine.tolist()) == list(range(int(first), int(first) + len(mine)))
+        assert last % 128 == 0
+    together: dict[int, list[int]] = {}
+    for place, channel in zip(places.tolist(), order.tolist(), strict=True):
+        together.setdefault(place & ~(8 + 16 + 64 + 128 + 256), []).append(channel // 2 % 32)
+    if len(sizes) == 1 and sizes[0] % 64 == 0:
+        assert all(len(set(banks)) >= min(len(banks), 16) for banks in together.values())

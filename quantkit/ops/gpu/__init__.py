@@ -30,7 +30,8 @@ class GPUPacked:
 
     With clusters of channels, each starts at a multiple of 16 of the P places in a row: ``permutation [P]`` says which channel
     is where, -1 where none is, ``borders [G + 1]`` int32 where clusters begin, all at multiples of ``align``, and ``clusters
-    [P / 16]`` int32 whose 16 places are, with their ``reach [G]`` and ``peaks [G]``; ``scale [G, N]`` is then :func:`.reference.chained`.
+    [P / 16]`` int32 whose 16 places are, with their ``reach [G]`` and ``peaks [G]``; ``scale`` is then
+    :func:`quantkit.ops.reference.chained`.
     """
 
     backend: Any
@@ -79,7 +80,8 @@ class GPU(Plain):
         borders = clusters = reached = most = None
         align = _align(layer.groups, layer.weight.device)
         if layer.groups:
-            borders, clusters, places = _places(layer.groups, align, weight.device)
+            free = permutation if align == BLOCK and not layer.rotation_block else None
+            borders, clusters, places = _places(layer.groups, align, free, weight.device)
             scale = chained(scale)
             reached = reach(layer.groups, layer.scheme.symmetric)[0].to(weight.device)
             most = peaks(layer.groups, layer.scheme.symmetric).to(weight.device)
@@ -98,8 +100,8 @@ class GPU(Plain):
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block and not layer.groups
         sums = None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups)
         return GPUPacked(
-            self, layer.weight.device, layer.weight, weight, (scale if layer.groups else scale.view(-1)).contiguous(), sums, side, mask,
-            _signed_scale(layer), permutation, borders, clusters, reached, most, align,
+            self, layer.weight.device, layer.weight, weight, (scale if layer.groups else scale.view(-1)).contiguous(), sums,
+            side, mask, _signed_scale(layer), permutation, borders, clusters, reached, most, align,
             vector and not layer.threshold and all(v is None for v in rest),
         )  # fmt: skip
 
@@ -119,7 +121,7 @@ class GPU(Plain):
             x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=packed.pre_scale,
             permutation=packed.permutation, rotation=layer.rotation_block, side_index=layer.outlier_index,
             side_mask=packed.side_mask, in_scale=layer.input_scale, in_zero=layer.input_zero_point, clusters=packed.clusters,
-            reach=packed.reach,
+            reach=packed.reach, align=packed.align,
         )  # fmt: skip
         q, scale = out[:2]
         zero = out[2] if not scheme.symmetric and not scheme.is_static else layer.input_zero_point
@@ -136,14 +138,44 @@ def _align(groups: tuple[int, ...], device: torch.device) -> int:
     return BLOCK if device.type == "cuda" and capability(device) == 90 and whole <= 1.125 * sum(groups) else 16
 
 
-def _places(groups: tuple[int, ...], align: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where clusters begin in a row of codes ``[G + 1]``, whose 16 places are ``[P / 16]``, and where channels go ``[K]``."""
+def _places(
+    groups: tuple[int, ...], align: int, channels: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where clusters begin in a row of codes ``[G + 1]``, whose 16 places are ``[P / 16]``, and where channels go ``[K]``.
+
+    Their order within a cluster is free where ``channels [K]`` are gathered anyway.
+    """
     widths = [-(-size // align) * align for size in groups]
     starts = [0, *itertools.accumulate(widths)]
     clusters = [number for number, width in enumerate(widths) for _ in range(width // 16)]
-    places = [torch.arange(start, start + size, device=device) for start, size in zip(starts[:-1], groups, strict=True)]
+    places = [torch.arange(start, start + size) for start, size in zip(starts[:-1], groups, strict=True)]
+    if channels is not None:
+        places = [spread(*part) for part in zip(places, channels.cpu().split(groups), strict=True)]
     borders, of_tiles = (torch.tensor(values, dtype=torch.int32, device=device) for values in (starts, clusters))
-    return borders, of_tiles, torch.cat(places)
+    return borders, of_tiles, torch.cat(places).to(device)
+
+
+BANKS = 32
+
+
+def spread(places: Tensor, channels: Tensor) -> Tensor:
+    """``places [n]`` in an order in which threads that read ``channels [n]`` at once read different banks of shared memory.
+
+    A warp of :mod:`.rows` reads channels of 16 bit for 32 places that differ in their bits 3, 4, 6, 7 and 8.
+    """
+    waiting: list[list[int]] = [[] for _ in range(BANKS)]
+    for i, channel in enumerate(channels.tolist()):
+        waiting[channel // 2 % BANKS].append(i)
+    together: dict[int, list[int]] = {}
+    for place in places.tolist():
+        together.setdefault(place & ~0b1_1101_1000, []).append(place)
+    out = torch.empty_like(places)
+    for group in together.values():
+        while group:  # once, but where fewer banks than places are left
+            for bank in sorted(waiting, key=len, reverse=True)[: len(group)]:
+                if bank:
+                    out[bank.pop()] = group.pop()
+    return out
 
 
 def _signed_scale(layer: W8A8Linear) -> Tensor | None:

@@ -157,9 +157,9 @@ def quotient(one, two):
 
 @gluon.jit
 def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, staging, columns, y_desc, SX, SW, ZP,
-                  WSUM, B, ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-                  STAGES: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
-                  SIDES: gl.constexpr, SEGMENTS: gl.constexpr):  # fmt: skip
+                  WSUM, B, ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr,
+                  BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr,
+                  BIAS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr):  # fmt: skip
     # int8 wgmma with N = 256 aborts the compiler (Triton 3.6 and 3.9): two of 128 make up the tile
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 32])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 16])  # of the 16-bit product
@@ -503,7 +503,8 @@ def multiply(
             described(q, config.tokens, config.block_k), described(weight, 64, config.block_k),
             *described_sides(config.tokens, 64), described(y, config.tokens, 64) if staged else None,
             y, sx, sw, zero, wsum, bias, active, borders, peaks, m, n, k, zero_stride,
-            config.tokens, config.block_k, config.stages, sides, segments, config.early, maxnreg=config.registers(segments), **options,
+            config.tokens, config.block_k, config.stages, sides, segments, config.early,
+            maxnreg=config.registers(segments), **options,
         )  # fmt: skip
     return y
 

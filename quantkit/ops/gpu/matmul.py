@@ -35,7 +35,7 @@ def on_grid(y, peak):
     e = tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) - 148, 0)
     magic = ((e + 150) << 23) | 0x400000
     bits = (y + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
-    # a factor that the compiler does not know to be 2**e: one instruction multiplies and adds, where it would shift and subtract
+    # by a factor that the compiler does not know to be 2**e: multiply and add are one instruction, shift and subtract are two
     return bits * ((e + 127) << 23).to(tl.float32, bitcast=True).to(tl.int32) - (magic << e)
 
 

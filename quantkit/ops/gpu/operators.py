@@ -132,7 +132,8 @@ _library.define(
     "quantize(Tensor x, *, int bits=8, bool symmetric=True, str source='', Tensor? x2=None, Tensor? gain=None, "
     "Tensor? bias=None, float eps=0.0, float offset=0.0, Tensor? shift=None, Tensor? pre_scale=None, "
     "Tensor? permutation=None, int rotation=0, Tensor? side_index=None, Tensor? side_mask=None, "
-    "Tensor? in_scale=None, Tensor? in_zero=None, Tensor? clusters=None, Tensor? reach=None, float threshold=0.0) -> Tensor[]"
+    "Tensor? in_scale=None, Tensor? in_zero=None, Tensor? clusters=None, Tensor? reach=None, int align=16, "
+    "float threshold=0.0) -> Tensor[]"
 )
 _library.define(
     "matmul(Tensor q, Tensor sx, Tensor weight, Tensor sw, ScalarType dtype, Tensor? zero=None, Tensor? wsum=None, "

@@ -258,6 +258,7 @@ def quantize(
     in_zero: Tensor | None = None,
     clusters: Tensor | None = None,
     reach: Tensor | None = None,
+    align: int = 16,
     threshold: float = 0.0,
     warps: int = 0,
 ) -> list[Tensor]:
@@ -278,6 +279,7 @@ def quantize(
         clusters, reach: with G > 1 clusters of channels, ``[P / 16]`` int32, to which of them each 16 of the P codes of a row
             belong, and ``[G]`` float32, :func:`quantkit.numerics.reach`. ``permutation`` is then ``[P]``, -1 where a code is
             padding.
+        align: what the borders of clusters are multiples of.
         threshold: finite elements that reach it are 0 in the codes, and do not count for the scale; 0 for none.
         warps: of each program; 0 decides by K.
 

@@ -24,10 +24,16 @@ from quantkit.numerics import qmax
 from quantkit.ops.gpu.configs import PROCESSORS, padded
 from quantkit.ops.gpu.quantize import FLOOR, ROUND, gated, hopper
 
+TRY = bool(os.environ.get("QK_TRY"))
 LINE = 64
 LEAST_ROTATION, LARGEST_ROTATION = 8, 256
 LEAST, LARGEST = 512, 2**15
 """Channels of a row: fewer leave most lines empty, more do not fit the registers."""
+
+MOST_CLUSTERS = 32
+
+RING = 2
+"""Rows ahead in shared memory."""
 
 MMA_BITS = (0, 3, 4, 5)
 """Bits of a channel's number that the ``mma`` transforms: 0 and 5 select a register, 3 and 4 a thread."""
@@ -138,10 +144,29 @@ def fetch(slot, P, row, M, stride, k, K, EVEN: gl.constexpr):
 
 
 @gluon.jit
-def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, stride_x, stride_2, eps, offset,
-                SOURCE: gl.constexpr, QMAX: gl.constexpr, ROTATION: gl.constexpr, L: gl.constexpr, B: gl.constexpr,
-                EVEN: gl.constexpr, AHEAD: gl.constexpr, RING: gl.constexpr, ROUNDED: gl.constexpr,
-                PDL: gl.constexpr):  # fmt: skip
+def of_clusters(x, cluster, REACH, factor, COUNT: gl.constexpr, CLUSTERS: gl.constexpr):
+    """For lines ``x [G, L]``, times ``factor``, of clusters of whole lines: the range that the scale of each line is made of
+    (numerics.raised), its cluster, both ``[G]``, and the largest range."""
+    small: gl.constexpr = gl.BlockedLayout([1, 1], [32 // CLUSTERS, CLUSTERS], [gl.num_warps(), 1], [1, 0])
+    mine: gl.constexpr = gl.SliceLayout(1, small)
+    c = gl.arange(0, CLUSTERS, gl.SliceLayout(0, small))
+    line = gl.convert_layout(gl.abs(gl.reduce(x, 1, larger)), mine)
+    which = gl.convert_layout(cluster, mine)
+    own = which[:, None] == c[None, :]
+    top = gl.abs(gl.reduce(gl.where(own, line[:, None], 0.0), 0, larger))
+    whole = gl.abs(gl.reduce(top, 0, larger)) * factor
+    absmax = gl.where(whole < float("inf"), top * factor, 0.0)
+    reach = gl.load(REACH + c, mask=c < COUNT, other=1.0)
+    least = absmax * gl.div_rn(gl.full_like(reach, 1.0), reach)
+    kept = gl.where(own, absmax[None, :], gl.where(c[None, :] < which[:, None], least[None, :], 0.0))
+    return gl.reduce(kept, 1, larger), which, whole
+
+
+@gluon.jit
+def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, CLUSTER, REACH, Q, S, SUM, M, K, padded, stride_x, stride_2, eps, offset,
+                SOURCE: gl.constexpr, QMAX: gl.constexpr, ROTATION: gl.constexpr, CLUSTERS: gl.constexpr, COUNT: gl.constexpr,
+                L: gl.constexpr, B: gl.constexpr, EVEN: gl.constexpr, AHEAD: gl.constexpr, RING: gl.constexpr,
+                ROUNDED: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """Rows of K channels, one at a time; see :func:`quantkit.ops.gpu.quantize.quantize` for the arguments.
 
     AHEAD fetches the next row of this program while this one is worked on, and keeps the vectors for all of them. RING > 0
@@ -157,15 +182,18 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, s
     FIRST: gl.constexpr = PERM is not None and (SOURCE == "" or SOURCE == "rms" or SOURCE == "layer")
     source = k
     if PERM is not None:
-        perm = gl.load(PERM + k, mask=k < K, other=0).to(gl.int32)
+        perm = gl.load(PERM + k, mask=k < padded, other=-1).to(gl.int32)
+        perm = gl.where(perm < 0, K, perm)  # where there is padding, channel K is 0
         if FIRST:
             source = perm
+    if CLUSTERS > 1:
+        cluster = gl.load(CLUSTER + g * (L // 16), mask=g * L < padded, other=-1)
     if PRE is not None:
-        pre = gl.load(PRE + source, mask=k < K, other=0.0)
+        pre = gl.load(PRE + source, mask=source < K, other=0.0)
     if GAIN is not None:
-        gain = gl.load(GAIN + source, mask=k < K, other=0.0)
+        gain = gl.load(GAIN + source, mask=source < K, other=0.0)
     if BIAS is not None:
-        bias = gl.load(BIAS + source, mask=k < K, other=0.0)
+        bias = gl.load(BIAS + source, mask=source < K, other=0.0)
     if ROTATION > 0:
         mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
         right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
@@ -177,6 +205,8 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, s
     first, step, slot = gl.program_id(0), gl.num_programs(0), 0
     if RING > 0:
         straight: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+        if GAIN is not None:  # registers are scarce
+            kept_gain = gl.allocate_shared_memory(gain.dtype, [G, L], straight, gain)
         x_ring = gl.allocate_shared_memory(X.dtype.element_ty, [RING, G, L], straight)
         if X2 is not None:
             x2_ring = gl.allocate_shared_memory(X2.dtype.element_ty, [RING, G, L], straight)
@@ -207,12 +237,11 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, s
             x_ahead = read(X, row + step, M, stride_x, k, K, EVEN)
             if X2 is not None:
                 x2_ahead = read(X2, row + step, M, stride_2, k, K, EVEN)
-        if X2 is not None:
-            if SOURCE == "rms" or SOURCE == "layer":
-                x = (x.to(gl.float32) + x2).to(SUM.dtype.element_ty)
-                gl.store(SUM + gl.cast(row, gl.int64) * K + k, x, mask=k < K)
+        if X2 is not None and (SOURCE == "rms" or SOURCE == "layer"):
+            x = (x.to(gl.float32) + x2).to(SUM.dtype.element_ty)
+            gl.store(SUM + gl.cast(row, gl.int64) * K + k, x, mask=k < K)
         if FIRST:
-            x = gl.where(k < K, gl.gather(x.reshape([B]), perm.reshape([B]), 0).reshape([G, L]), 0.0).to(x.dtype)
+            x = gl.gather(x.reshape([B]), perm.reshape([B]), 0).reshape([G, L])
         if SOURCE != "" or PRE is not None or ROTATION == 0:
             x = x.to(gl.float32)
         if SOURCE == "silu":
@@ -221,37 +250,50 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, Q, S, SUM, M, K, padded, s
             x = gated(x, x2, SOURCE)
         factor = 1.0 / ROTATION**0.5 if ROTATION > 0 else 1.0
         if SOURCE == "layer":
-            x = gl.where(k < K, x - gl.reduce(x.reshape([B]), 0, add) / K, 0.0)
+            x = gl.where(source < K, x - gl.reduce(x.reshape([B]), 0, add) / K, 0.0)
             x = x * (1.0 / gl.sqrt_rn(gl.reduce((x * x).reshape([B]), 0, add) / K + eps))
         if SOURCE == "rms":
             squares = (x * x).reshape([B])
+            if CLUSTERS > 1:
+                factor = factor * (1.0 / gl.sqrt_rn(gl.reduce(squares, 0, add) / K + eps))
         if GAIN is not None:
+            if RING > 0:
+                gain = kept_gain.load(layout)
             x = x * (gain.to(gl.float32) + offset)
         if BIAS is not None:
             x = x + bias.to(gl.float32)
         if PRE is not None:
             x = x * pre
         if PERM is not None and not FIRST:
-            x = gl.where(k < K, gl.gather(x.reshape([B]), perm.reshape([B]), 0).reshape([G, L]), 0.0)
+            x = gl.gather(x.reshape([B]), perm.reshape([B]), 0).reshape([G, L])
         if ROTATION > 0:
             if ROUNDED:
                 x = x.to(X.dtype.element_ty)
             x = rotate(x, matrix, ROTATION, G, L)
-        if SOURCE == "rms":  # the root commutes with all that follows it, so that one reduction serves both
+        if CLUSTERS > 1:
+            absmax, which, whole = of_clusters(x, cluster, REACH, factor, COUNT, CLUSTERS)
+            absmax, finite = gl.maximum(absmax, FLOOR), whole < float("inf")
+            top = gl.full_like(absmax, 1.0 * QMAX)
+            inverse = gl.convert_layout(gl.div_rn(top, absmax) * factor, gl.SliceLayout(1, layout))[:, None]
+            at = S + row * COUNT + which
+            gl.store(at, gl.where(finite, gl.div_rn(absmax, top), float("nan")), mask=which >= 0)
+        elif SOURCE == "rms":  # the root commutes with all that follows it, so that one reduction serves both
             total, top = gl.reduce((squares, x.reshape([B])), 0, sum_and_larger)
             factor = factor * (1.0 / gl.sqrt_rn(total / K + eps))
         else:
             top = gl.reduce(x.reshape([B]), 0, larger)
-        absmax = gl.maximum(gl.abs(top) * factor, FLOOR)
-        finite = (gl.abs(top) < float("inf")) & (absmax < float("inf"))
-        v = x * (gl.div_rn(gl.to_tensor(1.0 * QMAX), absmax) * factor) + ROUND
+        if CLUSTERS == 1:
+            absmax = gl.maximum(gl.abs(top) * factor, FLOOR)
+            finite = (gl.abs(top) < float("inf")) & (absmax < float("inf"))
+            inverse = gl.div_rn(gl.to_tensor(1.0 * QMAX), absmax) * factor
+            gl.store(S + row, gl.where(finite, gl.div_rn(absmax, gl.to_tensor(1.0 * QMAX)), float("nan")))
+        v = x * inverse + ROUND
         q = low_bytes(v, gl.full_like(v.to(gl.int32, bitcast=True), gl.where(finite, -1, 0)))
         out = Q + gl.cast(row, gl.int64) * padded + k
         if EVEN:
             gl.store(out, q)
         else:
             gl.store(out, q, mask=k < padded)
-        gl.store(S + row, gl.where(finite, gl.div_rn(absmax, gl.to_tensor(1.0 * QMAX)), float("nan")))
 
 
 def takes(
@@ -270,17 +312,25 @@ def takes(
     side_mask: Tensor | None = None,
     in_scale: Tensor | None = None,
     clusters: Tensor | None = None,
+    reach: Tensor | None = None,
+    align: int = 16,
     threshold: float = 0.0,
     **_: object,
 ) -> bool:
     """Whether this kernel does what is asked of ``quantize``, and faster: codes alone are not."""
-    others = (shift, side_index, side_mask, in_scale, clusters)
+    others = (shift, side_index, side_mask, in_scale)
     common = symmetric and not threshold and all(v is None for v in others)
     alone = x2 is None and gain is None and pre_scale is None and permutation is None
-    largest = LARGEST if alone else LARGEST // 2
+    largest = LARGEST if alone and clusters is None else LARGEST // 2
     common = common and bool(source or rotation or not alone) and not (source == "rms" and bias is not None)
-    fits = LEAST <= x.shape[1] <= largest and (not rotation or LEAST_ROTATION <= rotation <= LARGEST_ROTATION)
-    return common and fits and x.stride(1) == 1 and x.shape[0] > 0
+    if clusters is not None and reach is not None:
+        common = common and align % max(LINE, rotation) == 0 and len(reach) <= MOST_CLUSTERS
+    places = x.shape[1] if clusters is None else 16 * len(clusters)
+    fits = x.shape[1] >= LEAST and places <= largest and (not rotation or LEAST_ROTATION <= rotation <= LARGEST_ROTATION)
+    if not (common and fits and x.stride(1) == 1 and x.shape[0] > 0):
+        return False
+    shape, order = shape_for(x, source, x2, gain, pre_scale, permutation, rotation, places), permutation is not None
+    return not shape.crowded or shape.bytes(x.element_size(), order) <= shared_memory(x.device)
 
 
 def quantize(
@@ -296,42 +346,40 @@ def quantize(
     pre_scale: Tensor | None = None,
     permutation: Tensor | None = None,
     rotation: int = 0,
+    clusters: Tensor | None = None,
+    reach: Tensor | None = None,
     **_: object,
 ) -> list[Tensor]:
     """As :func:`quantkit.ops.gpu.quantize.quantize`, for what :func:`takes`."""
     m, k = x.shape
     x2 = x2 if x2 is None or x2.stride(1) == 1 else x2.contiguous()
-    q, scale = x.new_empty((m, padded(k)), dtype=torch.int8), x.new_empty((m, 1), dtype=torch.float32)
+    places, count = (padded(k), 1) if clusters is None or reach is None else (16 * len(clusters), len(reach))
+    q, scale = x.new_empty((m, places), dtype=torch.int8), x.new_empty((m, count), dtype=torch.float32)
     kept = x.new_empty((m, k)) if x2 is not None and source in ("rms", "layer") else None
-    vectors = gain is not None or pre_scale is not None or permutation is not None
-    gate = x2 is not None and kept is None
-    shape = shape_of(k, rotation, m, two=x2 is not None, vectors=vectors)
-    exact = (gate or not source) and pre_scale is None and x.dtype != torch.float32
-    # to be measured: rows ahead, 16 warps a processor, registers, from so many warps on
-    ring, per, registers, least = map(int, os.environ.get("QK_RING", "2,1,0,16").split(","))
-    mine = shape.warps >= least and (rotation or least < 16)
-    many = PROCESSORS * per * 16 // shape.warps
-    ring = ring if ring_of(shape, x, x2) and mine and m > many else 0
+    gate, order = x2 is not None and kept is None, permutation is not None
+    shape = shape_for(x, source, x2, gain, pre_scale, permutation, rotation, k if clusters is None else places)
+    ring = shape.ring and _copied(x, x2) and shape.bytes(x.element_size(), order) <= shared_memory(x.device)
     ahead = shape.ahead and not ring
-    programs = many if ring or (ahead and mine) else shape.programs if ahead else m
+    exact = (gate or not source) and pre_scale is None and x.dtype != torch.float32
     pdl = hopper(x.device)
-    rows_kernel[(programs,)](
+    rows_kernel[(min(m, shape.programs) if ring or ahead else m,)](
         x, x2, gain, bias, pre_scale, permutation,
-        hadamard_16(rotation, x.device, x.dtype if exact else torch.bfloat16) if rotation else None,
-        q, scale, kept, m, k, padded(k), x.stride(0), 0 if x2 is None else x2.stride(0), eps, offset,
-        source, qmax(bits), rotation, shape.line, shape.block, shape.block == k, ahead, ring, gate and exact, pdl,
-        num_warps=shape.warps, enable_fp_fusion=False,
-        **({"maxnreg": registers} if ring and registers else {}), **({"launch_pdl": True} if pdl else {}),
+        hadamard_16(rotation, x.device, x.dtype if exact else torch.bfloat16) if rotation else None, clusters, reach,
+        q, scale, kept, m, k, places, x.stride(0), 0 if x2 is None else x2.stride(0), eps, offset,
+        source, qmax(bits), rotation, triton.next_power_of_2(count), count, shape.line, shape.block, shape.block == k, ahead,
+        RING if ring else 0, gate and exact, pdl,
+        num_warps=shape.warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return [q, scale] if kept is None else [q, scale, kept]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How rows are held: ``line`` channels side by side, ``block`` with the padding, by ``warps``; ``programs`` run at once.
+    """How rows are held: ``line`` channels side by side, ``block`` with the padding, by ``warps``.
 
-    With ``ahead``, programs take many rows each and fetch the next while they work on one. That pays where rows share vectors,
-    and where they are so long that too few programs fit on the GPU at once to hide each other's waiting.
+    With ``ahead`` or ``ring``, ``programs`` take many rows each and fetch the next while they work on one, into registers or
+    shared memory. That pays where rows share vectors, and where they are so long that too few programs fit on the GPU at once
+    to hide each other's waiting.
     """
 
     line: int
@@ -339,24 +387,55 @@ class Shape:
     warps: int
     programs: int
     ahead: bool
+    ring: bool
+    two: bool
+    crowded: bool
+    """Whether there are registers only for what is not ahead."""
+
+    def bytes(self, size: int, order: bool) -> int:
+        """Shared memory with rings, of elements of ``size`` bytes: rows ahead, gain, a row to be put in order, reductions."""
+        return self.block * size * (RING * (1 + self.two) + 2 * order) + 4096
 
 
-def shape_of(k: int, rotation: int, m: int, *, two: bool, vectors: bool) -> Shape:
-    """The shape for ``m`` rows of ``k`` channels; ``two`` inputs, and ``vectors`` of the channels, want registers too."""
+def shape_for(
+    x: Tensor,
+    source: str,
+    x2: Tensor | None,
+    gain: Tensor | None,
+    pre_scale: Tensor | None,
+    permutation: Tensor | None,
+    rotation: int,
+    places: int,
+) -> Shape:
+    """The shape for these arguments of :func:`quantize`."""
+    vectors = any(v is not None for v in (gain, pre_scale, permutation))
+    gate = x2 is not None and source not in ("rms", "layer")
+    return shape_of(places, rotation, len(x), two=x2 is not None, gate=gate, order=permutation is not None, vectors=vectors)
+
+
+def shape_of(k: int, rotation: int, m: int, *, two: bool, gate: bool, order: bool, vectors: bool) -> Shape:
+    """The shape for ``m`` rows of ``k`` places; ``two`` inputs, an ``order`` and ``vectors`` want registers too."""
     line = max(LINE, rotation)
     block = max(triton.next_power_of_2(k), 16 * line)
     warps = min(block // 1024, block // (16 * line), 16)
-    # With 16 warps one program fills the registers of a processor.
-    programs = PROCESSORS * (1 if warps == 16 else 8)
-    room = block <= 1024 * warps and not (two and warps == 16)
-    return Shape(line, block, warps, programs, m > programs and room and (vectors or block > 8192))
+    # 16 warps fill the registers of a processor. Two short rows are fetched too slowly by so few.
+    programs = PROCESSORS * (8 if two and warps < 16 else 16 // warps)
+    many, room = m > programs, block <= 1024 * warps
+    crowded = gate and vectors and warps == 16
+    ring = crowded or (many and room and (order or ((gate or TRY) and warps == 16)))
+    ahead = many and room and not (two and warps == 16) and (vectors or block > 8192)
+    return Shape(line, block, warps, programs, ahead, ring, two, crowded)
 
 
-def ring_of(shape: Shape, x: Tensor, x2: Tensor | None) -> int:
-    """Rows ahead in shared memory: 2 where one program fills a processor's registers, and 2 rows fit its memory."""
-    room = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin - 4096
-    copied = all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 for t in (x, x2) if t is not None)
-    return 2 if copied and 4 * shape.block * x.element_size() <= room else 0
+def _copied(*rows: Tensor | None) -> bool:
+    """Whether rows may be copied to shared memory, 16 bytes at a time."""
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 for t in rows if t is not None)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have."""
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 @functools.cache
