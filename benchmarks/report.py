@@ -249,6 +249,18 @@ def quantize(result: Result) -> str:
     return table(("rows", "channels", *names), rows)
 
 
+def segments(result: Result) -> str:
+    """Products in segments of K, and what they cost over the plain one."""
+    plain = "given: quantkit"
+    names = [name for name in result["rows"][0]["us"] if name != plain]
+    rows = []
+    for r in result["rows"]:
+        us = {name: times["cold"] for name, times in r["us"].items()}
+        more = (f"{us[name]:.1f} ({us[name] / us[plain] - 1:+.0%})" for name in names)
+        rows.append((str(r["m"]), f"{r['n']} x {r['k']}", f"{us[plain]:.1f}", *more))
+    return table(("tokens", "weight", "plain, us", *(n.removeprefix(f"{plain}, ") for n in names)), rows)
+
+
 def peers(result: Result) -> str:
     """Libraries, all from bf16 activations."""
     result["rows"].sort(key=lambda r: (r["n"], r["k"], r["m"]))
@@ -385,7 +397,9 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "peers": ("peers-*", peers),
     "methods": ("methods*", methods),
     "model": ("model", model),
+    "model-rotated": ("model-rotated", model),
     "quantize": ("quantize", quantize),
+    "segments": ("gemm-segments", segments),
     "kernels": ("model", kernels),
 }
 

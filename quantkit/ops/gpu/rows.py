@@ -9,7 +9,6 @@ product needs no exchange of data: the bits of a channel's number that select a 
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,6 @@ from quantkit.numerics import qmax
 from quantkit.ops.gpu.configs import PROCESSORS, padded
 from quantkit.ops.gpu.quantize import FLOOR, ROUND, gated, hopper
 
-TRY = bool(os.environ.get("QK_TRY"))
 LINE = 64
 LEAST_ROTATION, LARGEST_ROTATION = 8, 256
 LEAST, LARGEST = 512, 2**15
@@ -422,7 +420,7 @@ def shape_of(k: int, rotation: int, m: int, *, two: bool, gate: bool, order: boo
     programs = PROCESSORS * (8 if two and warps < 16 else 16 // warps)
     many, room = m > programs, block <= 1024 * warps
     crowded = gate and vectors and warps == 16
-    ring = crowded or (many and room and (order or ((gate or TRY) and warps == 16)))
+    ring = crowded or (many and room and (order or (gate and warps == 16)))
     ahead = many and room and not (two and warps == 16) and (vectors or block > 8192)
     return Shape(line, block, warps, programs, ahead, ring, two, crowded)
 
