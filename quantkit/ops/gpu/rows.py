@@ -29,6 +29,7 @@ LEAST, LARGEST = 512, 2**15
 """Channels of a row: fewer leave most lines empty, more do not fit the registers."""
 
 MOST_CLUSTERS = 32
+"""Threads of a warp, which look for the ranges of clusters side by side."""
 
 RING = 2
 """Rows ahead in shared memory."""
