@@ -18,7 +18,7 @@ from common import record
 from torch import Tensor
 
 from quantkit.numerics import reach
-from quantkit.ops.gpu import _places, configs, operators
+from quantkit.ops.gpu import configs, operators, places_of
 from quantkit.ops.gpu.tune import COLD_BYTES, graph_of, interleaved
 
 DEVICE = torch.device("cuda")
@@ -31,7 +31,7 @@ def forms(k: int) -> dict[str, dict[str, Any]]:
     order = torch.randperm(k, device=DEVICE)
     # as a layer packs eight clusters, the first of them padded
     groups = (20, *(k // 8,) * 6, k - 20 - k // 8 * 6)
-    _, clusters, places = _places(groups, configs.BLOCK, order, DEVICE)
+    _, clusters, places = places_of(groups, configs.BLOCK, order, DEVICE)
     gathered = torch.full((16 * len(clusters),), -1, device=DEVICE).index_copy_(0, places, order)
     eight = {"permutation": gathered, "clusters": clusters, "reach": reach(groups, symmetric=True)[0].to(DEVICE)}
     eight |= {"align": configs.BLOCK}

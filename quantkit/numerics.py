@@ -63,7 +63,7 @@ def on_grid(y: Tensor, peak: Tensor) -> Tensor:
     """``y [M, N]`` as int32, rounded half to even to a multiple of the least ``2**e``, ``e >= 0``, with ``peak < 2**(22 + e)``.
 
     ``peak [M, 1]`` float32 bounds a token's sums. A grid of 2**23 points across them is far finer than the noise of rounding,
-    and a kernel gets there by adding a number and reading the bits, where conversions would take it five times as long.
+    and a kernel gets there by adding a number and reading the bits, in half the time that conversions take.
     """
     grid = torch.exp2(((peak.view(torch.int32) >> 23) - 148).clamp_min(0).double())
     return (torch.round(y.double() / grid) * grid).to(torch.int32)

@@ -338,7 +338,7 @@ def test_a_triton_with_another_gluon(monkeypatch: pytest.MonkeyPatch, caplog: py
 def test_channels_are_spread_over_banks(sizes: list[int], seed: int) -> None:
     """Each cluster keeps its places; and what 32 threads read at once is in as many banks as there are."""
     order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))
-    borders, _, places = gpu._places(tuple(sizes), 128, order, torch.device("cpu"))
+    borders, _, places = gpu.places_of(tuple(sizes), 128, order, torch.device("cpu"))
     for first, last, mine in zip(borders[:-1], borders[1:], places.split(sizes), strict=True):
         assert sorted(mine.tolist()) == list(range(int(first), int(first) + len(mine)))
         assert last % 128 == 0
@@ -347,3 +347,19 @@ def test_channels_are_spread_over_banks(sizes: list[int], seed: int) -> None:
         together.setdefault(place & ~(8 + 16 + 64 + 128 + 256), []).append(channel // 2 % 32)
     if len(sizes) == 1 and sizes[0] % 64 == 0:
         assert all(len(set(banks)) >= min(len(banks), 16) for banks in together.values())
+
+
+def test_few_reads_of_a_row_wait_for_a_bank() -> None:
+    order, sizes = torch.randperm(4096), (20, 500, 1500, 2076)
+
+    def waits(channels: Tensor | None) -> float:
+        """Reads one after the other for what 32 threads want at once, on average."""
+        together: dict[int, list[int]] = {}
+        for place, channel in zip(
+            gpu.places_of(sizes, 128, channels, torch.device("cpu"))[2].tolist(), order.tolist(), strict=True
+        ):
+            together.setdefault(place & ~(8 + 16 + 64 + 128 + 256), []).append(channel // 2 % 32)
+        return sum(max(map(banks.count, banks)) for banks in together.values()) / len(together)
+
+    assert waits(order) < 1.5
+    assert waits(None) > 2.5

@@ -81,7 +81,7 @@ class GPU(Plain):
         align = _align(layer.groups, layer.weight.device)
         if layer.groups:
             free = permutation if align == BLOCK and not layer.rotation_block else None
-            borders, clusters, places = _places(layer.groups, align, free, weight.device)
+            borders, clusters, places = places_of(layer.groups, align, free, weight.device)
             scale = chained(scale)
             reached = reach(layer.groups, layer.scheme.symmetric)[0].to(weight.device)
             most = peaks(layer.groups, layer.scheme.symmetric).to(weight.device)
@@ -138,7 +138,7 @@ def _align(groups: tuple[int, ...], device: torch.device) -> int:
     return BLOCK if device.type == "cuda" and capability(device) == 90 and whole <= 1.125 * sum(groups) else 16
 
 
-def _places(
+def places_of(
     groups: tuple[int, ...], align: int, channels: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Where clusters begin in a row of codes ``[G + 1]``, whose 16 places are ``[P / 16]``, and where channels go ``[K]``.

@@ -124,7 +124,7 @@ def capability(device: torch.device) -> int:
 
 
 def portable(arch: int, m: int, n: int, *, segments: bool = False) -> Tile:
-    """A tile of the kernel that runs everywhere; segments hold a second accumulator in registers."""
+    """A tile of the kernel that runs everywhere; segments, or active columns, want registers besides the accumulator."""
     for limit, tile in TILES.items():
         if m <= limit:
             return tile

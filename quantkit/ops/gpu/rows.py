@@ -328,6 +328,8 @@ def takes(
     fits = x.shape[1] >= LEAST and places <= largest and (not rotation or LEAST_ROTATION <= rotation <= LARGEST_ROTATION)
     if not (common and fits and x.stride(1) == 1 and x.shape[0] > 0):
         return False
+    if x2 is None:
+        return True
     shape, order = shape_for(x, source, x2, gain, pre_scale, permutation, rotation, places), permutation is not None
     return not shape.crowded or shape.bytes(x.element_size(), order) <= shared_memory(x.device)
 
