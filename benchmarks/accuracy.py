@@ -24,7 +24,7 @@ from cpu import decoder_linears, torch_ao, torchao
 from torch import nn
 
 import quantkit
-from quantkit import Hadamard, LLMInt8, SmoothQuant, pipeline
+from quantkit import RPTQ, Hadamard, LLMInt8, SmoothQuant, pipeline
 from quantkit.data import packed_text
 from quantkit.demo import outlier_twin
 from quantkit.evaluate import compare, log_probabilities, windows_of
@@ -155,17 +155,21 @@ SMOOTHED = {"": [], "SmoothQuant + ": ["smoothquant"]}
 for scheme, suffix in (("static-asym", "-static-asym"), ("static", "-static"), ("per token", "")):
     for clusters in (2, 4, 8, 32) if scheme != "static" else (8, 32):
         for first, before in SMOOTHED.items():
-            one = quantkit.RPTQ(clusters)
+            one = RPTQ(clusters)
             CANDIDATES[f"{first}RPTQ({clusters}), {scheme}"] = ours([*before, one], f"w8a8{suffix}")
             if clusters in (8, 32) and scheme == "static-asym":
-                one = quantkit.RPTQ(clusters, by="kmeans")
+                one = RPTQ(clusters, by="kmeans")
                 CANDIDATES[f"{first}RPTQ({clusters}, by='kmeans'), {scheme}"] = ours([*before, one], f"w8a8{suffix}")
+    for name, before in (SMOOTHED | {"LLMInt8 + ": ["llm_int8"]}).items():
+        if before:
+            CANDIDATES[f"{name}Hadamard, {scheme}"] = ours([*before, "hadamard"], f"w8a8{suffix}")
+            CANDIDATES[f"{name}RPTQ(8) + Hadamard, {scheme}"] = ours([*before, RPTQ(8), "hadamard"], f"w8a8{suffix}")
 for bits in ("w4a8", "w4a4"):
     for scheme, suffix in (("static-asym", "-static-asym"), ("per token", "")):
         CANDIDATES[f"{bits}: RTN, {scheme}"] = ours("rtn", f"{bits}{suffix}")
         CANDIDATES[f"{bits}: SmoothQuant, {scheme}"] = ours("smoothquant", f"{bits}{suffix}")
         for first, before in SMOOTHED.items():
-            CANDIDATES[f"{bits}: {first}RPTQ(32), {scheme}"] = ours([*before, quantkit.RPTQ(32)], f"{bits}{suffix}")
+            CANDIDATES[f"{bits}: {first}RPTQ(32), {scheme}"] = ours([*before, RPTQ(32)], f"{bits}{suffix}")
 
 for size in (16, 32, 64, 128, "full"):
     CANDIDATES |= {

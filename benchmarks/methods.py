@@ -42,6 +42,8 @@ METHODS: dict[str, Any] = {
     "RPTQ": "rptq",
     "SmoothQuant + RPTQ": ["smoothquant", "rptq"],
     "SmoothQuant + Hadamard": ["smoothquant", "hadamard"],
+    "SmoothQuant + RPTQ + Hadamard": ["smoothquant", "rptq", "hadamard"],
+    "LLMInt8 + RPTQ + Hadamard": ["llm_int8", "rptq", "hadamard"],
     "OmniQuant": "omniquant",
     "SmoothQuant + LLMInt8 + OmniQuant": ["smoothquant", "llm_int8", "omniquant"],
     "SmoothQuant + GPTQ": ["smoothquant", "gptq"],

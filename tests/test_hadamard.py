@@ -294,7 +294,7 @@ class Watch(PerSite):
 @pytest.mark.parametrize(
     ("after", "seen"),
     [([], None), (["rtn"], None), ([Hadamard()], 64), ([LLMInt8(0), Hadamard(16), "rtn"], 16), ([Hadamard("full")], 64),
-     ([Turn()], None), ([Telling()], 8), ([Reverse(), Hadamard()], None)],
+     ([Turn()], None), ([Telling()], 8), ([Reverse(), Hadamard()], 64)],
     ids=["nothing", "rounding", "hadamard", "after columns", "full", "untold", "told", "after an order"],
 )  # fmt: skip
 def test_who_knows_what_follows(after: list[Any], seen: int | None) -> None:

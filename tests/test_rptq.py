@@ -312,7 +312,7 @@ def test_plans_hold_to_their_promises(ends: tuple[Tensor, Tensor], count: int, t
         assert len(sizes) <= count
         for part in live[order].split(sizes):
             assert part.any()  # no cluster of dead channels only
-    real = min(tile, 2 ** ((k // count).bit_length() - 1))
+    real = min(tile, max(1, 2 ** ((k // (2 * count)).bit_length() - 1)))
     assert all(size % real == 0 for size in sizes[1:-1])
     inverse = order.argsort()
     assert torch.equal(order[inverse], torch.arange(k))
@@ -401,6 +401,13 @@ def test_clusters_help_where_channels_differ(scheme: str) -> None:
     assert errors["kmeans"] < 0.5 * errors["rtn"]
 
 
+def test_a_first_cluster_is_padded_only_where_that_pays() -> None:
+    ramp, weight = torch.linspace(2, 1, 512), torch.ones(512)
+    assert by_tiles(-ramp, ramp, weight, 4, 64)[1][0] % 64 == 0
+    ramp[:3] *= 30
+    assert by_tiles(-ramp, ramp, weight, 4, 64)[1][0] == 3
+
+
 # ---- with others, in checkpoints, and what is refused
 
 
@@ -467,6 +474,44 @@ def test_rounding_by_row_and_cluster() -> None:
     rounder.wrong = True
     with pytest.raises(MethodError, match=r"scale is \[24, 1\]"):
         quantized(model, [RPTQ(4, tile=4), rounder])
+
+
+def blocks_apart() -> tuple[nn.Sequential, Tensor]:
+    """Blocks of 16 channels, every other one 8 times louder, and in a quiet one a channel that is louder than its block."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 256)
+    x.view(300, 8, 2, 16)[:, :, 1] *= 8
+    x[:, 5] *= 8
+    return nn.Sequential(nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 8)), x
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_before_a_rotation_whole_blocks_move(scheme: str) -> None:
+    model, x = blocks_apart()
+    errors = {}
+    for name, method in (("alone", Hadamard(16)), ("clusters", [RPTQ(2, tile=32), Hadamard(16)])):
+        ours = quantized(model, method, x, scheme)
+        with torch.no_grad():
+            errors[name] = relative_error([model[0](x)], [ours[0](x)])
+    assert ours[0].groups == (128, 128)
+    order = ours[0].permutation.view(16, 16)
+    assert torch.equal(order - order[:, :1], torch.arange(16).expand(16, 16))
+    assert set((order[:8, 0] // 16).tolist()) == set(range(1, 16, 2)), "the loud blocks are the first cluster"
+    assert errors["clusters"] < 0.9 * errors["alone"]
+
+
+def test_a_rotation_behind_clusters_in_a_model(tmp_path: Path) -> None:
+    model = loud(llama())
+    ours = quantized(model, ["smoothquant", RPTQ(4, tile=16), Hadamard(8)], scheme="w8a8-static-asym")
+    layers = [m for m in ours.modules() if isinstance(m, W8A8Linear)]
+    assert any(m.groups for m in layers)
+    assert all(m.rotation_block == 8 and all(size % 8 == 0 for size in m.groups or ()) for m in layers)
+    wanted = outputs(ours, tokens())
+    assert relative_error(outputs(model, tokens()), wanted) < 0.05
+    quantkit.save(ours, tmp_path / "saved")
+    assert_same(outputs(quantkit.load(tmp_path / "saved"), tokens()), wanted)
+    with use_backend("reference"):
+        assert_same(outputs(ours, tokens()), wanted)
 
 
 def test_a_rotation_may_not_mix_clusters() -> None:

@@ -171,12 +171,10 @@ class Foreseen(Protocol):
 
 
 def rotation_ahead(site: SiteView, later: Sequence[Calibrator]) -> Rotation | None:
-    """The rotation that ``later`` calibrators will apply to the channels of ``site``, where it can be told."""
+    """The rotation that ``later`` calibrators will apply to ``site``, where it can be told; orders in between move blocks."""
     for calibrator in later:
         if calibrator.stage == Stage.ROTATE:
             return calibrator.foresee(site) if isinstance(calibrator, Foreseen) else None
-        if calibrator.stage == Stage.PARTITION:
-            return None  # it will number the channels anew
     return None
 
 
