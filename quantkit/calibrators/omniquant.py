@@ -316,7 +316,9 @@ class LearnedSite:
         if self.last is None or self.last[0] is not x:
             inner, side = self.transform().activation(x)
             scheme = self.view.scheme
-            if self.range is not None:
+            if not scheme.quantizes_activations:
+                pass
+            elif self.range is not None:
                 ends = self.range if self.log_scale is None else self.range / self.own_scale()
                 inner = round_activation(inner, scheme, ends.min(), ends.max())
             elif scheme.symmetric:
