@@ -203,7 +203,7 @@ def round_heads(x: Tensor, label: Tensor | None, ends: Tensor | None, clusters: 
     index = None if label is None else label[:, None]
     low, high = cluster_ends(heads, index, clusters) if ends is None else ends[:, :, None]
     if index is not None:  # from clusters to their channels
-        low, high = (torch.take_along_dim(end, index, -1) for end in (low, high))
+        low, high = (end.gather(-1, index.expand(*end.shape[:-1], -1)) for end in (low, high))
     if symmetric:
         absmax = torch.maximum(-low, high)
         y = decode(encode(heads, absmax, bits), absmax_scale(absmax, bits))
@@ -360,11 +360,16 @@ def calibrated(
         progress: show a progress bar; None decides by the terminal.
 
     Raises:
-        CalibrationError: a module was not called, or read what is not finite.
+        CalibrationError: a module was not called, or read what is not finite, or another one is called.
     """
     seen: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def see(name: str, *tensors: Tensor) -> None:
+        if name not in found:
+            raise CalibrationError(
+                f"attention of {name!r} is called in the calibration data and was not in its first batch: put one that reaches "
+                "all of the model first"
+            )
         for what, x in zip(("query", "key", "value"), tensors, strict=True):
             count, _ = found[name].size(what)
             if not x.numel() or count_heads(x) % count:

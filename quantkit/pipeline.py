@@ -118,7 +118,7 @@ def _quantize(
         if static or label is not None:
             _check_walks_again(data, "calibrating attention, once linears are quantized,")
         attend = functools.partial(
-            calibrated, model, find_attention(model, piece), number_format, data, label, progress=progress
+            calibrated, model, find_attention(model, first), number_format, data, label, progress=progress
         )
     turned, rewrites = _rewrite(model, calibrators, (piece, first), seed, progress, undo)
 
