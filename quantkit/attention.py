@@ -436,7 +436,7 @@ def attach_attention(model: nn.Module, quantizers: Mapping[str, AttentionQuantiz
         owner.forward = functools.update_wrapper(functools.partial(_answered, owner, inner), inner)
 
 
-@torch.compiler.disable  # a mode that watches every function is not to be compiled
+@torch.compiler.disable(reason="quantkit simulates attention in a mode that watches every function")
 def _answered(owner: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     quantizer = owner._modules.get(CHILD)
     if quantizer is None:
