@@ -193,7 +193,8 @@ class OmniQuant:
     def _key(self, view: View, inputs: Stream, count: int) -> str:
         """Of everything that decides what the first block will learn, but its weights."""
         options = {k: v for k, v in asdict(self).items() if k not in ("offload", "folder")}
-        facts = {"options": options, "seed": view.seed, "scheme": view.sites[0].scheme.name, "fold": view.sites[0].fold_only}
+        schemes = ", ".join(sorted({site.scheme.name for site in view.sites}))
+        facts = {"options": options, "seed": view.seed, "scheme": schemes, "fold": view.sites[0].fold_only}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for i in range(count):
             digest.update(bytes_of(inputs[i]))
