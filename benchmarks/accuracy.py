@@ -171,6 +171,17 @@ for bits in ("w4a8", "w4a4"):
         for first, before in SMOOTHED.items():
             CANDIDATES[f"{bits}: {first}RPTQ(32), {scheme}"] = ours([*before, RPTQ(32)], f"{bits}{suffix}")
 
+for regime in (  # of RPTQ's paper: W4A16, W4A8, W4A4, W4A4KV, W4A3KV, W3A3KV; and those of its cache per token
+    "w4a16", "w4a8-static-asym-kv8-attention8", "w4a4-static-asym-norm8-kv4-attention4",
+    "w4a16-static-asym-kv4", "w4a16-static-asym-kv3", "w3a16-static-asym-kv3", "w4a16-kv4", "w4a16-kv3",
+):  # fmt: skip
+    one = quantkit.RPTQ(32, by="kmeans")
+    CANDIDATES |= {
+        f"{regime}: RTN": ours("rtn", regime),
+        f"{regime}: RPTQ(32, by='kmeans')": ours(one, regime),
+        f"{regime}: RPTQ(32, by='kmeans') + GPTQ": ours([one, "gptq"], regime),
+    }
+
 for size in (16, 32, 64, 128, "full"):
     CANDIDATES |= {
         f"Hadamard({size})": ours(Hadamard(size)),

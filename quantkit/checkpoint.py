@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quantkit.attention import CHILD, AttentionQuantizer, Heads, attach_attention, attention_quantizers
 from quantkit.compressed import METHOD as COMPRESSED
 from quantkit.compressed import parse
 from quantkit.errors import CheckpointError, ModelError, QuantkitError
@@ -39,12 +40,15 @@ from quantkit.transform import groups_fault
 
 RECORD_FILE = "quantkit.json"
 FORMAT_VERSION = 3
-READABLE = (2, 3)
+ATTENTION_VERSION = 4
+"""Of models whose attention is rounded: what knows nothing of that must not read them."""
+READABLE = (2, 3, 4)
 """Layers of version 2 have no clusters of channels; nothing else is new."""
 MAX_RECORD_BYTES = 64 * 2**20
 FILE_NAME = re.compile(r"[\w\- ][\w.\- ]{0,200}")
 LAYER_FACTS = {"in_features": int, "out_features": int, "scheme": str, "bias": bool, "rotation_block": int}
 LAYER_FACTS |= {"threshold": float, "outliers": int, "buffers": list, "groups": list}
+ATTENTION_FACTS = {"scheme": str, "queries": int, "keys": int, "width": int, "value_width": int, "clusters": int}
 OPTIONAL = ("pre_scale", "shift", "permutation", "rotation_signs", "outlier_index", "outlier_weight")
 DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
@@ -84,14 +88,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = Non
     tensors, tied = unshared(model.state_dict())
     with written_whole(target) as folder:
         files = _write_shards(tensors, folder, shard_bytes)
-        transformers_class = _write_transformers_files(model, folder, tokenizer)
+        attention = attention_records(model)
+        version = version_of(attention)
+        transformers_class = _write_transformers_files(model, folder, tokenizer, version)
         files += [p.name for p in sorted(folder.iterdir()) if p.name not in files and p.is_file()]
         layers = {name: layer_record(m) for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
         body = {
             "format": "quantkit",
-            "format_version": FORMAT_VERSION,
+            "format_version": version,
             "transformers_class": transformers_class,
             "layers": layers,
+            **({"attention": attention} if attention else {}),
             "tied": tied,
             "files": {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in files},
             "report": record.to_dict(),
@@ -139,7 +146,9 @@ def load(
     taken_apart = unfuse(model, only=body["layers"])
     try:
         layers = _empty_layers(model, body["layers"])
-        _check_fit(model, layers, stored, body["tied"])
+        quantizers = empty_quantizers(model, body.get("attention", {}), layers)
+        added = layers | {f"{name}.{CHILD}".removeprefix("."): quantizer for name, quantizer in quantizers.items()}
+        _check_fit(model, added, stored, body["tied"])
         record = _report_of(folder, body)
     except BaseException:
         put_back(model, taken_apart)
@@ -148,6 +157,7 @@ def load(
     tensors |= {alias: tensors[name] for alias, name in body["tied"].items()}
     for name, layer in layers.items():
         replace_module(model, name, layer)
+    attach_attention(model, quantizers)
     model.load_state_dict(tensors, strict=True, assign=True)
     retie: Any = getattr(model, "tie_weights", None)
     if retie is not None:
@@ -217,7 +227,7 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, shard_bytes: int) ->
     return names
 
 
-def _write_transformers_files(model: Any, folder: Path, tokenizer: Any) -> str | None:
+def _write_transformers_files(model: Any, folder: Path, tokenizer: Any, version: int) -> str | None:
     name = None
     if type(model).__module__.startswith("transformers.") and hasattr(model, "config"):
         name = type(model).__name__
@@ -225,7 +235,7 @@ def _write_transformers_files(model: Any, folder: Path, tokenizer: Any) -> str |
         config.pop("_name_or_path", None)
         config["architectures"] = [name]
         # Plain transformers must not take the integers for weights: the key makes it refuse or warn.
-        config["quantization_config"] = {"quant_method": "quantkit", "format_version": FORMAT_VERSION}
+        config["quantization_config"] = {"quant_method": "quantkit", "format_version": version}
         (folder / "config.json").write_text(json.dumps(config, indent=1, default=str), encoding="utf-8")
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)
@@ -247,6 +257,19 @@ def layer_record(layer: W8A8Linear) -> dict[str, Any]:
         "buffers": [name for name in OPTIONAL if getattr(layer, name) is not None],
         "groups": list(layer.groups),
     }
+
+
+def attention_records(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What :func:`empty_quantizers` needs to know, by the name of the module whose attention is rounded."""
+    return {
+        name: {"scheme": q.scheme.name, **vars(q.heads), "clusters": q.clusters}
+        for name, q in attention_quantizers(model).items()
+    }
+
+
+def version_of(attention: Any) -> int:
+    """The format of a model with these :func:`attention_records`, or none."""
+    return ATTENTION_VERSION if attention else FORMAT_VERSION
 
 
 # ---- reading
@@ -293,8 +316,11 @@ def _check_record(file: Path, body: dict[str, Any]) -> None:
         "tied": dict,
         "report": dict,
         "transformers_class": (str, type(None)),
+        **({"attention": dict} if body["format_version"] == ATTENTION_VERSION else {}),
     }
     bad = [key for key, kind in facts.items() if key not in body or not isinstance(body[key], kind)]
+    if not bad and bool(body.get("attention")) != ("attention" in facts):
+        bad.append("attention")
     if not bad:
         files, layers, tied = body["files"].values(), body["layers"].values(), body["tied"].values()
         bad += [] if all(_is_record(f, {"sha256": str, "bytes": int}) for f in files) else ["files"]
@@ -527,6 +553,8 @@ def empty_layer(name: str, facts: dict[str, Any]) -> W8A8Linear:
         layer = W8A8Linear(k, n, scheme=Scheme.parse(facts["scheme"]), bias=facts["bias"], groups=groups, device="meta")
     except QuantkitError as error:
         raise CheckpointError(f"layer {name!r}: {error}") from None
+    if layer.scheme != layer.scheme.of_linear():
+        raise CheckpointError(f"layer {name!r} has the scheme {facts['scheme']!r}, which says more than a linear does")
     layer.rotation_block, layer.threshold = block, facts["threshold"]
     room = {
         "pre_scale": torch.empty(k, device="meta"),
@@ -542,14 +570,38 @@ def empty_layer(name: str, facts: dict[str, Any]) -> W8A8Linear:
         setattr(layer, buffer, room[buffer])
     if (layer.outlier_index is None) != (layer.outlier_weight is None):
         raise CheckpointError(f"layer {name!r} has outlier_index or outlier_weight without the other")
-    if layer.threshold and (facts["buffers"] or block or groups or layer.scheme.is_static or not layer.scheme.symmetric):
+    if layer.threshold and (facts["buffers"] or block or groups or not layer.scheme.takes_threshold):
         raise CheckpointError(f"layer {name!r} has a threshold, which goes with symmetric scales per token and nothing else")
     return layer
 
 
+def empty_quantizers(model: nn.Module, records: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, AttentionQuantizer]:
+    """Quantizers on the meta device for modules of ``model``, none of which is among its INT8 ``layers``.
+
+    Raises:
+        CheckpointError: a record makes no sense, or there is no such module.
+    """
+    modules, quantizers = dict(model.named_modules()), {}
+    for name, facts in records.items():
+        if not _is_record(facts, ATTENTION_FACTS):
+            raise CheckpointError(f"the record of the attention of {name!r} is damaged")
+        heads, clusters = Heads(*(facts[key] for key in ("queries", "keys", "width", "value_width"))), facts["clusters"]
+        if name not in modules or name in layers or hasattr(modules[name], CHILD):
+            raise CheckpointError(f"the checkpoint quantizes the attention of {name!r}, which the model does not have")
+        fault = heads.fault or (None if 1 <= clusters <= max(heads.width, heads.value_width) else f"{clusters} clusters")
+        try:
+            scheme = Scheme.parse(facts["scheme"])
+        except QuantkitError as error:
+            raise CheckpointError(f"attention of {name!r}: {error}") from None
+        if fault or not scheme.quantizes_attention:
+            raise CheckpointError(f"attention of {name!r}: {fault or f'{scheme.name} does not quantize it'}")
+        quantizers[name] = AttentionQuantizer(scheme, heads, clusters, "meta")
+    return quantizers
+
+
 def _check_fit(
     model: nn.Module,
-    layers: dict[str, W8A8Linear],
+    layers: Mapping[str, nn.Module],
     stored: dict[str, Stored],
     tied: dict[str, str],
 ) -> None:

@@ -61,7 +61,8 @@ def quantize(
     scheme: Annotated[
         str,
         typer.Option(
-            help="w8a8 (dynamic, per token), w8a8-static, w8a8-asym, w8a8-static-asym; w4a8, w6a6, ... are simulations."
+            help="w8a8 (dynamic, per token), w8a8-static, w8a8-asym, w8a8-static-asym. Simulations: w4a8, w6a6, w4a16, "
+            "w4a16-kv4, w4a8-static-asym-kv8-attention8, w4a4-static-asym-norm8-kv4-attention4, ..."
         ),
     ] = "w8a8",
     calibration: Annotated[

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit._version import __version__
+from quantkit.attention import attention_quantizers
 from quantkit.checkpoint import CONFIG, INDEX, RECORD_FILE, WEIGHTS, inside, is_compressed, load, unshared, written_whole
 from quantkit.compressed import METHOD, describe
 from quantkit.errors import CheckpointError, ModelError
@@ -151,6 +152,11 @@ def _check(model: Any, record: Report, drop: bool, undo: bool) -> set[str]:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
     if not layers:
         raise ModelError("the model has no INT8 layer: quantize it with a scheme, such as 'w8a8'")
+    if attention_quantizers(model):
+        raise ModelError(
+            f"the attention of this model is rounded as {record.scheme} says, a simulation that {METHOD} does not know: "
+            "quantize with a scheme for linears only, 'w8a8'"
+        )
     originals = dict(_without_weights(model).named_modules())  # experts that are one tensor there have none
     for name, layer in layers.items():
         reason = _why_not(layer, originals.get(name), drop, undo)
@@ -181,7 +187,7 @@ def _why_not(layer: W8A8Linear, original: nn.Module | None, drop: bool, undo: bo
     if original is not None and is_conv1d(original):
         return "it is a Conv1D, which engines store transposed, and their INT8 kernels do not expect that; use quantkit.save()"
     if scheme.is_simulation:
-        return f"{scheme.name} simulates fewer than 8 bits, which its layout does not know; quantize with 8 bits, 'w8a8'"
+        return f"{scheme.name} simulates other bits than 8, which its layout does not know; quantize with 8 bits, 'w8a8'"
     if layer.groups:
         return "its channels have scales by cluster, and the layout has one for all; quantize with scales per token, 'w8a8'"
     if layer.threshold and not drop:

@@ -1,4 +1,4 @@
-"""The only module quantkit inserts: a linear that multiplies INT8 by INT8."""
+"""The module that quantkit puts in place of linears: it multiplies INT8 by INT8."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantkit import ops
 from quantkit.errors import MethodError, ModelError
-from quantkit.modules import weight_of
+from quantkit.modules import applied_but_float32, weight_of
 from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, absmax_scale, raised, range_scale, reach
 from quantkit.scheme import Scheme
 from quantkit.transform import Rotation, Transform, groups_fault
@@ -22,7 +22,8 @@ class W8A8Linear(nn.Linear):
     """``y = x W^T + b`` with INT8 weights and INT8 activations.
 
     The activation is rewritten by what could not be folded into its producer (usually nothing), quantized per
-    token (or with the static scale), multiplied exactly in int32, and rescaled in float32 to the dtype of ``x``.
+    token (or with the static scale), multiplied exactly in int32, and rescaled in float32 to the dtype of ``x``. Where the
+    scheme leaves activations in floating point, it is multiplied by :meth:`dequantized_weight` in float32.
 
     Args:
         in_features, out_features: K and N.
@@ -199,7 +200,10 @@ class W8A8Linear(nn.Linear):
         return x, side
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[..., K]`` floating point to ``[..., N]`` in the same dtype. Rows with NaN or Inf come out as NaN."""
+        """``[..., K]`` floating point to ``[..., N]`` in the same dtype. Rows with NaN or Inf come out as NaN.
+
+        With activations in floating point, as after any product of floats: infinities may stay such.
+        """
         return ops.linear(self, input.reshape(-1, self.in_features)).view(*input.shape[:-1], self.out_features)
 
     def dequantized_weight(self) -> Tensor:
@@ -247,13 +251,7 @@ class W8A8Linear(nn.Linear):
         return {**self.__dict__, "_packed": None}  # a copy packs its own weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> W8A8Linear:
-        # .to(dtype), .half() and the like move everything, but float32 scales stay float32.
-        keep = {n: b for n, b in self.named_buffers() if b.dtype == torch.float32 and n not in ("bias", "outlier_weight")}
-        super()._apply(fn, recurse)
-        for name, before in keep.items():
-            after = getattr(self, name)
-            if after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
+        applied_but_float32(self, fn, self._buffers.keys() - {"bias", "outlier_weight"})
         self._packed = None
         return self
 

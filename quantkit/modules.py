@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,19 @@ def weight_of(module: nn.Module) -> Tensor:
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of every linear, in registration order, each module once."""
     return {name: module for name, module in model.named_modules() if is_linear(module)}
+
+
+def applied_but_float32(module: nn.Module, fn: Any, names: Collection[str]) -> None:
+    """What ``Module._apply`` does to buffers, without another dtype for the float32 ones called ``names``.
+
+    So do ``.to(dtype)``, ``.half()`` and the like move everything, but float32 scales stay float32.
+    """
+    before = {n: b for n, b in module.named_buffers() if b.dtype == torch.float32 and n in names}
+    nn.Module._apply(module, fn)
+    for name, buffer in before.items():
+        after = getattr(module, name)
+        if after.dtype != buffer.dtype:
+            setattr(module, name, buffer.to(after.device))
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

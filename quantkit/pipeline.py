@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from quantkit.attention import AttentionQuantizer, attach_attention, calibrated, explained, find_attention
 from quantkit.calibrators import Calibrator, Codes, Plan, SiteView, Stage, View, resolve
-from quantkit.calibrators.base import rotation_ahead
+from quantkit.calibrators.base import HeadClusters, rotation_ahead
 from quantkit.data import _off, _peek, calibration_batches, probe_batch
 from quantkit.discovery import discover
 from quantkit.discovery.discover import NEVER_RAN
@@ -111,6 +112,14 @@ def _quantize(
     if static and any(c.stage == Stage.ROTATE for c in calibrators):
         _check_walks_again(data, "a static scale behind a rotation")
     piece = probe_batch(model, first)
+    attend = None
+    if number_format is not None and number_format.quantizes_attention:
+        label = next((c.label_head for c in calibrators if isinstance(c, HeadClusters) and c.head_clusters > 1), None)
+        if static or label is not None:
+            _check_walks_again(data, "calibrating attention, once linears are quantized,")
+        attend = functools.partial(
+            calibrated, model, find_attention(model, first), number_format, data, label, progress=progress
+        )
     turned, rewrites = _rewrite(model, calibrators, (piece, first), seed, progress, undo)
 
     orders = number_format is not None and any(c.stage == Stage.PARTITION for c in calibrators)
@@ -152,8 +161,9 @@ def _quantize(
     if all(isinstance(pattern, str) for pattern in (*ignore, *(targets or ()))):
         chosen_by = None if targets is None else tuple(map(str, targets))
         record.recipe = Recipe(tuple(calibrators), number_format, seed, tuple(map(str, ignore)), chosen_by).to_dict()
-    ranges = _static_ranges(model, views, data, seed, progress) if static else {}
-    _convert(model, views, codes, notes, kept, number_format, ranges, piece, record, progress)
+    fixed = [view for view in views if view.scheme.is_static]
+    ranges = _static_ranges(model, fixed, data, seed, progress) if static else {}
+    _convert(model, views, codes, notes, kept, number_format, ranges, attend, piece, record, progress)
     attach(model, record)
     log.info(record.summary)
     return model
@@ -181,7 +191,8 @@ def _check(model: nn.Module, calibrators: Sequence[Calibrator], scheme: Scheme |
         )
     if scheme is not None and scheme.is_simulation:
         log.warning(
-            "scheme %s is a simulation: codes of fewer bits, stored and multiplied as INT8, no smaller or faster", scheme.name
+            "scheme %s is a simulation: rounded as it says, but stored and computed with more bits, no smaller or faster",
+            scheme.name,
         )
 
 
@@ -207,6 +218,15 @@ def _check_chosen(linears: dict[str, nn.Module], kept: dict[str, str], sites: Se
     for name in names if scheme else ():
         assert scheme is not None
         check_exact(weight_of(linears[name]).shape[1], scheme, name)
+    if scheme is not None and scheme.norm_bits is not None and not any(_behind_norm(site) for site in sites):
+        raise ModelError(
+            f"scheme {scheme.name} gives bits to what norms write, and no linear alone reads the output of a norm: leave out "
+            "norm_bits"
+        )
+
+
+def _behind_norm(site: Site) -> bool:
+    return site.producer is not None and site.producer.kind == "norm"
 
 
 def _views(
@@ -219,7 +239,8 @@ def _views(
     views = []
     for site in sites:
         targets = {name: linears[name] for name in site.linears if name not in kept}
-        views.append(SiteView(site, scheme or Scheme(), scheme is None, Transform(), targets, statistics.get(site.name, {})))
+        own = (scheme or Scheme()).of_linear(behind_norm=_behind_norm(site))
+        views.append(SiteView(site, own, scheme is None, Transform(), targets, statistics.get(site.name, {})))
     return views
 
 
@@ -386,8 +407,8 @@ def _transform_fault(transform: Transform, view: SiteView, stage: Stage) -> str 
             return (
                 "a threshold is in the units of the model's own activation: nothing may scale or mix it; take columns instead"
             )
-        if view.scheme.is_static or not view.scheme.symmetric:
-            return "a threshold goes with symmetric scales per token only, such as scheme='w8a8'"
+        if not view.scheme.takes_threshold:
+            return "a threshold goes with activations that have symmetric scales per token, such as scheme='w8a8'"
     groups = transform.groups or view.transform.groups
     if transform.groups is not None and (wrong := groups_fault(transform.groups, k)):
         return wrong
@@ -508,6 +529,7 @@ def _convert(
     kept: dict[str, str],
     scheme: Scheme | None,
     ranges: dict[str, tuple[Tensor, Tensor]],
+    attend: Callable[[], dict[str, AttentionQuantizer]] | None,
     piece: Any,
     record: Report,
     progress: bool | None,
@@ -541,7 +563,7 @@ def _convert(
                 else:
                     factor = factors.pop(name, None)
                     new = _to_int8(
-                        linear, view, leftovers[view.name], factor, codes.get(name), view.clips.get(name), scheme,
+                        linear, view, leftovers[view.name], factor, codes.get(name), view.clips.get(name),
                         ranges.get(view.name),
                     )  # fmt: skip
                     layer.sqnr_db = _output_sqnr(view, linear, new, folded.get(view.name), factor, order)
@@ -549,10 +571,16 @@ def _convert(
                         new.reorder_rows(sources.pop(name))
                     layer.kind = "int8"
                     layer.at_run_time = leftovers[view.name].without("groups").steps
+                    if view.scheme != scheme.of_linear():
+                        layer.notes["scheme"] = view.scheme.name
                     replace_module(model, name, new)
                 record.layers.append(layer)
         for name in factors | sources:
             _change_float(model.get_submodule(name), None, factors.get(name), None, sources.get(name))
+        if attend is not None:
+            quantizers = attend()  # of the model that will run: folds have changed its values, and rounding all the rest
+            attach_attention(model, quantizers)
+            record.rewrites += explained(quantizers)
     except BaseException:
         log.error("the conversion stopped half way: this model object is unusable, load it again")
         raise
@@ -626,7 +654,6 @@ def _to_int8(
     factor: Tensor | None,
     codes: Codes | None,
     clip: Tensor | None,
-    scheme: Scheme,
     input_range: tuple[Tensor, Tensor] | None,
 ) -> W8A8Linear:
     weight = weight_of(linear).float()
@@ -639,8 +666,8 @@ def _to_int8(
         assert leftover.outliers is not None
         side = side / leftover.scale[leftover.outliers]
     if codes is None:
-        per_tensor = scheme.weights == "tensor"
-        codes = Codes(*quantize_weight(inner, scheme.weight_bits, per_tensor=per_tensor, groups=groups, clip=clip))
+        per_tensor, bits = view.scheme.weights == "tensor", view.scheme.weight_bits
+        codes = Codes(*quantize_weight(inner, bits, per_tensor=per_tensor, groups=groups, clip=clip))
     scale = codes.scale
     if factor is not None:  # a row factor only moves the scale of the row: the codes stay
         rows = torch.ones(len(weight), device=weight.device)
@@ -649,7 +676,7 @@ def _to_int8(
         bias = None if bias is None else bias * rows
         side = None if side is None else side * rows[:, None]
     return W8A8Linear.from_float(
-        linear, scheme=scheme, codes=codes.codes, weight_scale=scale, bias=bias, leftover=leftover,
+        linear, scheme=view.scheme, codes=codes.codes, weight_scale=scale, bias=bias, leftover=leftover,
         outlier_weight=side, input_range=input_range,
     )  # fmt: skip
 

@@ -58,7 +58,7 @@ class Report:
         calibration_sha256: of the tensors of the data, in order; None where none was read.
         equivalence: relative error of the folded float model against the original on one batch.
         layers: one record per linear.
-        rewrites: what was done to the float model as a whole, before anything else.
+        rewrites: what was done to the model as a whole, beside its linears: a rotation before, attention after them.
         recipe: all arguments that decided it, for :meth:`quantkit.Recipe.from_dict`; None in reports of older versions, and
             where a layer was chosen by its class.
     """

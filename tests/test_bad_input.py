@@ -130,9 +130,18 @@ def test_refused(case: str) -> None:
 
 @pytest.mark.parametrize("bits", [1, 9, 0, -8, 8.0, "8", True, None])
 def test_bits(bits: Any) -> None:
-    for name in ("weight_bits", "activation_bits"):
+    for name in ("weight_bits", "activation_bits", "kv_bits", "attention_bits", *(["norm_bits"] if bits is not None else [])):
         with pytest.raises(SchemeError, match=name):
             Scheme(**{name: bits})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["w16a8", "w8a9", "w8a12", "w4a16-kv16", "w4a16-kv", "w4a16-kv4-norm8", "w8a8-attention16", "w4a16-asym", "a8"],
+)
+def test_names_of_schemes(name: str) -> None:
+    with pytest.raises(SchemeError):
+        Scheme.parse(name)
 
 
 @pytest.mark.parametrize("options", [{"weights": "row"}, {"activations": "channel"}, {"weights": None}])

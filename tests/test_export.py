@@ -343,7 +343,7 @@ def test_outliers_are_refused_or_dropped(method: Any, match: str, tmp_path: Path
 
 
 def test_other_refusals(tmp_path: Path) -> None:
-    refused(quantized("rtn", "w4a8"), tmp_path, "w4a8 simulates fewer than 8 bits")
+    refused(quantized("rtn", "w4a8"), tmp_path, "w4a8 simulates other bits than 8")
     refused(quantkit.quantize(gpt2(), "rtn", calibration=[tokens()], progress=False), tmp_path, "Conv1D")
     refused(quantkit.quantize(mlp(), "rtn", calibration=[normal(2, 9, 16)], progress=False), tmp_path, "no transformers model")
     refused(quantized(SmoothQuant(0.5), None), tmp_path, "no INT8 layer")

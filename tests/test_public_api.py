@@ -21,7 +21,7 @@ ROOMS = [
     {"ops"},
     {"linear", "experts"},
     {"discovery", "data"},
-    {"fold", "turn", "observe", "calibrators"},
+    {"fold", "turn", "observe", "attention", "calibrators"},
     {"pipeline", "compressed", "checkpoint", "export", "evaluate", "recipe"},
     {"integrations"},
     {"__init__"},

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quantkit
-from quantkit import RTN, Plan, Range, Scheme, SmoothQuant, Stage, TokenSample, Transform, W8A8Linear
+from quantkit import RTN, Plan, Range, Scheme, SchemeError, SmoothQuant, Stage, TokenSample, Transform, W8A8Linear
 from quantkit.calibrators import SiteView
 from quantkit.calibrators.smoothquant import DEAD, smooth_scale
 from quantkit.modules import linears_of, weight_of
@@ -124,11 +124,26 @@ def test_schemes(name: str) -> None:
         )
 
 
-@given(st.integers(2, 8), st.integers(2, 8), *[st.booleans()] * 3)
-def test_scheme_names_read_back(w: int, a: int, per_tensor: bool, static: bool, symmetric: bool) -> None:
-    scheme = Scheme(w, a, "tensor" if per_tensor else "channel", "tensor" if static else "token", symmetric)
+BITS = st.integers(2, 8) | st.just(16)
+
+
+@given(st.integers(2, 8), *[st.booleans()] * 3, *[BITS] * 3, BITS | st.none())
+def test_scheme_names_read_back(
+    w: int, per_tensor: bool, static: bool, symmetric: bool, a: int, kv: int, attention: int, norm: int | None
+) -> None:
+    granularity: Any = ("tensor" if per_tensor else "channel", "tensor" if static else "token", symmetric)
+    if {a, kv, attention, norm} <= {16, None} and (static or not symmetric):
+        with pytest.raises(SchemeError, match="no activation is quantized"):
+            Scheme(w, a, *granularity, kv, attention, norm)
+        return
+    scheme = Scheme(w, a, *granularity, kv, attention, norm)
     assert Scheme.parse(scheme.name) == Scheme.parse(scheme) == scheme
-    assert scheme.is_simulation == ((w, a) != (8, 8))
+    assert scheme.is_simulation == ((w, a, kv, attention) != (8, 8, 16, 16) or norm not in (None, 8))
+    for behind_norm in (False, True):
+        own = scheme.of_linear(behind_norm=behind_norm)
+        bits = norm if behind_norm and norm is not None else a
+        assert own == Scheme(w, bits, granularity[0], *(granularity[1:] if bits != 16 else ()))
+        assert own.of_linear() == own
 
 
 def test_simulations_say_so(caplog: pytest.LogCaptureFixture) -> None:

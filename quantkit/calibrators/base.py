@@ -170,6 +170,26 @@ class Foreseen(Protocol):
         """The rotation that it will apply to this site, None for none. Calibrators before it see it as ``rotation_ahead``."""
 
 
+@runtime_checkable
+class HeadClusters(Protocol):
+    """What a calibrator may offer besides, for schemes that quantize attention: clusters of the channels of each head.
+
+    Attributes:
+        head_clusters: at most so many for each head; 1 for none.
+    """
+
+    head_clusters: int
+
+    def label_head(self, low: Tensor, high: Tensor, symmetric: bool, name: str) -> Tensor:
+        """Cluster ``[D]`` int64, from 0 up, of each channel of the head called ``name``.
+
+        Args:
+            low, high: ``[P, D]`` float32, what channels reached in calibration in each of P tensors that share the clusters.
+            symmetric: whether codes are symmetric.
+            name: of the module and the head.
+        """
+
+
 def rotation_ahead(site: SiteView, later: Sequence[Calibrator]) -> Rotation | None:
     """The rotation that ``later`` calibrators will apply to ``site``, where it can be told; orders in between move blocks."""
     for calibrator in later:

@@ -176,8 +176,9 @@ class GPTQ:
 
 
 def as_rounded(x: Tensor, scheme: Scheme) -> Tensor:
-    """``x [T, K]`` after the rounding of a dynamic scheme; as it is for a static one, whose range is not known here."""
-    if scheme.is_static:
+    """``x [T, K]`` after the rounding of a dynamic scheme; as it is for a static one, whose range is not known here, and where
+    activations stay in floating point."""
+    if scheme.is_static or not scheme.quantizes_activations:
         return x
     codes, scale, zero = quantize_rows(x, bits=scheme.activation_bits, symmetric=scheme.symmetric)
     return decode(codes, scale, 0 if zero is None else zero)

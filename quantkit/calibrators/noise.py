@@ -36,6 +36,7 @@ def noise(x: Tensor, counts: Tensor, w: Tensor, scheme: Scheme, rotation: Rotati
     x_top = x.abs().amax(1, keepdim=True) if not scheme.is_static else x.abs().amax()
     w_top = w2.amax(1, keepdim=True) if scheme.weights == "channel" else w2.amax()
     x_step, w_step = (x_top / qmax(scheme.activation_bits)) ** 2 / 12, w_top / qmax(scheme.weight_bits) ** 2 / 12
+    x_step = x_step if scheme.quantizes_activations else torch.zeros_like(x_step)
     from_x = (counts @ torch.minimum(x2, x_step)) @ w2.sum(0)
     from_w = (counts @ x2) @ torch.minimum(w2, w_step).sum(0)
     return float(from_x + from_w)

@@ -193,7 +193,8 @@ class OmniQuant:
     def _key(self, view: View, inputs: Stream, count: int) -> str:
         """Of everything that decides what the first block will learn, but its weights."""
         options = {k: v for k, v in asdict(self).items() if k not in ("offload", "folder")}
-        facts = {"options": options, "seed": view.seed, "scheme": view.sites[0].scheme.name, "fold": view.sites[0].fold_only}
+        schemes = ", ".join(sorted({site.scheme.name for site in view.sites}))
+        facts = {"options": options, "seed": view.seed, "scheme": schemes, "fold": view.sites[0].fold_only}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for i in range(count):
             digest.update(bytes_of(inputs[i]))
@@ -316,7 +317,9 @@ class LearnedSite:
         if self.last is None or self.last[0] is not x:
             inner, side = self.transform().activation(x)
             scheme = self.view.scheme
-            if self.range is not None:
+            if not scheme.quantizes_activations:
+                pass
+            elif self.range is not None:
                 ends = self.range if self.log_scale is None else self.range / self.own_scale()
                 inner = round_activation(inner, scheme, ends.min(), ends.max())
             elif scheme.symmetric:

@@ -44,6 +44,8 @@ class RPTQ(PerSite):
         by: ``"tiles"`` or ``"kmeans"``.
         tile: channels of a tile, for ``"tiles"``. Sites with fewer than two of them for each cluster are cut into smaller ones.
         seed: of K-means.
+        head_clusters: at most so many for the keys (and queries) of each head and as many for its values, where the scheme
+            quantizes attention; 1 for none. Nothing is reordered there.
 
     Raises:
         MethodError: a value is something else.
@@ -57,9 +59,10 @@ class RPTQ(PerSite):
     by: Literal["tiles", "kmeans"] = "tiles"
     tile: int = 128
     seed: int = 0
+    head_clusters: int = 4
 
     def __post_init__(self) -> None:
-        for what, least in (("clusters", 1), ("tile", 1), ("seed", 0)):
+        for what, least in (("clusters", 1), ("tile", 1), ("seed", 0), ("head_clusters", 1)):
             value = getattr(self, what)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise MethodError(f"RPTQ({what}={value!r}): {what} is a whole number from {least} up")
@@ -71,6 +74,7 @@ class RPTQ(PerSite):
             return Transform(), {"clusters": "no: nothing is rounded"}
         carriers, k = site.site.carriers, site.site.channels
         low, high, weight, unit = _channels(site)
+        symmetric = site.scheme.symmetric and site.scheme.quantizes_activations  # else both ends tell channels apart
         runs = 1
         if unit == 1 and carriers is not None and carriers.span < k and self.clusters >= 2 * (k // carriers.span):
             # Each head can have clusters of its own, and then no channel leaves its head: its rows can be reordered.
@@ -79,9 +83,8 @@ class RPTQ(PerSite):
         order, groups = [], []
         for first in range(0, len(low), len(low) // runs):
             part = slice(first, first + len(low) // runs)
-            mine, sizes = self._clusters(
-                site, low[part].cpu(), high[part].cpu(), weight[part].cpu(), self.clusters // runs, unit
-            )
+            ranges = low[part].cpu(), high[part].cpu(), weight[part].cpu()
+            mine, sizes = self._clusters(*ranges, self.clusters // runs, symmetric, site.name, unit)
             order.append(mine + first)
             groups += [size * unit for size in sizes]
         permutation = (torch.cat(order)[:, None] * unit + torch.arange(unit)).flatten()
@@ -93,19 +96,28 @@ class RPTQ(PerSite):
             {"clusters": len(groups)},
         )
 
+    def label_head(self, low: Tensor, high: Tensor, symmetric: bool, name: str) -> Tensor:
+        low, high = low.clamp_max(0).cpu(), high.clamp_min(0).cpu()
+        if self.by == "tiles":  # channels are sorted by one range
+            low, high = low.amin(0), high.amax(0)
+        order, sizes = self._clusters(low, high, torch.ones(low.shape[-1]), self.head_clusters, symmetric, name)
+        label = torch.empty_like(order)
+        label[order] = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        return label
+
     def _clusters(
-        self, site: SiteView, low: Tensor, high: Tensor, weight: Tensor, count: int, unit: int
+        self, low: Tensor, high: Tensor, weight: Tensor, count: int, symmetric: bool, name: str, unit: int = 1
     ) -> tuple[Tensor, list[int]]:
-        """An order of these channels, or of units of them, widest cluster first, and sizes of at most ``count`` clusters."""
-        if site.scheme.symmetric:
+        """Order of channels ``[..., K]`` or of units of them, widest cluster first, and sizes of at most ``count`` clusters."""
+        if symmetric:
             high = torch.maximum(high, -low)
             low = -high
-        live = high > low
-        count = min(count, len(torch.stack([low, high], 1)[live].unique(dim=0)))
+        points, live = points_of(low, high)
+        count = min(count, len(points[live].unique(dim=0)))
         if count <= 1:
-            return torch.arange(len(low)), [len(low)]
+            return torch.arange(len(points)), [len(points)]
         if self.by == "kmeans":
-            random = torch.Generator().manual_seed(self.seed + zlib.crc32(site.name.encode()))
+            random = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
             return by_kmeans(low, high, count, random)
         return by_tiles(low, high, weight, count, max(1, self.tile // unit))
 
@@ -128,17 +140,23 @@ def _channels(site: SiteView) -> tuple[Tensor, Tensor, Tensor, int]:
     return low.view(-1, unit).amin(1), high.view(-1, unit).amax(1), weight.view(-1, unit).sum(1), unit
 
 
+def points_of(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Points ``[K, 2]`` of channels with ranges ``[K]``, or ``[K, 2 P]`` of P ranges each ``[P, K]``, and which ever fired."""
+    low, high = torch.atleast_2d(low, high)
+    return torch.cat([low, high]).t(), (high > low).any(0)
+
+
 def by_kmeans(low: Tensor, high: Tensor, count: int, random: torch.Generator) -> tuple[Tensor, list[int]]:
     """Order ``[K]`` and sizes of at most ``count`` clusters of the points ``(low, high)``; dead ones join the narrowest."""
-    live = high > low
-    points = torch.stack([low, high], 1)[live].double()
+    points, live = points_of(low, high)
+    points = points[live].double()
     best = (float("inf"), torch.zeros(len(points), dtype=torch.long))
     for _ in range(STARTS):
         best = min(best, _kmeans(points, count, random), key=lambda found: found[0])
-    label = torch.zeros(len(low), dtype=torch.long)
+    label = torch.zeros(len(live), dtype=torch.long)
     label[live] = best[1]
     used = best[1].unique()
-    width = torch.stack([(high - low)[live & (label == c)].max() for c in used])
+    width = torch.stack([(high - low)[..., live & (label == c)].max() for c in used])
     rank = torch.full((count,), len(used) - 1)
     rank[used[width.argsort(descending=True, stable=True)]] = torch.arange(len(used))
     label = torch.where(live, rank[label], len(used) - 1)
@@ -146,7 +164,7 @@ def by_kmeans(low: Tensor, high: Tensor, count: int, random: torch.Generator) ->
 
 
 def _kmeans(points: Tensor, count: int, random: torch.Generator) -> tuple[float, Tensor]:
-    """Sum of squared distances and label ``[n]`` of ``points [n, 2]``, from centres drawn far from each other."""
+    """Sum of squared distances and label ``[n]`` of ``points [n, p]``, from centres drawn far from each other."""
     centers = points[torch.randint(len(points), (1,), generator=random)]
     while len(centers) < count:
         far = torch.cdist(points, centers).amin(1).square()

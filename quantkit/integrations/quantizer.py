@@ -18,8 +18,18 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
+from quantkit.attention import attach_attention, attention_quantizers, detach_attention, explained
 from quantkit.calibrators import RTN, LLMInt8, resolve
-from quantkit.checkpoint import FORMAT_VERSION, READABLE, empty_layer, from_version_2, layer_record
+from quantkit.checkpoint import (
+    FORMAT_VERSION,
+    READABLE,
+    attention_records,
+    empty_layer,
+    empty_quantizers,
+    from_version_2,
+    layer_record,
+    version_of,
+)  # fmt: skip
 from quantkit.errors import CheckpointError, MethodError, ModelError
 from quantkit.experts import unfuse
 from quantkit.linear import W8A8Linear, check_exact
@@ -50,6 +60,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             samples its own. They are not saved.
         seed: of whatever is drawn.
         layers: names and formats of the INT8 layers of a saved model.
+        attention: the same of the modules whose attention is rounded, if any.
 
     Raises:
         MethodError, SchemeError: for what :func:`quantkit.quantize` would refuse.
@@ -66,6 +77,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         tokenizer: Any = None,
         seed: int = 0,
         layers: dict[str, dict[str, Any]] | None = None,
+        attention: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -80,7 +92,9 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = NAME
         if layers and format_version == 2:
             layers = {name: from_version_2(facts) for name, facts in layers.items()}
-        self.format_version = FORMAT_VERSION
+        if bool(attention) != (format_version == version_of(True)):
+            raise CheckpointError("the model's config.json is damaged: 'attention' does not go with its format version")
+        self.format_version, self.attention = version_of(attention), attention
         self.scheme = Scheme.parse(scheme).name
         self.ignore, self.threshold, self.seed, self.layers = list(ignore), threshold, seed, layers
         self._calibration, self._tokenizer = calibration, tokenizer
@@ -107,12 +121,16 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @property
     def streams(self) -> bool:
-        """Whether weights can be rounded while they are read."""
+        """Whether weights can be rounded while they are read: nothing has to be known of the model."""
+        scheme = Scheme.parse(self.scheme)
+        if scheme.quantizes_attention or scheme.norm_bits is not None:
+            return False
         return all(isinstance(c, RTN) or (isinstance(c, LLMInt8) and c.threshold) for c in self._calibrators)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; without calibration data."""
-        return {name: copy.deepcopy(value) for name, value in vars(self).items() if not name.startswith("_")}
+        names = {name for name in vars(self) if not name.startswith("_")} - (set() if self.attention else {"attention"})
+        return {name: copy.deepcopy(value) for name, value in vars(self).items() if name in names}
 
     def __deepcopy__(self, memo: Any) -> QuantKitConfig:
         new = copy.copy(self)  # transformers copies configs again and again; data, perhaps a generator, is not to be copied
@@ -200,6 +218,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
             if name not in linears:
                 raise CheckpointError(f"config.json has an INT8 layer {name!r}, and the model has no such linear")
             replace_module(model, name, empty_layer(name, record))
+        attach_attention(model, empty_quantizers(model, self.quantization_config.attention or {}, records))
 
     def _expect_float(self, model: Any) -> None:
         """Put INT8 layers in place whose weight is still to be rounded."""
@@ -208,8 +227,11 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         if scheme.is_static:
             raise MethodError(f"scheme {config.scheme!r} needs data for its static scales: give a method that reads data")
         threshold = next((float(c.threshold) for c in config._calibrators if isinstance(c, LLMInt8) and c.threshold), 0.0)
-        if threshold and not scheme.symmetric:
-            raise MethodError(f"a threshold goes with symmetric scales only, and not with {config.scheme!r}: take 'w8a8'")
+        if threshold and not scheme.takes_threshold:
+            raise MethodError(
+                f"a threshold goes with activations that have symmetric scales, and not with {config.scheme!r}: take 'w8a8', "
+                "or method='rtn'"
+            )
         linears = linears_of(model)
         for pattern in config.ignore:
             if not any(matches(name, linear, pattern) for name, linear in linears.items()):
@@ -251,7 +273,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
             ]
             layers += [LayerRecord(name, "float", reason=reason) for name, reason in self._kept.items()]
             report = Report(config.method, config.scheme, config.seed, "not needed")
-            report.layers = layers
+            report.layers, report.rewrites = layers, explained(attention_quantizers(model))
             attach(model, report)
         mark(model, config)
         return model
@@ -271,6 +293,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, layer in list(model.named_modules()):
             if isinstance(layer, W8A8Linear):
                 replace_module(model, name, layer.to_float(dtype or model.dtype))
+        detach_attention(model)
         if hasattr(model, RECORD):
             delattr(model, RECORD)
         return model
@@ -287,7 +310,8 @@ def mark(model: Any, config: QuantKitConfig | None = None) -> None:
         report: Report = getattr(model, RECORD)
         threshold = max(record["threshold"] for record in layers.values())
         config = QuantKitConfig(report.method, report.scheme or "w8a8", threshold=threshold, seed=report.seed, layers=layers)
-    config.layers = layers
+    config.layers, config.attention = layers, attention_records(model) or None
+    config.format_version = version_of(config.attention)
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method = True, NAME
     if getattr(model, "hf_quantizer", None) is None:
