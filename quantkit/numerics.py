@@ -59,14 +59,16 @@ def peaks(groups: tuple[int, ...], symmetric: bool) -> Tensor:
     return torch.tensor([float(size * (127**2 if symmetric else 255 * 127)) for size in groups])
 
 
-def on_grid(y: Tensor, peak: Tensor) -> Tensor:
-    """``y [M, N]`` as int32, rounded half to even to a multiple of the least ``2**e``, ``e >= 0``, with ``peak < 2**(22 + e)``.
+def on_grid(a: Tensor, b: Tensor, peak: Tensor) -> Tensor:
+    """``a * b`` as int32, rounded once, half to even, to a multiple of the least ``2**e``, ``e >= 0``, with ``peak < 2**(22 + e)``.
+
+    ``a [M, N]`` and ``b [N]`` are float32, of which float64 holds the product exactly.
 
     ``peak [M, 1]`` float32 bounds a token's sums. A grid of 2**23 points across them is far finer than the noise of rounding,
     and a kernel gets there by adding a number and reading the bits, in half the time that conversions take.
     """
     grid = torch.exp2(((peak.view(torch.int32) >> 23) - 148).clamp_min(0).double())
-    return (torch.round(y.double() / grid) * grid).to(torch.int32)
+    return (torch.round(a.double() * b.double() / grid) * grid).to(torch.int32)
 
 
 def within(values: Tensor, reach: Tensor) -> Tensor:

@@ -593,10 +593,10 @@ def test_segments_against_int64(data: st.DataObject) -> None:
         for i, acc in enumerate(accs):
             if i:
                 step = sx[:, i - 1] / sx[:, i]
-                factor = total.float() * step[:, None] * (sw[:, i - 1] / sw[:, i])
+                factor = (total.float() * step[:, None]).double() * (sw[:, i - 1] / sw[:, i]).double()
                 peak = peak * (step * (2 + 2.0**-9))
                 grid = torch.tensor([2.0 ** max(0, math.frexp(float(p))[1] - 22) for p in peak], dtype=torch.float64)[:, None]
-                total = ((factor.double() / grid).round() * grid).long()
+                total = ((factor / grid).round() * grid).long()
             peak = peak + groups[i] * 127 * (127 if zeros is None else 255)
             assert bool((total.abs() <= peak[:, None]).all())
             total = total + acc - (0 if zeros is None else zeros[:, i : i + 1] * sums[i])
@@ -619,9 +619,9 @@ def test_no_sum_leaves_int32(groups: list[int], symmetric: bool, data: st.DataOb
     for i, (size, most) in enumerate(zip(groups, peaks(tuple(groups), symmetric), strict=True)):
         if i:
             peak = peak * ((sx[i - 1] / sx[i]) * WIDENED)
-            y = total.float() * (sx[i - 1] / sx[i]) * (sw[i - 1] / sw[i])
-            assert y < 2**31
-            total = on_grid(y.view(1), peak)[0].long()
+            y, step = (total.float() * (sx[i - 1] / sx[i])).view(1), sw[i - 1] / sw[i]
+            assert y.double() * step < 2**31
+            total = on_grid(y, step, peak)[0].long()
         total += size * 127 * (127 if symmetric else 255)
         peak = peak + most
         assert total < 2**31
@@ -633,7 +633,7 @@ def test_sums_on_a_grid(share: float, peak: float) -> None:
     """To the nearest of at least 2**22 steps up to the peak; as bits of a float32 sum, which is how kernels get there."""
     y, top = torch.tensor([share]) * peak, torch.tensor([peak])
     e = max(0, math.frexp(peak)[1] - 22)
-    got = on_grid(y, top)
+    got = on_grid(y, torch.ones(1), top)
     assert abs(int(got) - float(y)) <= 2.0 ** (e - 1)
     assert int(got) % 2**e == 0
     magic = torch.tensor([1.5 * 2.0 ** (23 + e)])

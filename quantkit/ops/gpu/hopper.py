@@ -116,13 +116,20 @@ def halves(x, BN: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def rescaled(acc, column: gl.constexpr, sx, zero, columns, WIDTH: gl.constexpr, ZERO: gl.constexpr):
-    """``acc [64, WIDTH]``, which starts at ``column`` of the tile, in float32."""
+def factors(acc, column: gl.constexpr, sx, zero, columns, WIDTH: gl.constexpr, ZERO: gl.constexpr):
+    """What to multiply: ``acc [64, WIDTH]``, which starts at ``column`` of the tile, times ``sx``, and the scales ``[1, WIDTH]``."""
     along: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
     if ZERO:
         sums = columns.index(2).slice(column, WIDTH).load(along).to(gl.int32, bitcast=True)
         acc = acc - zero[:, None] * sums[None, :]
-    return (acc.to(gl.float32) * sx[:, None]) * columns.index(0).slice(column, WIDTH).load(along)[None, :]
+    return acc.to(gl.float32) * sx[:, None], columns.index(0).slice(column, WIDTH).load(along)[None, :]
+
+
+@gluon.jit
+def rescaled(acc, column: gl.constexpr, sx, zero, columns, WIDTH: gl.constexpr, ZERO: gl.constexpr):
+    """``acc [64, WIDTH]``, which starts at ``column`` of the tile, in float32."""
+    a, b = factors(acc, column, sx, zero, columns, WIDTH, ZERO)
+    return a * b
 
 
 @gluon.jit
@@ -213,7 +220,8 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                 most = gl.load(PEAKS + g)
                 step = quotient(before_sx, sx)
                 peak = peak * (step * GROWTH)
-                acc = warpgroup_mma_init(on_grid(rescaled(acc, 0, step, zero, columns, BN, ZERO), peak[:, None]))
+                a, b = factors(acc, 0, step, zero, columns, BN, ZERO)
+                acc = warpgroup_mma_init(on_grid(a, b, peak[:, None]))
                 peak += most
                 put_columns(columns, sw, sums, ZERO)
                 before_sx, sx = sx, next_sx
@@ -380,7 +388,7 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
             if g < SEGMENTS - 1:
                 step = quotient(sx, next_sx)
                 peak = (peak + most) * (step * GROWTH)
-                total = on_grid((total.to(gl.float32) * step[None, :]) * sw[:, None], peak[None, :])
+                total = on_grid(total.to(gl.float32) * step[None, :], sw[:, None], peak[None, :])
                 acc = warpgroup_mma_init(total)
                 start, upto, sx = upto, next_upto, next_sx
         y = (total.to(gl.float32) * sx[None, :]) * sw[:, None]

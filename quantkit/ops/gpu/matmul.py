@@ -30,11 +30,11 @@ def tile_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def on_grid(y, peak):
-    """:func:`quantkit.numerics.on_grid`: ``1.5 * 2**(23 + e) + y`` has y in its low bits, rounded."""
+def on_grid(a, b, peak):
+    """:func:`quantkit.numerics.on_grid` of ``a * b``: ``1.5 * 2**(23 + e) + a b``, rounded once, has it in its low bits."""
     e = tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) - 148, 0)
     magic = ((e + 150) << 23) | 0x400000
-    bits = (y + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    bits = tl.fma(a, b, magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
     # by a factor that the compiler does not know to be 2**e: multiply and add are one instruction, shift and subtract are two
     return bits * ((e + 127) << 23).to(tl.float32, bitcast=True).to(tl.int32) - (magic << e)
 
@@ -71,8 +71,8 @@ def multiply_tile(
                 x_step = tl.div_rn(sx, following)
                 x_step = tl.where(x_step == x_step, x_step, 0.0)  # of a row that becomes NaN
                 peak = peak * (x_step * GROWTH)
-                y = acc.to(tl.float32) * x_step[:, None] * tl.load(SW + (g - 1) * N + column)[None, :]
-                acc = on_grid(y, peak[:, None])
+                w_step = tl.load(SW + (g - 1) * N + column)
+                acc = on_grid(acc.to(tl.float32) * x_step[:, None], w_step[None, :], peak[:, None])
                 sx = following
             peak += tl.load(PEAKS + g)
             first, last = tl.multiple_of(tl.load(BORDERS + g), 16), tl.multiple_of(tl.load(BORDERS + g + 1), 16)
