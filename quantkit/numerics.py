@@ -50,17 +50,20 @@ def reach(groups: tuple[int, ...], symmetric: bool) -> tuple[Tensor, Tensor]:
     return torch.tensor(both) / weights, weights
 
 
-WIDENED = WIDEST * (1 + 2.0**-10)
-"""By how much a weight's step may make sums grow, and more than rounding adds to that."""
+SLACK = 1 + 2.0**-10
+"""More than rounding at a border adds to sums."""
 
 
 def peaks(groups: tuple[int, ...], symmetric: bool) -> Tensor:
-    """The largest sum that each cluster's products can have: ``[G]`` float32."""
-    return torch.tensor([float(size * (127**2 if symmetric else 255 * 127)) for size in groups])
+    """The largest sum that each cluster's products can have, as large as steps of weights can ever make it: ``[G]`` float32.
+
+    From cluster i to any later j these steps are ``scale_i / scale_j`` together, which is within its reach, at most ``WIDEST``.
+    """
+    return torch.tensor([WIDEST * size * (127**2 if symmetric else 255 * 127) for size in groups])
 
 
 def on_grid(a: Tensor, b: Tensor, peak: Tensor) -> Tensor:
-    """``a * b`` as int32, rounded once, half to even, to a multiple of the least ``2**e``, ``e >= 0``, with ``peak < 2**(22 + e)``.
+    """``a * b`` as int32, rounded once, half to even, to a multiple of the least ``2**e >= 1`` with ``peak < 2**(22 + e)``.
 
     ``a [M, N]`` and ``b [N]`` are float32, of which float64 holds the product exactly.
 

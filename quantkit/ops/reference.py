@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantkit.numerics import (
-    WIDENED,
+    SLACK,
     absmax_scale,
     encode_asymmetric,
     encode_clusters,
@@ -149,7 +149,8 @@ def segment_epilogue(
     """``y = acc * x_scale * weight_scale + side + bias`` of clusters of channels, with the scales of the last one.
 
     From cluster g to the next, ``acc`` becomes ``acc * (x_scale_g / x_scale_g+1) * (weight_scale_g / weight_scale_g+1)``, the
-    first product in float32, the second rounded once, :func:`quantkit.numerics.on_grid`; each cluster adds ``acc_g - zero_g * weight_sum_g``.
+    first product in float32, the second rounded once, :func:`quantkit.numerics.on_grid`; each cluster adds
+    ``acc_g - zero_g * weight_sum_g``.
 
     Args:
         products: of each of G clusters, ``[M, N]`` int32.
@@ -165,7 +166,7 @@ def segment_epilogue(
     for g, (product, most) in enumerate(zip(products, peaks(groups, zero is None).to(peak.device), strict=True)):
         if g:
             x_step = x_steps[:, g - 1 : g]
-            peak = peak * (x_step * WIDENED)
+            peak = peak * (x_step * SLACK)
             acc = on_grid(acc.float() * x_step, weight_steps[:, g - 1], peak)
         peak = peak + most
         if zero is not None:

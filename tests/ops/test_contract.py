@@ -333,7 +333,7 @@ def test_clusters_share_an_accumulator(backend: str, scheme: str) -> None:
         if g:
             x_step = (scale[:, g - 1] / scale[:, g]).nan_to_num(0.0)
             w_step = module.weight_scale[:, g - 1] / module.weight_scale[:, g]
-            acc = (acc.float() * x_step[:, None] * w_step).double().round().long()
+            acc = ((acc.float() * x_step[:, None]).double() * w_step.double()).round().long()
         product = (a.long() - zero[:, g : g + 1]) @ b.long().t()
         acc = acc + product
         assert acc.abs().max() < 2**31

@@ -117,7 +117,7 @@ def halves(x, BN: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def factors(acc, column: gl.constexpr, sx, zero, columns, WIDTH: gl.constexpr, ZERO: gl.constexpr):
-    """What to multiply: ``acc [64, WIDTH]``, which starts at ``column`` of the tile, times ``sx``, and the scales ``[1, WIDTH]``."""
+    """What to multiply: ``acc [64, WIDTH]``, which starts at ``column`` of the tile, times ``sx``; scales ``[1, WIDTH]``."""
     along: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
     if ZERO:
         sums = columns.index(2).slice(column, WIDTH).load(along).to(gl.int32, bitcast=True)

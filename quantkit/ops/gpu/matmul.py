@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from quantkit.numerics import WIDENED
+from quantkit.numerics import SLACK
 from quantkit.ops.gpu.columns import ROOM, residual
 from quantkit.ops.gpu.configs import PROCESSORS, Tile
 
-GROWTH = tl.constexpr(WIDENED)
+GROWTH = tl.constexpr(SLACK)
 
 
 @triton.jit
