@@ -364,7 +364,7 @@ def methods(result: Result) -> str:
                 f"{median(r['top1'] for r in rows):.1%}", f"{median(r['quantize_s'] for r in rows):.0f}",
                 f"{median(r['peak_MiB'] for r in rows):.0f}",
             )
-            for (scheme, method, windows), rows in groups.items()
+            for (scheme, method, windows), rows in sorted(groups.items(), key=lambda group: group[0][0], reverse=True)
         ),
     )  # fmt: skip
 
