@@ -160,10 +160,9 @@ for scheme, suffix in (("static-asym", "-static-asym"), ("static", "-static"), (
             if clusters in (8, 32) and scheme == "static-asym":
                 one = RPTQ(clusters, by="kmeans")
                 CANDIDATES[f"{first}RPTQ({clusters}, by='kmeans'), {scheme}"] = ours([*before, one], f"w8a8{suffix}")
-    for name, before in (SMOOTHED | {"LLMInt8 + ": ["llm_int8"]}).items():
-        if before:
-            CANDIDATES[f"{name}Hadamard, {scheme}"] = ours([*before, "hadamard"], f"w8a8{suffix}")
-            CANDIDATES[f"{name}RPTQ(8) + Hadamard, {scheme}"] = ours([*before, RPTQ(8), "hadamard"], f"w8a8{suffix}")
+    for name, before in (("SmoothQuant", "smoothquant"), ("LLMInt8", "llm_int8")):
+        CANDIDATES[f"{name} + Hadamard, {scheme}"] = ours([before, "hadamard"], f"w8a8{suffix}")
+        CANDIDATES[f"{name} + RPTQ(8) + Hadamard, {scheme}"] = ours([before, RPTQ(8), "hadamard"], f"w8a8{suffix}")
 for bits in ("w4a8", "w4a4"):
     for scheme, suffix in (("static-asym", "-static-asym"), ("per token", "")):
         CANDIDATES[f"{bits}: RTN, {scheme}"] = ours("rtn", f"{bits}{suffix}")
@@ -175,7 +174,7 @@ for regime in (  # of RPTQ's paper: W4A16, W4A8, W4A4, W4A4KV, W4A3KV, W3A3KV; a
     "w4a16", "w4a8-static-asym-kv8-attention8", "w4a4-static-asym-norm8-kv4-attention4",
     "w4a16-static-asym-kv4", "w4a16-static-asym-kv3", "w3a16-static-asym-kv3", "w4a16-kv4", "w4a16-kv3",
 ):  # fmt: skip
-    one = quantkit.RPTQ(32, by="kmeans")
+    one = RPTQ(32, by="kmeans")
     CANDIDATES |= {
         f"{regime}: RTN": ours("rtn", regime),
         f"{regime}: RPTQ(32, by='kmeans')": ours(one, regime),
