@@ -74,6 +74,18 @@ def rotation(result: Result) -> str:
     return f"{body}\n\n{result['windows']} windows of {result['length']} tokens; perplexity of fp32: {base:.3f}."
 
 
+def twins(result: Result) -> str:
+    """One row for each method, models beside each other."""
+    models = list(dict.fromkeys(r["model"] for r in result["rows"]))
+    found = {(r["method"], r["model"]): (f"{r['kl']:.4f}", f"{r['perplexity']:.2f}", f"{r['top1']:.1%}") for r in result["rows"]}
+    methods = sorted({r["method"] for r in result["rows"]}, key=lambda m: -float(found[m, models[0]][0]))
+    head = ("method", *(f"{model}: {what}" for model in models for what in ("KL", "perplexity", "top-1")))
+    empty = ("", "", "")
+    body = table(head, ((m, *(cell for model in models for cell in found.get((m, model), empty))) for m in methods))
+    base = result["rows"][0]["reference_perplexity"]
+    return f"{body}\n\n{result['windows']} windows of {result['length']} tokens; perplexity of fp32: {base:.3f}."
+
+
 def blocks(result: Result) -> str:
     """KL by the channels of a block."""
     found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
@@ -355,6 +367,9 @@ def methods(result: Result) -> str:
         text = f"{sum(values) / len(values):.{digits}f}"
         return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
+    def closeness(rows: list[Result]) -> float:
+        return sum(r["kl"] for r in rows) / len(rows)
+
     head = ("scheme", "method", "seeds", "windows", "KL", "perplexity", "top-1", "seconds", "peak MiB")
     return table(
         head,
@@ -364,7 +379,7 @@ def methods(result: Result) -> str:
                 f"{median(r['top1'] for r in rows):.1%}", f"{median(r['quantize_s'] for r in rows):.0f}",
                 f"{median(r['peak_MiB'] for r in rows):.0f}",
             )
-            for (scheme, method, windows), rows in sorted(groups.items(), key=lambda group: group[0][0], reverse=True)
+            for (scheme, method, windows), rows in sorted(groups.items(), key=lambda g: (g[0][0], closeness(g[1])), reverse=True)
         ),
     )  # fmt: skip
 
@@ -382,7 +397,9 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "accuracy-exported": ("accuracy-exported", rotation),
     "encoder": ("encoder", encoder),
     "encoder-bits": ("encoder", bits),
-    "accuracy-rptq": ("accuracy-rptq", accuracy),
+    "accuracy-rptq": ("accuracy-rptq", twins),
+    "accuracy-rptq-bits": ("accuracy-rptq-bits", twins),
+    "accuracy-rptq-regimes": ("accuracy-rptq-regimes", twins),
     "load": ("load", load),
     "load-gpu": ("load-gpu", load),
     "checkpoint": ("checkpoint", checkpoint),

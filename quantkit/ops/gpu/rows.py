@@ -181,7 +181,7 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, CLUSTER, REACH, Q, S, SUM,
     FIRST: gl.constexpr = PERM is not None and (SOURCE == "" or SOURCE == "rms" or SOURCE == "layer")
     source = k
     if PERM is not None:
-        perm = gl.load(PERM + k, mask=k < padded, other=-1).to(gl.int32)
+        perm = gl.load(PERM + k, mask=k < (padded if CLUSTERS > 1 else K), other=-1).to(gl.int32)
         perm = gl.where(perm < 0, K, perm)  # where there is padding, channel K is 0
         if FIRST:
             source = perm
