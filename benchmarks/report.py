@@ -77,7 +77,9 @@ def rotation(result: Result) -> str:
 def twins(result: Result) -> str:
     """One row for each method, models beside each other."""
     models = list(dict.fromkeys(r["model"] for r in result["rows"]))
-    found = {(r["method"], r["model"]): (f"{r['kl']:.4f}", f"{r['perplexity']:.2f}", f"{r['top1']:.1%}") for r in result["rows"]}
+    found = {
+        (r["method"], r["model"]): (f"{r['kl']:.4f}", f"{r['perplexity']:.2f}", f"{r['top1']:.1%}") for r in result["rows"]
+    }
     methods = sorted({r["method"] for r in result["rows"]}, key=lambda m: -float(found[m, models[0]][0]))
     head = ("method", *(f"{model}: {what}" for model in models for what in ("KL", "perplexity", "top-1")))
     empty = ("", "", "")

@@ -1,10 +1,11 @@
-"""The one place that changes float parameters: put a site's scale into its producer, its order into its carriers, and return
-what is left."""
+"""The one place that changes float parameters: put a site's scale and shift into its producer, its order into its carriers, and
+return what is left."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,13 @@ from quantkit.sites import Site
 from quantkit.transform import Transform
 
 
+class Rows(NamedTuple):
+    """The first n output rows of a linear become ``(y - shift) * factor``, both ``[n]`` float32."""
+
+    factor: Tensor
+    shift: Tensor
+
+
 @dataclass(frozen=True)
 class Fold:
     """What a producer takes over.
@@ -21,28 +29,35 @@ class Fold:
     Attributes:
         site: whose channels.
         parameters: new values of a norm's parameters, in their own dtype.
-        row_factor: ``[N]`` float32, for a linear producer: its rows are multiplied by it.
-        scale: ``[K]`` float32, the part of the scale that consumers must undo: ``x_new = x / scale`` exactly.
+        rows: of a linear producer.
+        scale, shift: ``[K]`` float32, the parts that consumers must undo: ``x_new = (x - shift) / scale`` exactly.
     """
 
     site: Site
     parameters: dict[str, Tensor]
-    row_factor: Tensor | None
+    rows: Rows | None
     scale: Tensor
+    shift: Tensor
 
 
 def split(model: nn.Module, site: Site, transform: Transform) -> tuple[Fold | None, Transform]:
     """The part of ``transform`` that the site's producer absorbs, and the part that must run at inference.
 
-    ``fold.scale`` is computed back from the parameters as they are stored, so a bfloat16 norm weight adds no error. Channels
-    whose new parameter would under- or overflow its dtype keep their scale at run time.
+    ``fold.scale`` and ``fold.shift`` are computed back from the parameters as they are stored, so a bfloat16 norm weight adds
+    no error. Channels whose new parameter would under- or overflow its dtype keep their scale at run time.
     """
     producer, scale = site.producer, transform.scale
-    if producer is None or scale is None:
+    shift = None if producer is None or producer.bias is None else transform.shift
+    one = shift if scale is None else scale
+    if producer is None or one is None:
         return None, transform
-    rows = producer.rows.to(scale.device)
-    wanted = torch.ones(_width(model, site), dtype=torch.float32, device=scale.device)
-    wanted.scatter_reduce_(0, rows, site.tie(scale), "amax", include_self=False)
+    rows = producer.rows.to(one.device)
+    wanted = torch.ones(_width(model, site), dtype=torch.float32, device=one.device)
+    row_shift = torch.zeros_like(wanted)
+    if scale is not None:
+        wanted.scatter_reduce_(0, rows, site.tie(scale), "amax", include_self=False)
+    if shift is not None:
+        row_shift.scatter_reduce_(0, rows, shift, "mean", include_self=False)
     factor = wanted ** (-1.0 / producer.power)
     parameters: dict[str, Tensor] = {}
     if producer.kind == "norm":
@@ -54,12 +69,23 @@ def split(model: nn.Module, site: Site, transform: Transform) -> tuple[Fold | No
                 factor = _stored_factor(old.float(), new.float(), factor, rule, torch.finfo(old.dtype).tiny)
                 new = absorb(old.float(), factor, rule).to(old.dtype)
             parameters[name] = new
+        if shift is not None:
+            assert producer.bias is not None
+            old = module.get_parameter(producer.bias).detach()
+            stored = absorb(old.float() - row_shift, factor, producer.parameters[producer.bias]).to(old.dtype)
+            parameters[producer.bias] = stored
+            row_shift = old.float() - stored.float() / factor
     folded = factor[rows] ** -producer.power
-    left = torch.where((folded / scale - 1).abs() < 0.01, torch.ones_like(scale), scale / folded)
-    leftover = replace(transform, scale=None if bool((left == 1).all()) else left)
-    if transform.shift is not None:  # what arrives is divided by the folded scale already
+    leftover = transform
+    if scale is not None:
+        left = torch.where((folded / scale - 1).abs() < 0.01, torch.ones_like(scale), scale / folded)
+        leftover = replace(leftover, scale=None if bool((left == 1).all()) else left)
+    if shift is not None:
+        leftover = replace(leftover, shift=None)
+    elif transform.shift is not None:  # what arrives is divided by the folded scale already
         leftover = replace(leftover, shift=transform.shift / folded)
-    return Fold(site, parameters, factor if producer.kind == "linear" else None, folded), leftover
+    changed = Rows(factor, row_shift) if producer.kind == "linear" else None
+    return Fold(site, parameters, changed, folded, row_shift[rows]), leftover
 
 
 def _stored_factor(old: Tensor, new: Tensor, factor: Tensor, rule: str, tiny: float) -> Tensor:
@@ -83,12 +109,14 @@ def _norm_width(model: nn.Module, site: Site) -> int:
 
 
 def snap(model: nn.Module, site: Site, transform: Transform) -> Transform:
-    """``transform`` with the scale that will really be in effect once the foldable part is stored in the model's dtype."""
+    """``transform`` with the scale and shift that will really be in effect once the foldable part is stored in the model's
+    dtype."""
     fold, leftover = split(model, site, transform)
     if fold is None:
         return transform
-    scale = fold.scale if leftover.scale is None else fold.scale * leftover.scale
-    return replace(transform, scale=scale)
+    if transform.scale is not None:
+        transform = replace(transform, scale=fold.scale if leftover.scale is None else fold.scale * leftover.scale)
+    return transform if transform.shift is None or leftover.shift is not None else replace(transform, shift=fold.shift)
 
 
 def store_norms(model: nn.Module, folds: Sequence[Fold]) -> dict[tuple[str, str], Tensor]:
@@ -109,16 +137,16 @@ def restore_norms(model: nn.Module, old: dict[tuple[str, str], Tensor]) -> None:
         model.get_submodule(module).get_parameter(name).data.copy_(value)
 
 
-def row_factors(folds: Sequence[Fold]) -> dict[str, Tensor]:
-    """Linear name -> ``[n]`` float32 by which its first n output rows are multiplied; several sites may share a producer."""
-    factors: dict[str, Tensor] = {}
+def changed_rows(folds: Sequence[Fold]) -> dict[str, Rows]:
+    """Linear name -> what becomes of its first output rows; several sites may share a producer."""
+    changes: dict[str, Rows] = {}
     for fold in folds:
         assert fold.site.producer is not None
-        if fold.row_factor is not None:
+        if fold.rows is not None:
             name = fold.site.producer.module
-            known = factors.get(name)
-            factors[name] = fold.row_factor if known is None else _multiply(known, fold.row_factor)
-    return factors
+            known = changes.get(name)
+            changes[name] = fold.rows if known is None else _one_after_the_other(known, fold.rows)
+    return changes
 
 
 @dataclass(frozen=True)
@@ -164,8 +192,8 @@ def row_sources(reorders: Sequence[Reorder]) -> dict[str, Tensor]:
     return {name: source for reorder in reorders for name, source in reorder.sources.items()}
 
 
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    out = torch.ones(max(len(a), len(b)), device=a.device)
-    out[: len(a)] *= a
-    out[: len(b)] *= b
-    return out
+def _one_after_the_other(a: Rows, b: Rows) -> Rows:
+    n = max(len(a.factor), len(b.factor))
+    first, second = (torch.cat([x.factor, x.factor.new_ones(n - len(x.factor))]) for x in (a, b))
+    before, after = (torch.cat([x.shift, x.shift.new_zeros(n - len(x.shift))]) for x in (a, b))
+    return Rows(first * second, before + after / first)

@@ -21,10 +21,21 @@ from quantkit.calibrators.base import HeadClusters, rotation_ahead
 from quantkit.data import _off, _peek, calibration_batches, probe_batch
 from quantkit.discovery import discover
 from quantkit.discovery.discover import NEVER_RAN
-from quantkit.discovery.verify import outputs_of, relative_error, reordered_by_hooks, scaled_by_hooks, tolerance_for
+from quantkit.discovery.verify import folded_by_hooks, outputs_of, relative_error, reordered_by_hooks, tolerance_for
 from quantkit.errors import CalibrationError, EquivalenceError, MethodError, ModelError
 from quantkit.experts import put_back, unfuse
-from quantkit.fold import Fold, Reorder, restore_norms, row_factors, row_sources, snap, split, split_order, store_norms
+from quantkit.fold import (
+    Fold,
+    Reorder,
+    Rows,
+    changed_rows,
+    restore_norms,
+    row_sources,
+    snap,
+    split,
+    split_order,
+    store_norms,
+)  # fmt: skip
 from quantkit.linear import W8A8Linear, check_exact
 from quantkit.modules import linears_of, replace_module, weight_of
 from quantkit.numerics import qmax, quantize_weight, reach, sqnr_db, within
@@ -546,9 +557,9 @@ def _convert(
         reorders, leftovers = [], in_order
     setattr(model, BROKEN, True)
     try:
-        factors, sources = row_factors(folds), row_sources(reorders)
+        changes, sources = changed_rows(folds), row_sources(reorders)
         orders = {reorder.site.name: reorder for reorder in reorders}
-        folded = {fold.site.name: fold.scale for fold in folds}
+        folded = {fold.site.name: fold for fold in folds}
         for view in tqdm(views, desc="converting", unit="site", disable=_off(progress)):
             for name in view.site.linears:
                 linear = model.get_submodule(name)
@@ -559,14 +570,14 @@ def _convert(
                     name, "float", view.name, into, reason=kept.get(name) or view.site.reason, notes=notes[view.name] | said
                 )
                 if scheme is None or name in kept:
-                    _change_float(linear, folded.get(view.name), factors.pop(name, None), order, sources.pop(name, None))
+                    _change_float(linear, folded.get(view.name), changes.pop(name, None), order, sources.pop(name, None))
                 else:
-                    factor = factors.pop(name, None)
+                    rows = changes.pop(name, None)
                     new = _to_int8(
-                        linear, view, leftovers[view.name], factor, codes.get(name), view.clips.get(name),
+                        linear, view, leftovers[view.name], rows, codes.get(name), view.clips.get(name),
                         ranges.get(view.name),
                     )  # fmt: skip
-                    layer.sqnr_db = _output_sqnr(view, linear, new, folded.get(view.name), factor, order)
+                    layer.sqnr_db = _output_sqnr(view, linear, new, folded.get(view.name), rows, order)
                     if name in sources:
                         new.reorder_rows(sources.pop(name))
                     layer.kind = "int8"
@@ -575,8 +586,8 @@ def _convert(
                         layer.notes["scheme"] = view.scheme.name
                     replace_module(model, name, new)
                 record.layers.append(layer)
-        for name in factors | sources:
-            _change_float(model.get_submodule(name), None, factors.get(name), None, sources.get(name))
+        for name in changes | sources:
+            _change_float(model.get_submodule(name), None, changes.get(name), None, sources.get(name))
         if attend is not None:
             quantizers = attend()  # of the model that will run: folds have changed its values, and rounding all the rest
             attach_attention(model, quantizers)
@@ -602,7 +613,7 @@ def _store_and_prove(model: nn.Module, folds: Sequence[Fold], reorders: Sequence
     old = store_norms(model, folds)
     try:
         tolerance = tolerance_for(wanted, noise, model)
-        with scaled_by_hooks(model, [(f.site, f.row_factor, f.scale) for f in folds]):
+        with folded_by_hooks(model, [(f.site, f.rows, f.scale, f.shift) for f in folds]):
             with reordered_by_hooks(model, [(r.site.linears, r.inverse, r.sources) for r in reorders]):
                 record.equivalence = relative_error(wanted, outputs_of(model, piece))
             ordered = record.equivalence <= tolerance
@@ -614,7 +625,7 @@ def _store_and_prove(model: nn.Module, folds: Sequence[Fold], reorders: Sequence
                 f"folding changed the model by {record.equivalence:.1e} (allowed {tolerance:.1e}); it was undone. "
                 "Please report the architecture; quantkit.quantize(model, method='rtn') needs no folding"
             )
-        if folds and all(bool((fold.scale == 1).all()) for fold in folds):
+        if folds and not any(bool((fold.scale != 1).any()) or bool(fold.shift.any()) for fold in folds):
             log.warning("every smoothing scale is 1: the transformation did nothing")
     except BaseException:
         restore_norms(model, old)
@@ -622,23 +633,24 @@ def _store_and_prove(model: nn.Module, folds: Sequence[Fold], reorders: Sequence
     return ordered
 
 
-def _change_float(
-    linear: Any, scale: Tensor | None, factor: Tensor | None, order: Reorder | None, source: Tensor | None
-) -> None:
-    """Multiply the columns of a float linear by ``scale [K]`` and its first rows (and bias) by ``factor``, in float32; then put
-    the columns in their new order, and in the place of its first rows those in ``source``."""
-    if scale is None and factor is None and order is None and source is None:
+def _change_float(linear: Any, fold: Fold | None, rows: Rows | None, order: Reorder | None, source: Tensor | None) -> None:
+    """Undo ``fold`` in the columns (and bias) of a float linear and change its first rows (and bias), in float32; then put the
+    columns in their new order, and in the place of its first rows those in ``source``."""
+    if fold is None and rows is None and order is None and source is None:
         return
     weight = weight_of(linear)
-    new = weight.float() if scale is None else weight.float() * scale
+    new, bias = weight.float(), None if linear.bias is None else linear.bias.data.float()
+    if fold is not None:
+        bias = None if bias is None else bias + new @ fold.shift
+        new = new * fold.scale
     if order is not None:
         new = new[:, order.permutation]
-    if factor is not None:
-        new[: len(factor)] *= factor[:, None]
-        if linear.bias is not None:
-            bias = linear.bias.data.float()
-            bias[: len(factor)] *= factor
-            linear.bias.data.copy_(bias)
+    if rows is not None:
+        n = len(rows.factor)
+        new = torch.cat([new[:n] * rows.factor[:, None], new[n:]])
+        bias = None if bias is None else torch.cat([(bias[:n] - rows.shift) * rows.factor, bias[n:]])
+    if bias is not None:
+        linear.bias.data.copy_(bias)
     if source is not None:
         source = source.to(new.device)
         new[: len(source)] = new[source]
@@ -651,7 +663,7 @@ def _to_int8(
     linear: Any,
     view: SiteView,
     leftover: Transform,
-    factor: Tensor | None,
+    rows: Rows | None,
     codes: Codes | None,
     clip: Tensor | None,
     input_range: tuple[Tensor, Tensor] | None,
@@ -669,12 +681,12 @@ def _to_int8(
         per_tensor, bits = view.scheme.weights == "tensor", view.scheme.weight_bits
         codes = Codes(*quantize_weight(inner, bits, per_tensor=per_tensor, groups=groups, clip=clip))
     scale = codes.scale
-    if factor is not None:  # a row factor only moves the scale of the row: the codes stay
-        rows = torch.ones(len(weight), device=weight.device)
-        rows[: len(factor)] = factor
-        scale = scale * rows[:, None]
-        bias = None if bias is None else bias * rows
-        side = None if side is None else side * rows[:, None]
+    if rows is not None:  # a row factor only moves the scale of the row: the codes stay
+        n = len(weight) - len(rows.factor)
+        factor = torch.cat([rows.factor, rows.factor.new_ones(n)])
+        scale = scale * factor[:, None]
+        bias = None if bias is None else (bias - torch.cat([rows.shift, rows.shift.new_zeros(n)])) * factor
+        side = None if side is None else side * factor[:, None]
     return W8A8Linear.from_float(
         linear, scheme=view.scheme, codes=codes.codes, weight_scale=scale, bias=bias, leftover=leftover,
         outlier_weight=side, input_range=input_range,
@@ -685,8 +697,8 @@ def _output_sqnr(
     view: SiteView,
     linear: nn.Module,
     new: W8A8Linear,
-    folded: Tensor | None,
-    factor: Tensor | None,
+    fold: Fold | None,
+    rows: Rows | None,
     order: Reorder | None,
 ) -> float | None:
     """Of the layer's output on the sampled tokens, in the model's dtype: the float layer against the INT8 one."""
@@ -695,12 +707,12 @@ def _output_sqnr(
     tokens, _ = view.sampled()
     weight = weight_of(linear).float()
     wanted = tokens @ weight.t()
-    given = tokens if folded is None else tokens / folded
+    given = tokens if fold is None else (tokens - fold.shift) / fold.scale
     got = new(given if order is None else given[:, order.permutation])
     if new.bias is not None:
         got = got - new.bias.float()
     if view.transform.shift is not None:
-        got = got + weight @ view.transform.shift
-    if factor is not None:
-        wanted[:, : len(factor)] *= factor
+        wanted = wanted - weight @ view.transform.shift
+    if rows is not None:
+        wanted[:, : len(rows.factor)] *= rows.factor
     return sqnr_db(wanted, got)

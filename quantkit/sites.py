@@ -24,6 +24,8 @@ class Producer:
         power: the site scales with the row to this power: 1, or 2 behind a squared ReLU.
         parameters: for a norm, how each per-channel parameter p absorbs a factor c: ``"scale"`` p*c, ``"offset"``
             (1+p)*c - 1, the convention of Gemma.
+        bias: the parameter that adds to each row and so takes over a shift of the site's channels; None where what lies
+            between would not carry it, or where a linear of the site has no bias to make up for it.
     """
 
     module: str
@@ -31,6 +33,7 @@ class Producer:
     rows: Tensor
     power: int = 1
     parameters: dict[str, Literal["scale", "offset"]] = field(default_factory=dict)
+    bias: str | None = None
 
 
 @dataclass(frozen=True)

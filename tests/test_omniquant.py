@@ -291,6 +291,42 @@ def test_nothing_touches_the_model_before_it_is_done() -> None:
     assert after["modules"] == before["modules"]
 
 
+class Offsets(Chain):
+    """What norms write has a mean of its own in every channel, up to 20 times its deviation."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        with torch.no_grad():
+            for i, block in enumerate(self.blocks):
+                block.norm.weight.fill_(1)
+                block.norm.bias.copy_(20 * normal(16, seed=i))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4", "w8a8-static", "w8a8-asym"])
+def test_shifts_are_learned_and_fold(scheme: str) -> None:
+    """Into the bias of the norm; not through the curve between up and down."""
+    model = Offsets()
+    with_shifts, without = (
+        learn(copy.deepcopy(model), OmniQuant(shift_lr=lr), chain_data(), scheme=scheme) for lr in (1e-2, 0.0)
+    )
+    for block in range(2):
+        better, worse = (errors(learned)[2 * block][1] for learned in (with_shifts, without))
+        assert better < (1 if scheme == "w8a8-asym" else 0.9) * worse
+    assert all(layer.at_run_time == [] for layer in quantkit.report(with_shifts).layers)
+    assert not torch.equal(with_shifts.blocks[0].norm.bias, model.blocks[0].norm.bias)
+    site = {site.name: site for site in quantkit.discover(model, chain_data()[0]).sites}
+    assert site["blocks.0.up"].producer.bias == "bias"
+    assert site["blocks.0.down"].producer.bias is None
+
+
+def test_shifts_are_read_back(tmp_path: Path) -> None:
+    model = Offsets()
+    whole = learn(copy.deepcopy(model), OmniQuant(folder=tmp_path), chain_data())
+    (tmp_path / "0001.safetensors").unlink()
+    again = learn(model, OmniQuant(folder=tmp_path), chain_data())
+    assert_same(state(again)["bits"], state(whole)["bits"])
+
+
 def test_float_model_only_folds() -> None:
     model = llama()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""OmniQuant (Shao et al. 2024): learn scales and clipping by gradient descent, one block of the model at a time."""
+"""OmniQuant (Shao et al. 2024): learn scales, shifts and clipping by gradient descent, one block of the model at a time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LEAST_CLIP = 0.1
 
 @dataclass(frozen=True)
 class OmniQuant:
-    """Scales of channels (LET) and a clipping of each weight row (LWC) that make the output of every block right.
+    """Scales and shifts of channels (LET) and a clipping of each weight row (LWC) that make the output of every block right.
 
     Blocks are taken in order. Two streams of hidden states run along: one of the float model, and one of the model whose
     earlier blocks are quantized already, so that a block learns to make up for them (paper, sec. 3.1). What is learned starts
@@ -52,13 +52,15 @@ class OmniQuant:
     ``"omniquant"`` stands for that list. A block keeps what it learned only as far as samples that were held out gain by it:
     its error on them is never above that of its start.
 
-    Scales are learned for sites whose producer can take them, one per producer row. The result is data, as with every
-    calibrator: it folds, and what runs is a plain INT8 model.
+    Scales are learned for sites whose producer can take them, one per producer row, and shifts where it has a bias for them and
+    so have all that read it (:attr:`quantkit.sites.Producer.bias`). The result is data, as with every calibrator: it folds, and
+    what runs is a plain INT8 model.
 
     Args:
         samples: of the calibration data, at most; one eighth is held out.
         epochs: passes over the samples for each block.
         scale_lr: learning rate of the logarithm of scales; 0 learns none.
+        shift_lr: learning rate of shifts, counted in half the range of their channel; 0 learns none.
         clip_lr: learning rate of clippings, counted in steps of the grid, so that it suits any number of bits; 0 learns none.
         offload: where the two streams are kept: ``"device"`` (that of the model), ``"cpu"`` or ``"disk"``.
         folder: where finished blocks are written, to go on after an interruption, to the same bits; None for nowhere. Another
@@ -75,6 +77,7 @@ class OmniQuant:
     samples: int = 32
     epochs: int = 3
     scale_lr: float = 2e-2
+    shift_lr: float = 1e-2
     clip_lr: float = 5e-2
     offload: Place = field(default="cpu", metadata={"recipe": False})
     folder: str | os.PathLike[str] | None = field(default=None, metadata={"recipe": False})
@@ -84,7 +87,7 @@ class OmniQuant:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise MethodError(f"OmniQuant({name}={value!r}): a whole number from {least} up")
-        for name in ("scale_lr", "clip_lr"):
+        for name in ("scale_lr", "shift_lr", "clip_lr"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise MethodError(f"OmniQuant({name}={value!r}): a learning rate is a number from 0 up to 1")
@@ -109,7 +112,7 @@ class OmniQuant:
             start = time.perf_counter()
             with evaluating(view.model):
                 key = block_key(key, view.model.get_submodule(name), inside)
-                block = Block(view.model.get_submodule(name), name, inside, self.clip_lr > 0)
+                block = Block(view.model.get_submodule(name), name, inside, self.shift_lr > 0, self.clip_lr > 0)
                 ways = [c[index] for c in calls]
                 for i, way in enumerate(ways):  # from here on the first stream holds what the block should return
                     target[i] = way.run(block.float, block.cast(target[i])).to(target[i].dtype)
@@ -131,7 +134,7 @@ class OmniQuant:
             for site in block.sites:
                 plan.notes[site.view.name] = {"block error": f"{found[0]:.2e} -> {found[1]:.2e}"}
                 if site.log_scale is not None:
-                    plan.transforms[site.view.name] = Transform(scale=site.own_scale().detach())
+                    plan.transforms[site.view.name] = site.own()
             if not any(site.view.fold_only for site in block.sites):
                 plan.clips.update(
                     {linear.name: linear.share().detach() for linear in block.linears if linear.steps is not None}
@@ -156,11 +159,14 @@ class OmniQuant:
 
         before = judge()
         best = (before, block.state())
+        if block.center_channels():
+            best = min(best, (judge(), block.state()), key=lambda pair: pair[0])
+            block.restore(best[1])
         if self.clip_lr:
             block.search_clips()
             best = min(best, (judge(), block.state()), key=lambda pair: pair[0])
-        scales, clips = block.parameters()
-        groups = [{"params": p, "lr": lr} for p, lr in ((scales, self.scale_lr), (clips, self.clip_lr)) if p and lr]
+        rates = zip(block.parameters(), (self.scale_lr, self.shift_lr, self.clip_lr), strict=True)
+        groups = [{"params": p, "lr": lr} for p, lr in rates if p and lr]
         if not groups:
             block.restore(best[1])
             return before, best[0]
@@ -209,7 +215,7 @@ def distance(got: Tensor, wanted: Tensor) -> Tensor:
 class Block:
     """A block as a float copy, and a copy whose linears round both sides as the scheme will, and learn."""
 
-    def __init__(self, module: nn.Module, name: str, views: Sequence[SiteView], clips: bool) -> None:
+    def __init__(self, module: nn.Module, name: str, views: Sequence[SiteView], shifts: bool, clips: bool) -> None:
         self.name = name
         self.float = copy.deepcopy(module).requires_grad_(False).eval()
         halves = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.float.parameters())
@@ -219,7 +225,7 @@ class Block:
         self.quantized = copy.deepcopy(self.float, memo)  # the same tensors in other modules
         self.sites, self.linears = [], []
         for view in views:
-            site = LearnedSite(view)
+            site = LearnedSite(view, shifts)
             self.sites.append(site)
             for full in view.linears:
                 inner = full.removeprefix(f"{name}.")
@@ -232,16 +238,18 @@ class Block:
     def cast(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
 
-    def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Logarithms of scales, and clippings."""
+    def parameters(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Logarithms of scales, shifts, and clippings."""
         return (
             [site.log_scale for site in self.sites if site.log_scale is not None],
+            [site.row_shift for site in self.sites if site.row_shift is not None],
             [linear.steps for linear in self.linears if linear.steps is not None],
         )
 
     def state(self) -> dict[str, Tensor]:
         """What was learned, as a copy."""
         scales = {f"scale.{s.view.name}": s.log_scale.detach().clone() for s in self.sites if s.log_scale is not None}
+        scales |= {f"shift.{s.view.name}": s.row_shift.detach().clone() for s in self.sites if s.row_shift is not None}
         return scales | {f"clip.{x.name}": x.steps.detach().clone() for x in self.linears if x.steps is not None}
 
     @torch.no_grad()
@@ -249,9 +257,18 @@ class Block:
         for site in self.sites:
             if site.log_scale is not None:
                 site.log_scale.copy_(state[f"scale.{site.view.name}"])
+            if site.row_shift is not None:
+                site.row_shift.copy_(state[f"shift.{site.view.name}"])
         for linear in self.linears:
             if linear.steps is not None:
                 linear.steps.copy_(state[f"clip.{linear.name}"])
+
+    @torch.no_grad()
+    def center_channels(self) -> bool:
+        """Shift every channel to the middle of its range (paper, sec. 3.3); whether there are shifts."""
+        for site in self.sites:
+            site.center()
+        return any(site.row_shift is not None for site in self.sites)
 
     @torch.no_grad()
     def search_clips(self) -> None:
@@ -286,31 +303,73 @@ class Block:
 
 
 class LearnedSite:
-    """A site whose scale is learned: one logarithm per producer row, on top of what earlier calibrators decided."""
+    """A site whose scale and shift are learned: one of each per producer row, on top of what earlier calibrators decided.
 
-    def __init__(self, view: SiteView) -> None:
+    A scale is learned as its logarithm, a shift in half the range of its channel (for rows with several, the largest).
+    """
+
+    def __init__(self, view: SiteView, shifts: bool) -> None:
         self.view, self.start = view, view.transform
         self.range: Tensor | None = None
         if view.scheme.is_static:
             seen = view.statistic(Range)
             self.range = torch.stack([seen.low, seen.high])
         self.log_scale: Tensor | None = None
+        self.row_shift: Tensor | None = None
         self.last: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
         if view.site.producer is not None:
             rows = int(view.site.producer.rows.max()) + 1
             self.log_scale = torch.zeros(rows, device=view.device, requires_grad=True)
+            if shifts and view.site.producer.bias is not None:
+                self.row_shift = torch.zeros(rows, device=view.device, requires_grad=True)
+                low, high = self.row_ends()
+                self.unit = (high - low) / 2
+
+    def row_ends(self) -> tuple[Tensor, Tensor]:
+        """Least and largest value of the channels of each producer row ``[rows]``, as earlier calibrators left them."""
+        assert self.log_scale is not None
+        seen, place = self.view.statistic(Range), self.row_of_channel()
+        low, high = torch.zeros_like(self.log_scale), torch.zeros_like(self.log_scale)
+        return (
+            low.scatter_reduce(0, place, seen.low, "amin", include_self=False),
+            high.scatter_reduce(0, place, seen.high, "amax", include_self=False),
+        )
+
+    def row_of_channel(self) -> Tensor:
+        """``[K]`` int64, numbered as earlier calibrators left the channels."""
+        assert self.view.site.producer is not None
+        rows, order = self.view.site.producer.rows.to(self.view.device), self.start.permutation
+        return rows if order is None else rows[order]
+
+    def center(self) -> None:
+        """Shift the middle of every row's range to 0."""
+        if self.row_shift is not None:
+            low, high = self.row_ends()
+            self.row_shift.copy_(torch.where(self.unit > 0, (low + high) / 2 / self.unit, 0.0))
 
     def own_scale(self) -> Tensor:
         """``[K]`` float32, numbered as earlier calibrators left the channels."""
         assert self.log_scale is not None
-        assert self.view.site.producer is not None
-        scale = self.log_scale.exp()[self.view.site.producer.rows.to(self.log_scale.device)]
-        order = self.start.permutation
-        return scale if order is None else scale[order]
+        return self.log_scale.exp()[self.row_of_channel()]
+
+    def own_shift(self) -> Tensor | None:
+        """The same of the shift."""
+        return None if self.row_shift is None else (self.row_shift * self.unit)[self.row_of_channel()]
+
+    def own(self) -> Transform:
+        """What was learned, as data."""
+        shift = self.own_shift()
+        return Transform(scale=self.own_scale().detach(), shift=None if shift is None else shift.detach())
 
     def transform(self) -> Transform:
         """Everything that happens to the channels."""
-        return self.start if self.log_scale is None else self.start.then(Transform(scale=self.own_scale()))
+        if self.log_scale is None:
+            return self.start
+        return self.start.then(Transform(scale=self.own_scale(), shift=self.own_shift()))
+
+    def bias(self, weight: Tensor) -> Tensor | None:
+        """What shifts add to the bias of a linear."""
+        return None if self.row_shift is None and self.start.shift is None else self.transform().bias(weight)
 
     def rounded(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rounded activation ``[..., K]`` and the side that is not rounded; linears of a site ask for the same x."""
@@ -320,7 +379,9 @@ class LearnedSite:
             if not scheme.quantizes_activations:
                 pass
             elif self.range is not None:
-                ends = self.range if self.log_scale is None else self.range / self.own_scale()
+                ends, shift = self.range, self.own_shift()
+                ends = ends if shift is None else ends - shift
+                ends = ends if self.log_scale is None else ends / self.own_scale()
                 inner = round_activation(inner, scheme, ends.min(), ends.max())
             elif scheme.symmetric:
                 inner = RoundRows.apply(inner, None, scheme.activation_bits)
@@ -339,9 +400,6 @@ class LearnedLinear(nn.Module):
         self.weight = weight_of(linear).detach()
         bias = getattr(linear, "bias", None)
         self.bias = None if bias is None else bias.detach()
-        extra = site.start.bias(self.weight)
-        if extra is not None:
-            self.bias = extra if self.bias is None else self.bias + extra
         self.constant: tuple[Tensor, Tensor | None] | None = None
         self.steps: Tensor | None = None
         if clips:
@@ -368,7 +426,10 @@ class LearnedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inner, side = self.site.rounded(x)
         weight, side_weight = self.rounded_weight() if self.constant is None else self.constant
-        y = F.linear(inner.to(x.dtype), weight.to(x.dtype), self.bias)
+        bias, extra = self.bias, self.site.bias(self.weight)
+        if extra is not None:
+            bias = extra if bias is None else bias + extra
+        y = F.linear(inner.to(x.dtype), weight.to(x.dtype), bias)
         return y if side is None or side_weight is None else y + side @ side_weight.T
 
 

@@ -8,7 +8,8 @@
    repetitions of grouped-query attention.
 4. Producers that mix (a fused qkv) are tried again with the row layouts that fused projections use.
 5. Norms are replayed alone to learn how their parameters absorb a factor: p*c, or (1+p)*c - 1.
-6. All folds are rehearsed together with exact powers of two on the real model and real data (:mod:`.verify`).
+6. All folds are rehearsed together with exact powers of two on the real model and real data (:mod:`.verify`), and then shifts,
+   where a producer and all that read it have a bias.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from quantkit.discovery.carriers import with_carriers
 from quantkit.discovery.probe import Probe, TopKWatch, Trace, norms_of
-from quantkit.discovery.verify import rehearse
+from quantkit.discovery.verify import arriving_shifts, rehearse
 from quantkit.modules import linears_of, map_tensors, weight_of
 from quantkit.sites import Discovery, Producer, Site
 
@@ -71,6 +72,17 @@ def discover(model: nn.Module, batch: Any, *, carriers: bool = False) -> Discove
     sites = [_with_fold_rule(site, norms, reference) for site in sites]
     unfoldable = rehearse(model, batch, [site for site in sites if site.producer])
     sites = [replace(s, producer=None, reason="the rehearsal changed the model") if s.name in unfoldable else s for s in sites]
+    sites = [_with_bias(site, linears, norms, reference) for site in sites]
+    biased: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.producer and site.producer.bias:
+            biased.setdefault(_place(model, site.producer.module), []).append(site)
+    # place by place: one that goes wrong would spoil what comes behind it
+    shifts = {name: d for some in biased.values() for name, d in arriving_shifts(model, batch, some).items()}
+    arrived = shifts.keys() - rehearse(model, batch, [site for site in sites if site.name in shifts], shifts)
+    sites = [
+        s if s.producer is None or s.name in arrived else replace(s, producer=replace(s.producer, bias=None)) for s in sites
+    ]
     if carriers:
         groups = [group for group in _classes(model, prober.rows) if group[0] in linears]
         movable = [site for site in sites if _may_be_reordered(site, linears, reference, kept)]
@@ -459,6 +471,26 @@ def _with_fold_rule(site: Site, norms: dict[str, nn.Module], reference: Trace) -
             if names and bool(((scaled - plain * c).abs() <= 1e-5 * (plain * c).abs().amax()).all()):
                 return replace(site, producer=replace(site.producer, parameters=rules))
     return replace(site, producer=None, reason=f"{site.producer.module} has no per-channel parameter that scales it")
+
+
+def _with_bias(site: Site, linears: dict[str, nn.Module], norms: dict[str, nn.Module], reference: Trace) -> Site:
+    """Name the parameter that adds to the rows of the producer, if all linears of the site have a bias to make up for it."""
+    producer = site.producer
+    if producer is None or producer.power != 1 or any(linears[name].bias is None for name in site.linears):
+        return site
+    if producer.kind == "linear":
+        return site if linears[producer.module].bias is None else replace(site, producer=replace(producer, bias="bias"))
+    norm = norms[producer.module]
+    args, kwargs = map_tensors(reference.norm_calls[producer.module], _float32)
+    with torch.no_grad():
+        own = {name: p.detach().float() for name, p in norm.named_parameters()}
+        plain = torch.func.functional_call(norm, own, args, kwargs)
+        d = torch.rand(plain.shape[-1], generator=torch.Generator().manual_seed(1)).to(plain) + 0.5
+        for name in (name for name, rule in producer.parameters.items() if rule == "scale"):
+            moved = torch.func.functional_call(norm, own | {name: own[name] + d}, args, kwargs)
+            if bool(((moved - plain - d).abs() <= 1e-5 * (plain.abs().amax() + d.amax())).all()):
+                return replace(site, producer=replace(producer, bias=name))
+    return site
 
 
 def _float32(tensor: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,24 +105,30 @@ def verify_equivalence(
     return Equivalence(error, noise, tolerance_for(wanted, noise, model) if tolerance is None else tolerance)
 
 
-def rehearse(model: nn.Module, batch: Any, sites: Sequence[Site]) -> set[str]:
-    """Names of sites whose fold would change the model, by playing all folds through hooks with powers of two.
+def rehearse(model: nn.Module, batch: Any, sites: Sequence[Site], shifts: Mapping[str, Tensor] | None = None) -> set[str]:
+    """Names of sites whose fold would change the model, by playing all folds through hooks.
 
-    Powers of two commute with every rounding, so the outputs must agree to the noise floor in any dtype, before one
-    weight is touched. If they do not, the sites are halved until the culprits stand alone.
+    Scales are powers of two, which commute with every rounding, so the outputs must agree to the noise floor in any dtype,
+    before one weight is touched. If they do not, the sites are halved until the culprits stand alone. ``shifts`` of producer
+    rows, by site, are played instead of scales, and have to agree to the rounding of the model's dtype.
     """
+    if not sites:
+        return set()
     wanted = outputs_of(model, batch)
     noise = relative_error(wanted, outputs_of(model, batch))
     if not math.isfinite(noise):
         return {site.name for site in sites}  # two runs have nothing in common, so nothing can be shown
-    tolerance = tolerance_for(wanted, noise)
+    tolerance = tolerance_for(wanted, noise, None if shifts is None else model)
 
     random = torch.Generator().manual_seed(2)
+
+    def play(site: Site) -> Played:
+        return _rehearsal(site, random) if shifts is None else _shifted(site, shifts[site.name])
 
     def culprits(some: Sequence[Site]) -> set[str]:
         if not some:
             return set()
-        with scaled_by_hooks(model, [_rehearsal(site, random) for site in some]):
+        with folded_by_hooks(model, [play(site) for site in some]):
             if relative_error(wanted, outputs_of(model, batch)) <= tolerance:
                 return set()
         if len(some) == 1:
@@ -133,26 +140,94 @@ def rehearse(model: nn.Module, batch: Any, sites: Sequence[Site]) -> set[str]:
     return culprits(sites)
 
 
-def _rehearsal(site: Site, random: torch.Generator) -> tuple[Site, Tensor, Tensor]:
+Played = tuple[Site, tuple[Tensor, Tensor] | None, Tensor, Tensor]
+"""A site, the factor and shift of its producer's first rows, and what its channels are multiplied by and increased by."""
+
+
+def _rehearsal(site: Site, random: torch.Generator) -> Played:
     assert site.producer is not None
     rows = site.producer.rows
     c = torch.ones(int(rows.max()) + 1)
     c[rows] = torch.exp2(torch.randint(-2, 3, (len(c),), generator=random).float())[rows]
-    return site, c, c[rows] ** -site.producer.power
+    return site, (c, torch.zeros_like(c)), c[rows] ** -site.producer.power, torch.zeros(len(rows))
+
+
+def _shifted(site: Site, d: Tensor) -> Played:
+    assert site.producer is not None
+    rows = site.producer.rows
+    return site, (torch.ones_like(d), d), torch.ones(len(rows)), d[rows]
+
+
+def arriving_shifts(model: nn.Module, batch: Any, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Sites where a shift of the producer's rows arrives at all linears as it left, and the shift that was tried.
+
+    It is as large as its channel, of either sign, so a curve or a product in between shows at once; outputs alone may hide it.
+    """
+    if not sites:
+        return {}
+    random, plain = torch.Generator().manual_seed(4), _inputs(model, batch, sites, [])
+    shifts = {}
+    for site in sites:
+        assert site.producer is not None
+        rows = site.producer.rows
+        size = torch.zeros(int(rows.max()) + 1)
+        for x in plain[site.name]:
+            size.scatter_reduce_(0, rows, x.abs().flatten(0, -2).amax(0).float().cpu(), "amax")
+        sign = 2.0 * torch.randint(0, 2, (len(size),), generator=random) - 1
+        shifts[site.name] = (1 + torch.rand(len(size), generator=random)) * sign * size
+    again = _inputs(model, batch, sites, [_shifted(site, shifts[site.name]) for site in sites])
+
+    def arrives(site: Site) -> bool:
+        assert site.producer is not None
+        d = shifts[site.name][site.producer.rows]
+        pairs = list(itertools.zip_longest(plain[site.name], again[site.name]))
+        return bool(pairs) and all(
+            a is not None
+            and b is not None
+            and a.shape == b.shape
+            and _moved_by(a.double(), b.double(), d.to(a).double(), a.dtype)
+            for a, b in pairs
+        )
+
+    return {site.name: shifts[site.name] for site in sites if arrives(site)}
+
+
+def _moved_by(before: Tensor, after: Tensor, d: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``after`` is ``before - d`` in every channel, to a few roundings of the largest value there."""
+    difference = (after - (before - d)).abs().flatten(0, -2).amax(0)
+    size = before.abs().flatten(0, -2).amax(0) + d.abs()
+    return bool((difference <= 16 * max(torch.finfo(dtype).eps, 1e-6) * size).all())
+
+
+def _inputs(model: nn.Module, batch: Any, sites: Sequence[Site], played: Sequence[Played]) -> dict[str, list[Tensor]]:
+    """What all linears of each site read, ahead of the hooks that undo what is ``played``."""
+    seen: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    with ExitStack() as stack:
+        for site in sites:
+            for name in site.linears:
+
+                def note(_: nn.Module, args: Any, kwargs: Any, seen: list[Tensor] = seen[site.name]) -> None:
+                    seen.append(first_input(args, kwargs).detach().clone())
+
+                hook = model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
+                stack.callback(hook.remove)
+        stack.enter_context(folded_by_hooks(model, played))
+        outputs_of(model, batch)
+    return seen
 
 
 @contextmanager
-def scaled_by_hooks(model: nn.Module, scales: Sequence[tuple[Site, Tensor | None, Tensor]]) -> Iterator[None]:
-    """Inside, for each ``(site, factor, scale)``, the first rows of the producer's output are multiplied by ``factor``
-    and the input of every consumer by ``scale``, all through hooks."""
+def folded_by_hooks(model: nn.Module, played: Sequence[Played]) -> Iterator[None]:
+    """Inside, for each ``(site, (factor, shift), scale, more)``, the first rows of the producer's output are ``(y - shift) *
+    factor``, and the input of every consumer is ``x * scale + more``, all through hooks."""
     with ExitStack() as stack:
-        for site, factor, scale in scales:
-            if factor is not None:
+        for site, rows, scale, more in played:
+            if rows is not None:
                 assert site.producer is not None
                 producer = model.get_submodule(site.producer.module)
-                stack.callback(producer.register_forward_hook(_scale_output(factor)).remove)
+                stack.callback(producer.register_forward_hook(_change_output(*rows)).remove)
             for name in site.linears:
-                hook = model.get_submodule(name).register_forward_pre_hook(_scale_input(scale), with_kwargs=True)
+                hook = model.get_submodule(name).register_forward_pre_hook(_change_input(scale, more), with_kwargs=True)
                 stack.callback(hook.remove)
         yield
 
@@ -189,18 +264,21 @@ def _reorder_input(order: Tensor) -> Any:
     return hook
 
 
-def _scale_output(factor: Tensor) -> Any:
+def _change_output(factor: Tensor, shift: Tensor) -> Any:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        whole = torch.ones(output.shape[-1], device=output.device)
-        whole[: len(factor)] = factor.to(output.device)
-        return output * whole.to(output)
+        n = output.shape[-1] - len(factor)
+        whole, less = torch.cat([factor, factor.new_ones(n)]), torch.cat([shift, shift.new_zeros(n)])
+        precise = output.to(torch.promote_types(output.dtype, torch.float32))  # shifts may cancel: one rounding is enough
+        return ((precise - less.to(precise)) * whole.to(precise)).to(output.dtype)
 
     return hook
 
 
-def _scale_input(factor: Tensor) -> Any:
+def _change_input(factor: Tensor, more: Tensor) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = first_input(args, kwargs)
-        return (x * factor.to(x), *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = (precise * factor.to(precise) + more.to(precise)).to(x.dtype)
+        return (x, *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
 
     return hook
