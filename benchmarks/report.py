@@ -369,8 +369,9 @@ def methods(result: Result) -> str:
         text = f"{sum(values) / len(values):.{digits}f}"
         return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
-    def closeness(rows: list[Result]) -> float:
-        return sum(r["kl"] for r in rows) / len(rows)
+    def closeness(group: tuple[tuple[str, str, int], list[Result]]) -> tuple[str, float]:
+        (scheme, _, _), rows = group
+        return scheme, sum(r["kl"] for r in rows) / len(rows)
 
     head = ("scheme", "method", "seeds", "windows", "KL", "perplexity", "top-1", "seconds", "peak MiB")
     return table(
@@ -381,7 +382,7 @@ def methods(result: Result) -> str:
                 f"{median(r['top1'] for r in rows):.1%}", f"{median(r['quantize_s'] for r in rows):.0f}",
                 f"{median(r['peak_MiB'] for r in rows):.0f}",
             )
-            for (scheme, method, windows), rows in sorted(groups.items(), key=lambda g: (g[0][0], closeness(g[1])), reverse=True)
+            for (scheme, method, windows), rows in sorted(groups.items(), key=closeness, reverse=True)
         ),
     )  # fmt: skip
 

@@ -80,9 +80,7 @@ def discover(model: nn.Module, batch: Any, *, carriers: bool = False) -> Discove
     # place by place: one that goes wrong would spoil what comes behind it
     shifts = {name: d for some in biased.values() for name, d in arriving_shifts(model, batch, some).items()}
     arrived = shifts.keys() - rehearse(model, batch, [site for site in sites if site.name in shifts], shifts)
-    sites = [
-        s if s.producer is None or s.name in arrived else replace(s, producer=replace(s.producer, bias=None)) for s in sites
-    ]
+    sites = [site if site.name in arrived else _rigid(site) for site in sites]
     if carriers:
         groups = [group for group in _classes(model, prober.rows) if group[0] in linears]
         movable = [site for site in sites if _may_be_reordered(site, linears, reference, kept)]
@@ -491,6 +489,10 @@ def _with_bias(site: Site, linears: dict[str, nn.Module], norms: dict[str, nn.Mo
             if bool(((moved - plain - d).abs() <= 1e-5 * (plain.abs().amax() + d.amax())).all()):
                 return replace(site, producer=replace(producer, bias=name))
     return site
+
+
+def _rigid(site: Site) -> Site:
+    return site if site.producer is None else replace(site, producer=replace(site.producer, bias=None))
 
 
 def _float32(tensor: Tensor) -> Tensor:

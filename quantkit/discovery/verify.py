@@ -172,31 +172,31 @@ def arriving_shifts(model: nn.Module, batch: Any, sites: Sequence[Site]) -> dict
         rows = site.producer.rows
         size = torch.zeros(int(rows.max()) + 1)
         for x in plain[site.name]:
-            size.scatter_reduce_(0, rows, x.abs().flatten(0, -2).amax(0).float().cpu(), "amax")
+            size.scatter_reduce_(0, rows, _largest(x).cpu(), "amax")
         sign = 2.0 * torch.randint(0, 2, (len(size),), generator=random) - 1
         shifts[site.name] = (1 + torch.rand(len(size), generator=random)) * sign * size
     again = _inputs(model, batch, sites, [_shifted(site, shifts[site.name]) for site in sites])
 
     def arrives(site: Site) -> bool:
         assert site.producer is not None
-        d = shifts[site.name][site.producer.rows]
-        pairs = list(itertools.zip_longest(plain[site.name], again[site.name]))
-        return bool(pairs) and all(
-            a is not None
-            and b is not None
-            and a.shape == b.shape
-            and _moved_by(a.double(), b.double(), d.to(a).double(), a.dtype)
-            for a, b in pairs
-        )
+        d, before, after = shifts[site.name][site.producer.rows], plain[site.name], again[site.name]
+        return bool(before) and len(before) == len(after) and all(map(_moved_by, before, after, itertools.repeat(d)))
 
     return {site.name: shifts[site.name] for site in sites if arrives(site)}
 
 
-def _moved_by(before: Tensor, after: Tensor, d: Tensor, dtype: torch.dtype) -> bool:
+def _moved_by(before: Tensor, after: Tensor, d: Tensor) -> bool:
     """Whether ``after`` is ``before - d`` in every channel, to a few roundings of the largest value there."""
-    difference = (after - (before - d)).abs().flatten(0, -2).amax(0)
-    size = before.abs().flatten(0, -2).amax(0) + d.abs()
-    return bool((difference <= 16 * max(torch.finfo(dtype).eps, 1e-6) * size).all())
+    if before.shape != after.shape:
+        return False
+    d, slack = d.to(before.device), 16 * max(torch.finfo(before.dtype).eps, 1e-6)
+    return bool((_largest(after.double() - (before.double() - d)) <= slack * (_largest(before) + d.abs())).all())
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest absolute value in each channel of ``x [..., K]``, ``[K]`` float32; 0 without tokens."""
+    rows = x.reshape(-1, x.shape[-1]).abs().float()
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).amax(0)
 
 
 def _inputs(model: nn.Module, batch: Any, sites: Sequence[Site], played: Sequence[Played]) -> dict[str, list[Tensor]]:
