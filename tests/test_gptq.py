@@ -126,10 +126,11 @@ def test_moment_does_not_see_the_split(sizes: list[int]) -> None:
     whole.update(x)
     for part in x.split(sizes):
         parts.update(part)
-    torch.testing.assert_close(parts.moment, whole.moment)
+    size = float(whole.moment.abs().max())  # float32 sums in another order
+    torch.testing.assert_close(parts.moment, whole.moment, rtol=1e-5, atol=1e-6 * size)
     assert (parts.count, parts.held.seen) == (whole.count, whole.held.seen)
     merged = whole.merge(parts)
-    torch.testing.assert_close(merged.moment, 2 * whole.moment)
+    torch.testing.assert_close(merged.moment, 2 * whole.moment, rtol=1e-5, atol=2e-6 * size)
     assert (merged.count, merged.held.seen) == (2 * whole.count, 2 * whole.held.seen)
 
 
