@@ -101,11 +101,18 @@ class Leave:
 
 @pytest.mark.parametrize("steps", [*[(s,) for s in EVERYTHING], tuple(EVERYTHING)], ids="+".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_leftovers(steps: tuple[str, ...], dtype: torch.dtype, tmp_path: Path) -> None:
-    model = mlp().to(dtype)
+@pytest.mark.parametrize("bias", [True, False])
+def test_leftovers(steps: tuple[str, ...], dtype: torch.dtype, bias: bool, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        model = mlp()
+        model.up = nn.Linear(16, 24, bias=bias)
+        return model
+
+    model = build().to(dtype)
     quantkit.quantize(model, Leave(*steps), calibration=[normal(2, 9, 16).to(dtype)], progress=False)
-    again = quantkit.load(quantkit.save(model, tmp_path / "out"), model=mlp())
-    assert again.up.rewrites_input == (steps != ("scale",))  # that one went into the norm
+    again = quantkit.load(quantkit.save(model, tmp_path / "out"), model=build())
+    into_the_norm = [("scale",), ("shift",)] if bias else [("scale",)]
+    assert again.up.rewrites_input == (steps not in into_the_norm)
     assert_same(again.state_dict(), model.state_dict())
     x = normal(2, 3, 16).to(dtype)
     assert_same(outputs(again, x), outputs(model, x))
