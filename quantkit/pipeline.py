@@ -35,7 +35,7 @@ from quantkit.fold import (
     split,
     split_order,
     store_norms,
-)  # fmt: skip
+)
 from quantkit.linear import W8A8Linear, check_exact
 from quantkit.modules import linears_of, replace_module, weight_of
 from quantkit.numerics import qmax, quantize_weight, reach, sqnr_db, within

@@ -69,13 +69,13 @@ def discover(model: nn.Module, batch: Any, *, carriers: bool = False) -> Discove
     found, heads = prober.producers()
     kept = _kept(model, linears, reference, watch.routers, heads)
     sites = _sites(linears, reference, found, kept)
-    sites = [_with_fold_rule(site, norms, reference) for site in sites]
+    sites = [_with_fold_rule(site, linears, norms, reference) for site in sites]
     unfoldable = rehearse(model, batch, [site for site in sites if site.producer])
     sites = [replace(s, producer=None, reason="the rehearsal changed the model") if s.name in unfoldable else s for s in sites]
-    sites = [_with_bias(site, linears, norms, reference) for site in sites]
     biased: dict[str, list[Site]] = {}
     for site in sites:
-        if site.producer and site.producer.bias:
+        readers = (linears[name] for name in site.linears)
+        if site.producer and site.producer.bias and site.producer.power == 1 and all(x.bias is not None for x in readers):
             biased.setdefault(_place(model, site.producer.module), []).append(site)
     # place by place: one that goes wrong would spoil what comes behind it
     shifts = {name: d for some in biased.values() for name, d in arriving_shifts(model, batch, some).items()}
@@ -450,45 +450,33 @@ def _common_producer(
     return Producer(module, kind, rows, power), ""
 
 
-def _with_fold_rule(site: Site, norms: dict[str, nn.Module], reference: Trace) -> Site:
-    """Learn how a norm's parameters absorb a factor by replaying it alone; without a rule it cannot be folded."""
-    if site.producer is None or site.producer.kind == "linear":
+def _with_fold_rule(site: Site, linears: dict[str, nn.Module], norms: dict[str, nn.Module], reference: Trace) -> Site:
+    """Learn how a norm's parameters absorb a factor, and which of them adds to its output, by replaying it alone; without a
+    rule it cannot be folded. Of a linear, the bias adds."""
+    if site.producer is None:
         return site
+    if site.producer.kind == "linear":
+        bias = None if linears[site.producer.module].bias is None else "bias"
+        return replace(site, producer=replace(site.producer, bias=bias))
     norm = norms[site.producer.module]
     args, kwargs = map_tensors(reference.norm_calls[site.producer.module], _float32)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         own = {name: p.detach().float() for name, p in norm.named_parameters()}
+
+        def near(changed: dict[str, Tensor], wanted: Tensor) -> bool:
+            got = torch.func.functional_call(norm, own | changed, args, kwargs)
+            return bool(((got - wanted).abs() <= 1e-5 * wanted.abs().amax()).all())
+
         plain = torch.func.functional_call(norm, own, args, kwargs)
         names = [name for name, p in own.items() if p.numel() == plain.shape[-1]]
         c = torch.rand(plain.shape[-1], generator=random).to(plain) + 0.5
         for rule in itertools.product(ABSORB, repeat=len(names)):
             rules = dict(zip(names, rule, strict=True))
-            changed = own | {name: absorb(own[name], c, rules[name]) for name in names}
-            scaled = torch.func.functional_call(norm, changed, args, kwargs)
-            if names and bool(((scaled - plain * c).abs() <= 1e-5 * (plain * c).abs().amax()).all()):
-                return replace(site, producer=replace(site.producer, parameters=rules))
+            if names and near({name: absorb(own[name], c, rules[name]) for name in names}, plain * c):
+                bias = next((name for name in names if near({name: own[name] + c}, plain + c)), None)
+                return replace(site, producer=replace(site.producer, parameters=rules, bias=bias))
     return replace(site, producer=None, reason=f"{site.producer.module} has no per-channel parameter that scales it")
-
-
-def _with_bias(site: Site, linears: dict[str, nn.Module], norms: dict[str, nn.Module], reference: Trace) -> Site:
-    """Name the parameter that adds to the rows of the producer, if all linears of the site have a bias to make up for it."""
-    producer = site.producer
-    if producer is None or producer.power != 1 or any(linears[name].bias is None for name in site.linears):
-        return site
-    if producer.kind == "linear":
-        return site if linears[producer.module].bias is None else replace(site, producer=replace(producer, bias="bias"))
-    norm = norms[producer.module]
-    args, kwargs = map_tensors(reference.norm_calls[producer.module], _float32)
-    with torch.no_grad():
-        own = {name: p.detach().float() for name, p in norm.named_parameters()}
-        plain = torch.func.functional_call(norm, own, args, kwargs)
-        d = torch.rand(plain.shape[-1], generator=torch.Generator().manual_seed(1)).to(plain) + 0.5
-        for name in (name for name, rule in producer.parameters.items() if rule == "scale"):
-            moved = torch.func.functional_call(norm, own | {name: own[name] + d}, args, kwargs)
-            if bool(((moved - plain - d).abs() <= 1e-5 * (plain.abs().amax() + d.amax())).all()):
-                return replace(site, producer=replace(producer, bias=name))
-    return site
 
 
 def _rigid(site: Site) -> Site:
