@@ -25,7 +25,7 @@ import quantkit
 from quantkit.linear import W8A8Linear
 from quantkit.numerics import peaks, quantize_weight, raised, reach
 from quantkit.ops import reference
-from quantkit.ops.gpu import configs, hopper, operators, rows
+from quantkit.ops.gpu import configs, hopper, operators, order, rows
 from quantkit.ops.gpu.matmul import matmul
 from quantkit.ops.gpu.quantize import quantize
 from quantkit.transform import Rotation, Transform
@@ -322,6 +322,26 @@ def check_clusters() -> None:
                     assert same(got[:1], layer(x[:1].to(dtype))), f"clusters {(m, k, dtype)}: alone"
 
 
+def check_order() -> None:
+    """Channels in another order, two rows at a time, as the portable kernel does it."""
+    for m, k in itertools.product((1, 2, 37, 3001), (576, 1000, 4096, 8000)):
+        x, y = rand(m, k).bfloat16(), rand(m, k).bfloat16()
+        if m > 4:
+            x[1], x[2, k // 2], x[3, 0] = 0, float("nan"), float("-inf")
+        norm = {"source": "rms", "gain": rand(k).bfloat16(), "eps": 1e-6, "pre_scale": rand(k).abs() + 0.1}
+        for form in ({}, norm, norm | {"x2": y}):
+            options = form | {"permutation": torch.randperm(k, device=DEVICE)}
+            assert order.takes(x, **options), f"order leaves {(m, k)} out"
+            got, wanted = poisoned(lambda: operators.quantize(x, **options), (m, k)), quantize(x, **options)  # noqa: B023
+            what = f"order {(m, k, *form)}"
+            finite = wanted[1].isfinite()
+            assert torch.equal(got[1].isfinite(), finite), f"{what}: finite rows"
+            assert relative(got[1][finite], wanted[1][finite]) < 1e-5, f"{what}: scale"
+            off = (got[0].int() - wanted[0].int()).abs()
+            assert int(off.max()) <= 1 and float(off.float().mean()) < 1e-2, f"{what}: codes"  # noqa: PT018
+            assert all(same(a, b) for a, b in zip(got[2:], wanted[2:], strict=True)), f"{what}: sum"
+
+
 def agree(got: list[Tensor], wanted: Tensor, what: str, *, exact: bool = False) -> None:
     """Codes and scales against those of ``wanted [M, K]``: the same, or but for ties, of which the share is counted."""
     q, scale, _ = reference.quantize_rows(wanted)
@@ -483,7 +503,7 @@ def check_devices() -> None:
 CHECKS = {
     f.__name__.removeprefix("check_"): f
     for f in (
-        check_quantize, check_norms_and_gates, check_rows, check_clusters, check_matmul, check_gemms, check_decodes,
+        check_quantize, check_norms_and_gates, check_rows, check_clusters, check_order, check_matmul, check_gemms, check_decodes,
         check_tiles, check_segments, check_sides, check_layers, check_threshold, check_batches, check_chains, check_devices,
     )
 }  # fmt: skip

@@ -29,12 +29,15 @@ def forms(k: int) -> dict[str, dict[str, Any]]:
     pre, gain = torch.rand(k, device=DEVICE) + 0.5, torch.rand(k, device=DEVICE).bfloat16()
     norm: dict[str, Any] = {"source": "rms", "gain": gain, "eps": 1e-6}
     order = torch.randperm(k, device=DEVICE)
-    # as a layer packs eight clusters, the first of them padded
-    groups = (20, *(k // 8,) * 6, k - 20 - k // 8 * 6)
-    _, clusters, places = places_of(groups, configs.BLOCK, order, DEVICE)
-    gathered = torch.full((16 * len(clusters),), -1, device=DEVICE).index_copy_(0, places, order)
-    eight = {"permutation": gathered, "clusters": clusters, "reach": reach(groups, symmetric=True)[0].to(DEVICE)}
-    eight |= {"align": configs.BLOCK}
+
+    def clustered(groups: tuple[int, ...]) -> dict[str, Any]:
+        """As a layer packs clusters."""
+        _, clusters, places = places_of(groups, configs.BLOCK, order, DEVICE)
+        gathered = torch.full((16 * len(clusters),), -1, device=DEVICE).index_copy_(0, places, order)
+        ranges = reach(groups, symmetric=True)[0].to(DEVICE)
+        return {"permutation": gathered, "clusters": clusters, "reach": ranges, "align": configs.BLOCK}
+
+    eight, ragged = clustered((k // 8,) * 8), clustered((20, *(k // 8,) * 6, k - 20 - k // 8 * 6))
     return {
         "quantize": {},
         "rotate 32": {"rotation": 32}, "rotate 64": {"rotation": 64}, "rotate 128": {"rotation": 128},
@@ -42,6 +45,8 @@ def forms(k: int) -> dict[str, dict[str, Any]]:
         "order": {"permutation": order},
         "RMSNorm": norm, "RMSNorm, rotate 64": norm | {"rotation": 64}, "RMSNorm, order": norm | {"permutation": order},
         "order, 8 clusters": eight, "RMSNorm, order, 8 clusters": norm | eight,
+        "RMSNorm, order, 8 clusters, the first padded": norm | ragged,
+        "residual, RMSNorm, order": norm | {"x2": True, "permutation": order},
         "residual, RMSNorm": norm | {"x2": True}, "residual, RMSNorm, rotate 64": norm | {"x2": True, "rotation": 64},
         "SiLU gate": {"source": "silu", "x2": True}, "SiLU gate, rotate 64": {"source": "silu", "x2": True, "rotation": 64},
     }  # fmt: skip

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from quantkit.ops.gpu import columns, configs, hopper, rows
+from quantkit.ops.gpu import columns, configs, hopper, order, rows
 from quantkit.ops.gpu.gemv import gemv_kernel
 from quantkit.ops.gpu.matmul import matmul_kernel
 from quantkit.ops.gpu.quantize import quantize_kernel
@@ -98,6 +98,16 @@ def one_row(arch: int, k: int, m: int = 8192, **features: Any) -> dict[str, Any]
     return compiled(rows.rows_kernel, arch, types, constants, {"num_warps": shape.warps})
 
 
+def ordered(arch: int, k: int, **features: Any) -> dict[str, Any]:
+    types = dict.fromkeys(("M", "K", "padded", "stride_x", "stride_2"), "i32") | {"X": "*bf16", "Q": "*i8", "S": "*fp32"}
+    types |= dict.fromkeys(("eps", "offset"), "fp32") | {"PERM": "*i64"}
+    types |= {name: kind for name, kind in features.items() if isinstance(kind, str) and name != "SOURCE"}
+    block, clusters = triton.next_power_of_2(features.get("places", k)), features.get("CLUSTERS", 1)
+    constants = {"SOURCE": features.get("SOURCE", ""), "QMAX": 127, "CLUSTERS": clusters, "COUNT": clusters}
+    constants |= {"B": block, "EVEN": block == k, "PDL": arch >= 90}
+    return compiled(order.order_kernel, arch, types, constants, {"num_warps": block // 512})
+
+
 def matmul(arch: int, tile: configs.Tile, **features: str | int) -> dict[str, Any]:
     types = dict.fromkeys(("M", "N", "K", "zero_stride", "side_count", "side_m"), "i32")
     types |= {"Q": "*i8", "W": "*i8", "Y": "*bf16", "SX": "*fp32", "SW": "*fp32"}
@@ -164,6 +174,7 @@ def gluon(
             "SLOTS": 1 if extra.keys() & {"ZP", "B"} else 2,
             "SIDES": sides,
             "SEGMENTS": segments,
+            "LAG": hopper.LAG if segments > 1 else 0,
             "PDL": config.early,
         }
         return compiled(hopper.gemm_kernel, 90, types, constants, options)
@@ -200,6 +211,10 @@ def main() -> None:
         clustered = {"PERM": "*i64", "CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8}
         out[f"rows norm clusters {arch}"] = one_row(arch, 4096, places=4224, SOURCE="rms", GAIN="*bf16", **clustered)
         out[f"rows gate rotate few {arch}"] = one_row(arch, 14336, 16, SOURCE="silu", X2="*bf16", **rotated)
+        for k in (576, 4096, 8192):
+            out[f"order {k} {arch}"] = ordered(arch, k)
+            out[f"order norm {k} {arch}"] = ordered(arch, k, **norm, PRE="*fp32")
+            out[f"order norm clusters {k} {arch}"] = ordered(arch, k, SOURCE="rms", GAIN="*bf16", **clustered)
         if arch != 89:  # which has too little shared memory for them: the portable kernel takes these
             out[f"rows gate clusters {arch}"] = one_row(arch, 8192, SOURCE="silu", X2="*bf16", **clustered)
             out[f"rows gate rotate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16", PRE="*fp32", **rotated)

@@ -34,6 +34,8 @@ load = tma.async_load if renamed else tma.async_copy_global_to_shared
 store = tma.async_store if renamed else tma.async_copy_shared_to_global
 ROWS = gl.constexpr(64)  # rows of a wgmma
 SIDE = gl.constexpr(configs.SIDE)
+import os
+LAG = int(os.environ.get("QK_LAG", "2"))
 
 
 @gluon.jit
@@ -163,10 +165,10 @@ def quotient(one, two):
 
 
 @gluon.jit
-def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, staging, columns, y_desc, SX, SW, ZP,
+def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, turn, staging, columns, y_desc, SX, SW, ZP,
                   WSUM, B, ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr,
                   BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr,
-                  BIAS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr):  # fmt: skip
+                  BIAS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr, LAG: gl.constexpr):  # fmt: skip
     # int8 wgmma with N = 256 aborts the compiler (Triton 3.6 and 3.9): two of 128 make up the tile
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 32])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 16])  # of the 16-bit product
@@ -175,7 +177,8 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
     last: gl.constexpr = half if WIDTH * 2 == BN else quarter
     flat: gl.constexpr = gl.BlockedLayout([max(BN // 128, 1)], [32], [4], [0])
     tiles_m, tiles_n = gl.cdiv(M, 2 * ROWS), gl.cdiv(N, BN)
-    stage, phase = 0, 0
+    stage, phase, turns = 0, 0, 0
+    lagging = KT >= STAGES
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tm, tn = tile_of(t, tiles_m, tiles_n, GROUP)
         first, row = tn * BN, first_row(tm, M, 2 * ROWS) + c * ROWS
@@ -189,6 +192,9 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
         if ZERO:
             sums = gl.load(WSUM + n, mask=n < N, other=0)
         acc = gl.zeros([ROWS, BN], gl.int32, layout)
+        if LAG > 0 and c == 1:
+            mbarrier.wait(turn, turns, pred=lagging)
+            turns ^= 1
         mbarrier.wait(full.index(stage), phase)
         acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True, use_acc=False)
         if BIAS:
@@ -199,15 +205,19 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
         upto = KT
         if SEGMENTS > 1:
             upto = gl.load(BORDERS + 1) // BK
-        for _ in range(1, upto):
+        for k in range(1, upto):
             mbarrier.wait(full.index(stage), phase)
             acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
             mbarrier.arrive(empty.index(before), count=1)
+            if LAG > 0 and c == 0:
+                mbarrier.arrive(turn, count=1, pred=lagging & (k == LAG))
             before = stage
             stage, phase = following(stage, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before), count=1)
+        if LAG > 0 and c == 0:
+            mbarrier.arrive(turn, count=1, pred=lagging & (upto <= LAG))
         if SEGMENTS > 1:
             for g in range(1, SEGMENTS):
                 # what the next border needs, on its way while this one is worked on
@@ -222,14 +232,18 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                 peak = peak * (step * GROWTH)
                 a, b = factors(acc, 0, step, zero, columns, BN, ZERO)
                 acc = warpgroup_mma_init(on_grid(a, b, peak[:, None]))
+                mbarrier.wait(full.index(stage), phase)
+                acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
                 peak += most
                 put_columns(columns, sw, sums, ZERO)
                 before_sx, sx = sx, next_sx
-                for k in range(start, upto):
+                before = stage
+                stage, phase = following(stage, phase, STAGES)
+                for _ in range(start + 1, upto):
                     mbarrier.wait(full.index(stage), phase)
                     acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
                     acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
-                    mbarrier.arrive(empty.index(before), count=1, pred=k > start)
+                    mbarrier.arrive(empty.index(before), count=1)
                     before = stage
                     stage, phase = following(stage, phase, STAGES)
                 acc = warpgroup_mma_wait(0, deps=[acc])
@@ -267,7 +281,7 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
 def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, PEAKS, M, N, K, zero_stride,
                 GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
-                SLOTS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+                SLOTS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr, LAG: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """``y [M, N]`` in 16 bit from descriptors of ``q [M, K]`` (boxes of 64 x BK), ``w [N, K]`` (BN x BK) and y (64 x WIDTH);
     with SIDES > 0 of ``x [M, 64 SIDES]`` (64 x 64) and ``v [N, 64 SIDES]`` (BN x 64) in 16 bit, whose product is added."""
     ZERO: gl.constexpr = ZP is not None
@@ -280,6 +294,8 @@ def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACT
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=2)
+    turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(turn, count=1)
     staging0 = gl.allocate_shared_memory(y_desc.dtype, [SLOTS, ROWS, WIDTH], y_desc.layout)
     staging1 = gl.allocate_shared_memory(y_desc.dtype, [SLOTS, ROWS, WIDTH], y_desc.layout)
     kinds: gl.constexpr = 3 if ZERO else (2 if BIAS else 1)
@@ -290,12 +306,12 @@ def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACT
         gdc_launch_dependents()
         gdc_wait()
     gl.warp_specialize([
-        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B,
+        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, turn, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B,
                          ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
-                         SEGMENTS)),
-        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B,
+                         SEGMENTS, LAG)),
+        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, turn, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B,
                          ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
-                         SEGMENTS)),
+                         SEGMENTS, LAG)),
         (gemm_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, GROUP, BN, BK, STAGES,
                          SIDES)),
     ], [4, 1], [232, 24])  # fmt: skip
@@ -347,6 +363,16 @@ def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty,
 
 
 @gluon.jit
+def of_segments(SW, tile, N, layout: gl.constexpr, SEGMENTS: gl.constexpr):
+    """Scales of the weight rows of a tile, for each segment."""
+    n = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    out = ()
+    for g in gl.static_range(SEGMENTS):
+        out = out + (gl.load(SW + g * N + n, mask=n < N, other=0.0),)
+    return out
+
+
+@gluon.jit
 def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE,
                     BORDERS, PEAKS, M, N, KT, zero_stride, TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
                     SIDES: gl.constexpr, SEGMENTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
@@ -355,19 +381,20 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
     token = first_row(gl.program_id(0), M, TOKENS)
     m = token + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
     stage, phase = 0, 0
+    # what the ends of segments need is on its way before the tokens are there
+    upto, sw = KT, of_segments(SW, gl.program_id(1), N, layout, SEGMENTS)
+    if SEGMENTS > 1:
+        upto = gl.load(BORDERS + 1) // BK
+    first_upto = upto
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    first_sx, upto = gl.load(SX + m * SEGMENTS, mask=m < M, other=0.0), KT
+    first_sx = gl.load(SX + m * SEGMENTS, mask=m < M, other=0.0)
     for t in range(gl.program_id(1), gl.cdiv(N, ROWS), gl.num_programs(1)):
         n = t * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         acc = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.int32, layout))
-        before, start, sx, peak = 0, 0, first_sx, gl.zeros_like(first_sx)
-        if SEGMENTS > 1:
-            upto = gl.load(BORDERS + 1) // BK
+        before, start, upto, sx, peak = 0, 0, first_upto, first_sx, gl.zeros_like(first_sx)
         for g in gl.static_range(SEGMENTS):
-            # what the end of the segment needs, on its way while it is multiplied
-            sw = gl.load(SW + g * N + n, mask=n < N, other=0.0)
             if g < SEGMENTS - 1:
                 next_upto, most = gl.load(BORDERS + g + 2) // BK, gl.load(PEAKS + g)
                 next_sx = gl.load(SX + m * SEGMENTS + g + 1, mask=m < M, other=0.0)
@@ -388,10 +415,11 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
             if g < SEGMENTS - 1:
                 step = quotient(sx, next_sx)
                 peak = (peak + most) * (step * GROWTH)
-                total = on_grid(total.to(gl.float32) * step[None, :], sw[:, None], peak[None, :])
+                total = on_grid(total.to(gl.float32) * step[None, :], sw[g][:, None], peak[None, :])
                 acc = warpgroup_mma_init(total)
                 start, upto, sx = upto, next_upto, next_sx
-        y = (total.to(gl.float32) * sx[None, :]) * sw[:, None]
+        y = (total.to(gl.float32) * sx[None, :]) * sw[SEGMENTS - 1][:, None]
+        sw = of_segments(SW, t + gl.num_programs(1), N, layout, SEGMENTS)  # of the next tile
         if SIDES > 0:
             y = gl.convert_layout(y, wide)
             sides = SIDES
@@ -502,7 +530,7 @@ def multiply(
             *described_sides(64, config.columns), described(y, 64, config.width),
             sx, sw, zero, wsum, bias, active, borders, peaks, m, n, k, zero_stride,
             config.group, config.columns, config.block_k, config.stages, config.width,
-            2 if bias is None and zero is None else 1, sides, segments, config.early, **options,
+            2 if bias is None and zero is None else 1, sides, segments, LAG if segments > 1 else 0, config.early, **options,
         )  # fmt: skip
     else:
         groups = triton.cdiv(m, config.tokens)

@@ -24,9 +24,10 @@ OTHER_GLUON = (
 
 try:
     from quantkit.ops.gpu import hopper as hopper
+    from quantkit.ops.gpu import order as order
     from quantkit.ops.gpu import rows as rows
 except (ImportError, AttributeError) as error:  # Gluon is experimental: its names move from one Triton to the next
-    hopper = rows = None  # type: ignore[assignment]
+    hopper = order = rows = None  # type: ignore[assignment]
     log.warning(OTHER_GLUON, str(error).splitlines()[0])
 
 SIXTEEN = (torch.bfloat16, torch.float16)
@@ -47,12 +48,14 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @on_its_device
 def quantize(x: Tensor, **options: Any) -> list[Tensor]:
-    """See :func:`quantkit.ops.gpu.quantize.quantize`; the kernel of :mod:`.rows` where it applies."""
-    if rows is not None and x.device.type == "cuda" and rows.takes(x, **options):
-        try:
-            return rows.quantize(x, **options)
-        except CompilationError as error:
-            _do_without_gluon(error)
+    """See :func:`quantkit.ops.gpu.quantize.quantize`; the kernels of :mod:`.order` and :mod:`.rows` where they apply."""
+    for special in (order, rows):
+        if special is not None and x.device.type == "cuda" and special.takes(x, **options):
+            try:
+                return special.quantize(x, **options)
+            except CompilationError as error:
+                _do_without_gluon(error)
+                break
     return _quantize(x, **options)
 
 
@@ -112,8 +115,8 @@ def matmul(
 
 
 def _do_without_gluon(error: Exception) -> None:
-    global hopper, rows
-    hopper = rows = None  # type: ignore[assignment]
+    global hopper, order, rows
+    hopper = order = rows = None  # type: ignore[assignment]
     log.warning(OTHER_GLUON, str(error).strip().splitlines()[-1])
 
 

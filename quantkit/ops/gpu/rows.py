@@ -142,23 +142,30 @@ def fetch(slot, P, row, M, stride, k, K, EVEN: gl.constexpr):
     async_copy.async_copy_global_to_shared(slot, at, mask=real if EVEN else real & (k < K))
 
 
+@gluon.constexpr_function
+def by_cluster(layout: gl.DistributedLinearLayout, clusters: int) -> gl.DistributedLinearLayout:
+    """``[g, clusters]`` for lines that are spread as ``layout`` does: the threads along a line have a cluster each."""
+    bits = [[0, 1 << i] for i in range(clusters.bit_length() - 1)]
+    lanes = [(bits.pop(0) if bits else [0, 0]) if base[1] else base for base in layout.lane_bases]
+    registers = bits + [base for base in layout.reg_bases if not base[1]]
+    return gl.DistributedLinearLayout(registers, lanes, layout.warp_bases, [], [layout.shape[0], clusters])
+
+
 @gluon.jit
-def of_clusters(x, cluster, REACH, factor, COUNT: gl.constexpr, CLUSTERS: gl.constexpr):
-    """For lines ``x [G, L]``, times ``factor``, of clusters of whole lines: the range that the scale of each line is made of
-    (numerics.raised), its cluster, both ``[G]``, and the largest range."""
-    small: gl.constexpr = gl.BlockedLayout([1, 1], [32 // CLUSTERS, CLUSTERS], [gl.num_warps(), 1], [1, 0])
-    mine: gl.constexpr = gl.SliceLayout(1, small)
-    c = gl.arange(0, CLUSTERS, gl.SliceLayout(0, small))
-    line = gl.convert_layout(gl.abs(gl.reduce(x, 1, larger)), mine)
-    which = gl.convert_layout(cluster, mine)
-    own = which[:, None] == c[None, :]
-    top = gl.abs(gl.reduce(gl.where(own, line[:, None], 0.0), 0, larger))
-    whole = gl.abs(gl.reduce(top, 0, larger)) * factor
-    absmax = gl.where(whole < float("inf"), top * factor, 0.0)
+def of_lines(x, cluster, c):
+    """For lines ``x [G, L]`` of clusters ``[G]``: ``[G, CLUSTERS]``, the largest absolute value where it counts, else 0."""
+    along: gl.constexpr = cluster.type.layout
+    return gl.where(cluster[:, None] == c, gl.convert_layout(gl.abs(gl.reduce(x, 1, larger)), along)[:, None], 0.0)
+
+
+@gluon.jit
+def ranges(top, cluster, c, REACH, finite, factor, COUNT: gl.constexpr):
+    """numerics.raised of clusters whose largest absolute values are ``top [CLUSTERS]`` times ``factor``, for each line."""
+    absmax = gl.where(finite, gl.abs(top) * factor, 0.0)[None, :]
     reach = gl.load(REACH + c, mask=c < COUNT, other=1.0)
     least = absmax * gl.div_rn(gl.full_like(reach, 1.0), reach)
-    kept = gl.where(own, absmax[None, :], gl.where(c[None, :] < which[:, None], least[None, :], 0.0))
-    return gl.reduce(kept, 1, larger), which, whole
+    kept = gl.where(cluster[:, None] == c, absmax, gl.where(c < cluster[:, None], least, 0.0))
+    return gl.maximum(gl.reduce(kept, 1, larger), FLOOR)
 
 
 @gluon.jit
@@ -186,7 +193,9 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, CLUSTER, REACH, Q, S, SUM,
         if FIRST:
             source = perm
     if CLUSTERS > 1:
-        cluster = gl.load(CLUSTER + g * (L // 16), mask=g * L < padded, other=-1)
+        small: gl.constexpr = by_cluster(layout, CLUSTERS)
+        c, line = gl.arange(0, CLUSTERS, gl.SliceLayout(0, small))[None, :], gl.arange(0, G, gl.SliceLayout(1, small))
+        cluster = gl.load(CLUSTER + line * (L // 16), mask=line * L < padded, other=-1)
     if PRE is not None:
         pre = gl.load(PRE + source, mask=source < K, other=0.0)
     if GAIN is not None:
@@ -269,23 +278,24 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, CLUSTER, REACH, Q, S, SUM,
             if ROUNDED:
                 x = x.to(X.dtype.element_ty)
             x = rotate(x, matrix, ROTATION, G, L)
-        if CLUSTERS > 1:
-            absmax, which, whole = of_clusters(x, cluster, REACH, factor, COUNT, CLUSTERS)
-            absmax, finite = gl.maximum(absmax, FLOOR), whole < float("inf")
-            top = gl.full_like(absmax, 1.0 * QMAX)
-            inverse = gl.convert_layout(gl.div_rn(top, absmax) * factor, gl.SliceLayout(1, layout))[:, None]
-            at = S + row * COUNT + which
-            gl.store(at, gl.where(finite, gl.div_rn(absmax, top), float("nan")), mask=which >= 0)
-        elif SOURCE == "rms":  # the root commutes with all that follows it, so that one reduction serves both
+        if SOURCE == "rms" and CLUSTERS == 1:  # the root commutes with all that follows it, so that one reduction serves both
             total, top = gl.reduce((squares, x.reshape([B])), 0, sum_and_larger)
             factor = factor * (1.0 / gl.sqrt_rn(total / K + eps))
-        else:
+        elif CLUSTERS == 1:
             top = gl.reduce(x.reshape([B]), 0, larger)
-        if CLUSTERS == 1:
-            absmax = gl.maximum(gl.abs(top) * factor, FLOOR)
-            finite = (gl.abs(top) < float("inf")) & (absmax < float("inf"))
-            inverse = gl.div_rn(gl.to_tensor(1.0 * QMAX), absmax) * factor
-            gl.store(S + row, gl.where(finite, gl.div_rn(absmax, gl.to_tensor(1.0 * QMAX)), float("nan")))
+        else:
+            tops = gl.reduce(of_lines(x, cluster, c), 0, larger)
+            top = gl.reduce(tops, 0, larger)
+        finite = (gl.abs(top) < float("inf")) & (gl.abs(top) * factor < float("inf"))
+        if CLUSTERS > 1:
+            absmax = ranges(tops, cluster, c, REACH, finite, factor, COUNT)
+            limit = gl.full_like(absmax, 1.0 * QMAX)
+            inverse = gl.convert_layout(gl.div_rn(limit, absmax), gl.SliceLayout(1, layout))[:, None] * factor
+            gl.store(S + row * COUNT + cluster, gl.where(finite, gl.div_rn(absmax, limit), float("nan")), mask=cluster >= 0)
+        else:
+            absmax, limit = gl.maximum(gl.abs(top) * factor, FLOOR), gl.to_tensor(1.0 * QMAX)
+            inverse = gl.div_rn(limit, absmax) * factor
+            gl.store(S + row, gl.where(finite, gl.div_rn(absmax, limit), float("nan")))
         v = x * inverse + ROUND
         q = low_bytes(v, gl.full_like(v.to(gl.int32, bitcast=True), gl.where(finite, -1, 0)))
         out = Q + gl.cast(row, gl.int64) * padded + k
