@@ -129,11 +129,11 @@ def ours_with_columns(n: int) -> Callable[[Inputs], Call | None]:
     return candidate
 
 
-def ours_in_segments(count: int) -> Callable[[Inputs], Call | None]:
-    """K in segments with scales of their own, as RPTQ leaves it: the hottest channels in a tile that is padded with zeros."""
+def ours_in_segments(count: int, padding: int = 0) -> Callable[[Inputs], Call | None]:
+    """K in segments with scales of their own, as RPTQ leaves it: the hottest channels in a tile, with ``padding`` zeros."""
 
     def candidate(a: Inputs) -> Call | None:
-        wide = a.k + configs.BLOCK
+        wide = a.k + padding
         inner = {2: [128], 4: [128, 128 + a.k // 1024 * 128, 128 + a.k // 256 * 128]}[count]
         borders = torch.tensor([0, *inner, wide], device=DEVICE, dtype=torch.int32)
         q, w = ([int8(rows, wide) for _ in range(a.copies)] for rows in (a.m, a.n))
@@ -411,6 +411,7 @@ def main() -> None:
     candidates |= peers() if args.peers else {}
     candidates |= {f"bf16: quantkit, {n} columns": ours_with_columns(n) for n in args.columns}
     candidates |= {f"given: quantkit, {n} segments": ours_in_segments(n) for n in args.segments}
+    candidates |= {f"given: quantkit, {n} segments, padded": ours_in_segments(n, configs.BLOCK) for n in args.segments}
     candidates |= {"bf16: quantkit, threshold 6": ours_with_threshold} if args.threshold else {}
     candidates = {name: c for name, c in candidates.items() if any(fnmatch(name, pattern) for pattern in args.only)}
     if args.compile is not None:
