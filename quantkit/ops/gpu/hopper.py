@@ -36,6 +36,7 @@ ROWS = gl.constexpr(64)  # rows of a wgmma
 SIDE = gl.constexpr(configs.SIDE)
 import os
 LAG = int(os.environ.get("QK_LAG", "2"))
+PLAIN_LAG = int(os.environ.get("QK_PLAIN_LAG", "0"))
 
 
 @gluon.jit
@@ -530,7 +531,7 @@ def multiply(
             *described_sides(64, config.columns), described(y, 64, config.width),
             sx, sw, zero, wsum, bias, active, borders, peaks, m, n, k, zero_stride,
             config.group, config.columns, config.block_k, config.stages, config.width,
-            2 if bias is None and zero is None else 1, sides, segments, LAG if segments > 1 else 0, config.early, **options,
+            2 if bias is None and zero is None else 1, sides, segments, LAG if segments > 1 else PLAIN_LAG, config.early, **options,
         )  # fmt: skip
     else:
         groups = triton.cdiv(m, config.tokens)
