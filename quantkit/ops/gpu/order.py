@@ -92,17 +92,18 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
         gdc_launch_dependents()
         gdc_wait()
     first, step = 2 * gl.program_id(0), 2 * gl.num_programs(0)
-    a_ahead, b_ahead = read(X, first, M, stride_x, k, K, EVEN), read(X, first + 1, M, stride_x, k, K, EVEN)
-    if X2 is not None:
-        a2_ahead, b2_ahead = read(X2, first, M, stride_2, k, K, EVEN), read(X2, first + 1, M, stride_2, k, K, EVEN)
+    # Without a residual there are registers for the next two rows, while these are worked on.
+    if X2 is None:
+        a_ahead, b_ahead = read(X, first, M, stride_x, k, K, EVEN), read(X, first + 1, M, stride_x, k, K, EVEN)
     for row in range(first, M, step):
-        a, b = a_ahead, b_ahead
-        a_ahead, b_ahead = read(X, row + step, M, stride_x, k, K, EVEN), read(X, row + step + 1, M, stride_x, k, K, EVEN)
-        if X2 is not None:
-            a = (a.to(gl.float32) + a2_ahead.to(gl.float32)).to(SUM.dtype.element_ty)
-            b = (b.to(gl.float32) + b2_ahead.to(gl.float32)).to(SUM.dtype.element_ty)
-            a2_ahead = read(X2, row + step, M, stride_2, k, K, EVEN)
-            b2_ahead = read(X2, row + step + 1, M, stride_2, k, K, EVEN)
+        if X2 is None:
+            a, b = a_ahead, b_ahead
+            a_ahead, b_ahead = read(X, row + step, M, stride_x, k, K, EVEN), read(X, row + step + 1, M, stride_x, k, K, EVEN)
+        else:
+            a, b = read(X, row, M, stride_x, k, K, EVEN), read(X, row + 1, M, stride_x, k, K, EVEN)
+            a2, b2 = read(X2, row, M, stride_2, k, K, EVEN), read(X2, row + 1, M, stride_2, k, K, EVEN)
+            a = (a.to(gl.float32) + a2.to(gl.float32)).to(SUM.dtype.element_ty)
+            b = (b.to(gl.float32) + b2.to(gl.float32)).to(SUM.dtype.element_ty)
             out = SUM + row.to(gl.int64) * K + k
             gl.store(out, a, mask=k < K)
             gl.store(out + K, b, mask=(k < K) & (row + 1 < M))
