@@ -221,8 +221,9 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
             mbarrier.arrive(turn, count=1, pred=lagging & (upto <= LAG))
         if SEGMENTS > 1:
             for g in range(1, SEGMENTS):
+                # (the compiler forgets an ``upto`` that is carried from one segment to the next)
                 # what the next border needs, on its way while this one is worked on
-                start, upto = upto, gl.load(BORDERS + g + 1) // BK
+                steps = (gl.load(BORDERS + g + 1) - gl.load(BORDERS + g)) // BK
                 sw = gl.load(SW + g * N + n, mask=n < N, other=0.0)
                 next_sx = gl.load(SX + m * SEGMENTS + gl.minimum(g + 1, SEGMENTS - 1), mask=m < M, other=0.0)
                 if ZERO:
@@ -240,7 +241,7 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                 before_sx, sx = sx, next_sx
                 before = stage
                 stage, phase = following(stage, phase, STAGES)
-                for _ in range(start + 1, upto):
+                for _ in range(1, steps):
                     mbarrier.wait(full.index(stage), phase)
                     acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
                     acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
