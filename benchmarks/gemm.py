@@ -134,7 +134,7 @@ def ours_in_segments(count: int, padding: int = 0) -> Callable[[Inputs], Call | 
 
     def candidate(a: Inputs) -> Call | None:
         wide = a.k + padding
-        inner = {2: [128], 4: [128, 128 + a.k // 1024 * 128, 128 + a.k // 256 * 128]}[count]
+        inner = [128, *(128 + a.k * parts // 256 // 128 * 128 for parts in {2: (), 4: (32, 128), 8: (8, 16, 32, 64, 96, 128)}[count])]
         borders = torch.tensor([0, *inner, wide], device=DEVICE, dtype=torch.int32)
         q, w = ([int8(rows, wide) for _ in range(a.copies)] for rows in (a.m, a.n))
         sx, sw = torch.rand(a.m, count, device=DEVICE) / a.k, torch.rand(count, a.n, device=DEVICE) + 1
@@ -397,7 +397,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="bitsandbytes, torchao, gemlite, those that are installed")
     parser.add_argument("--hot", action="store_true", help="one copy of the weight as well")
     parser.add_argument("--columns", nargs="*", type=int, default=[], help="outlier columns beside the INT8 product")
-    parser.add_argument("--segments", nargs="*", type=int, default=[], choices=[2, 4], help="of K, with scales of their own")
+    parser.add_argument("--segments", nargs="*", type=int, default=[], choices=[2, 4, 8], help="of K, with scales of their own")
     parser.add_argument("--threshold", action="store_true", help="columns that reach 6 in the batch, 8 of them")
     parser.add_argument("--only", nargs="*", default=["*"], help="globs over the names of candidates")
     parser.add_argument("--name", default="gemm", help="of the result")

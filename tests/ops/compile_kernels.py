@@ -159,14 +159,14 @@ def gluon(
     **extra: str,
 ) -> dict[str, Any]:
     types = dict.fromkeys(("M", "N", "K", "zero_stride"), "i32") | {"SX": "*fp32", "SW": "*fp32"} | extra
-    tokens, rows = (64, config.columns) if isinstance(config, configs.Gemm) else (config.tokens, 64)
+    tokens, rows = (64, config.part) if isinstance(config, configs.Gemm) else (config.tokens, 64)
     if sides:
         types |= {"x_desc": described(tokens, configs.SIDE, dtype), "v_desc": described(rows, configs.SIDE, dtype)}
     options: dict[str, Any] = {"num_warps": 4, "launch_pdl": config.early}
     if isinstance(config, configs.Gemm):
         types |= {
             "q_desc": described(64, 128),
-            "w_desc": described(config.columns, 128),
+            "w_desc": described(config.part, 128),
             "y_desc": described(64, config.width, dtype),
         }
         constants = {"GROUP": config.group, "BN": config.columns, "BK": 128, "STAGES": config.stages, "WIDTH": config.width}
@@ -174,7 +174,6 @@ def gluon(
             "SLOTS": 1 if extra.keys() & {"ZP", "B"} else 2,
             "SIDES": sides,
             "SEGMENTS": segments,
-            "LAG": hopper.LAG if segments > 1 else 0,
             "PDL": config.early,
         }
         return compiled(hopper.gemm_kernel, 90, types, constants, options)

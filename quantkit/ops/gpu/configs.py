@@ -44,9 +44,14 @@ class Gemm:
     block_k = 128
 
     @property
+    def part(self) -> int:
+        """Columns of an accumulator."""
+        return min(self.columns, 128)
+
+    @property
     def width(self) -> int:
         """Columns of a staging tile."""
-        return min(self.columns // 2, 64)
+        return self.part // 2
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,6 @@ load = tma.async_load if renamed else tma.async_copy_global_to_shared
 store = tma.async_store if renamed else tma.async_copy_shared_to_global
 ROWS = gl.constexpr(64)  # rows of a wgmma
 SIDE = gl.constexpr(configs.SIDE)
-import os
-LAG = int(os.environ.get("QK_LAG", "2"))
-PLAIN_LAG = int(os.environ.get("QK_PLAIN_LAG", "0"))
 
 
 @gluon.jit
@@ -77,13 +74,15 @@ def active_tiles(ACTIVE, SIDES: gl.constexpr):
     return gl.minimum(gl.cdiv(gl.load(ACTIVE), SIDE), SIDES)
 
 
-# ---- many tokens: y = q W^T, 128 tokens (64 for each of two consumers) by BN columns
+# ---- many tokens: y = q W^T, 128 tokens (64 for each of two consumers) by BN columns, in accumulators of 2 WIDTH columns
 
 
 @gluon.jit
 def gemm_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT,
                   GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-                  SIDES: gl.constexpr):  # fmt: skip
+                  WIDTH: gl.constexpr, SIDES: gl.constexpr):  # fmt: skip
+    PART: gl.constexpr = 2 * WIDTH
+    PARTS: gl.constexpr = BN // PART
     tiles_m, tiles_n = gl.cdiv(M, 2 * ROWS), gl.cdiv(N, BN)
     stage, phase = 0, 1
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -92,7 +91,8 @@ def gemm_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, A
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, (2 * ROWS + BN) * BK)
-            load(w_desc, [tn * BN, k * BK], bar, w_ring.index(stage))
+            for p in gl.static_range(PARTS):
+                load(w_desc, [tn * BN + p * PART, k * BK], bar, w_ring.index(stage * PARTS + p))
             for c in gl.static_range(2):
                 load(q_desc, [first_row(tm, M, 2 * ROWS) + c * ROWS, k * BK], bar, q_ring.index(stage * 2 + c))
             stage, phase = following(stage, phase, STAGES)
@@ -104,7 +104,9 @@ def gemm_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, A
                 mbarrier.wait(empty.index(stage), phase)
                 bar = full.index(stage)
                 mbarrier.expect(bar, (2 * ROWS + BN) * 2 * SIDE)
-                load(v_desc, [tn * BN, s * SIDE], bar, side_of(w_ring.index(stage), v_desc))
+                for p in gl.static_range(PARTS):
+                    slot = side_of(w_ring.index(stage * PARTS + p), v_desc)
+                    load(v_desc, [tn * BN + p * PART, s * SIDE], bar, slot)
                 for c in gl.static_range(2):
                     row = first_row(tm, M, 2 * ROWS) + c * ROWS
                     load(x_desc, [row, s * SIDE], bar, side_of(q_ring.index(stage * 2 + c), x_desc))
@@ -150,6 +152,13 @@ def put(y, column: gl.constexpr, row, first, sx, zero, columns, y_desc, staging,
     store(y_desc, [row, first + column], buffer)
 
 
+@gluon.constexpr_function
+def by_fours(columns: int) -> gl.SharedLinearLayout:
+    """How values of ``columns`` lie in shared memory: those of two neighbouring matrices of 8 that a thread reads side by side."""
+    bits = [1, 8, 2, 4, *(1 << i for i in range(4, columns.bit_length() - 1))]
+    return gl.SharedLinearLayout([[bit] for bit in bits])
+
+
 @gluon.jit
 def put_columns(columns, scale, sums, ZERO: gl.constexpr):
     """What :func:`rescaled` reads of the columns of a tile."""
@@ -166,156 +175,181 @@ def quotient(one, two):
 
 
 @gluon.jit
-def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, turn, staging, columns, y_desc, SX, SW, ZP,
+def multiplied(accs, q, w_ring, stage, USE: gl.constexpr, PARTS: gl.constexpr):
+    """Start to multiply a slot of the ring."""
+    out = ()
+    for p in gl.static_range(PARTS):
+        w = w_ring.index(stage * PARTS + p).permute((1, 0))
+        out = out + (warpgroup_mma(q, w, accs[p], is_async=True, use_acc=USE),)
+    return out
+
+
+@gluon.jit
+def until(accs, pending: gl.constexpr, PARTS: gl.constexpr):
+    """Wait until products with no more than ``pending`` parts are under way."""
+    if PARTS == 1:
+        return (warpgroup_mma_init(warpgroup_mma_wait(pending, deps=[accs[0]])),)
+    else:
+        a, b = warpgroup_mma_wait(pending, deps=[accs[0], accs[1]])
+        return warpgroup_mma_init(a), warpgroup_mma_init(b)
+
+
+@gluon.jit
+def following_scales(SX, SW, WSUM, m, n, g, M, N, ZERO: gl.constexpr, SEGMENTS: gl.constexpr):
+    """Scales of tokens, scales of columns and their sums in segment ``g``, or the last one."""
+    g = gl.minimum(g, SEGMENTS - 1)
+    sw, sums = gl.load(SW + g * N + n, mask=n < N, other=0.0), n
+    if ZERO:
+        sums = gl.load(WSUM + g * N + n, mask=n < N, other=0)
+    return gl.load(SX + m * SEGMENTS + g, mask=m < M, other=0.0), sw, sums
+
+
+@gluon.jit
+def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, staging, columns, y_desc, SX, SW, ZP,
                   WSUM, B, ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr,
                   BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr,
-                  BIAS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr, LAG: gl.constexpr):  # fmt: skip
-    # int8 wgmma with N = 256 aborts the compiler (Triton 3.6 and 3.9): two of 128 make up the tile
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 32])
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN, 128), 16])  # of the 16-bit product
-    half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(BN // 2, 128), 32])
-    quarter: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN // 4, 32])
-    last: gl.constexpr = half if WIDTH * 2 == BN else quarter
+                  BIAS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr):  # fmt: skip
+    PART: gl.constexpr = 2 * WIDTH
+    PARTS: gl.constexpr = BN // PART
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])  # of the 16-bit product
+    last: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     flat: gl.constexpr = gl.BlockedLayout([max(BN // 128, 1)], [32], [4], [0])
     tiles_m, tiles_n = gl.cdiv(M, 2 * ROWS), gl.cdiv(N, BN)
-    stage, phase, turns = 0, 0, 0
-    lagging = KT >= STAGES
+    stage, phase = 0, 0
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tm, tn = tile_of(t, tiles_m, tiles_n, GROUP)
         first, row = tn * BN, first_row(tm, M, 2 * ROWS) + c * ROWS
         m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         n = first + gl.arange(0, BN, flat)
-        sx, before_sx, zero = gl.load(SX + m * SEGMENTS, mask=m < M, other=0.0), 0.0, m
-        if SEGMENTS > 1:
-            before_sx, sx = sx, gl.load(SX + m * SEGMENTS + 1, mask=m < M, other=0.0)
-            peak = gl.load(PEAKS) + gl.zeros_like(sx)
+        sx, zero = gl.load(SX + m * SEGMENTS, mask=m < M, other=0.0), m
         sw, sums = gl.load(SW + n, mask=n < N, other=0.0), n
         if ZERO:
             sums = gl.load(WSUM + n, mask=n < N, other=0)
-        acc = gl.zeros([ROWS, BN], gl.int32, layout)
-        if LAG > 0 and c == 1:
-            mbarrier.wait(turn, turns, pred=lagging)
-            turns ^= 1
+        steps = KT
+        if SEGMENTS > 1:
+            # what a border needs is on its way before the segment is multiplied: the first one may be short
+            peak, most, steps = gl.zeros_like(sx), gl.load(PEAKS), gl.load(BORDERS + 1) // BK
+            next_sx, next_sw, next_sums = following_scales(SX, SW, WSUM, m, n, 1, M, N, ZERO, SEGMENTS)
+        accs = ()
+        for p in gl.static_range(PARTS):
+            accs = accs + (gl.zeros([ROWS, PART], gl.int32, layout),)
         mbarrier.wait(full.index(stage), phase)
-        acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True, use_acc=False)
+        accs = multiplied(accs, q_ring.index(stage * 2 + c), w_ring, stage, False, PARTS)
         if BIAS:
             columns.index(1).store(gl.load(B + n, mask=n < N, other=0.0).to(gl.float32))
         put_columns(columns, sw, sums, ZERO)
         before = stage
         stage, phase = following(stage, phase, STAGES)
-        upto = KT
         if SEGMENTS > 1:
-            upto = gl.load(BORDERS + 1) // BK
-        for k in range(1, upto):
-            mbarrier.wait(full.index(stage), phase)
-            acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
-            mbarrier.arrive(empty.index(before), count=1)
-            if LAG > 0 and c == 0:
-                mbarrier.arrive(turn, count=1, pred=lagging & (k == LAG))
-            before = stage
-            stage, phase = following(stage, phase, STAGES)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(before), count=1)
-        if LAG > 0 and c == 0:
-            mbarrier.arrive(turn, count=1, pred=lagging & (upto <= LAG))
-        if SEGMENTS > 1:
-            for g in range(1, SEGMENTS):
-                # (the compiler forgets an ``upto`` that is carried from one segment to the next)
-                # what the next border needs, on its way while this one is worked on
-                steps = (gl.load(BORDERS + g + 1) - gl.load(BORDERS + g)) // BK
-                sw = gl.load(SW + g * N + n, mask=n < N, other=0.0)
-                next_sx = gl.load(SX + m * SEGMENTS + gl.minimum(g + 1, SEGMENTS - 1), mask=m < M, other=0.0)
+            for g in range(SEGMENTS - 1):
                 if ZERO:
-                    zero = gl.load(ZP + m * zero_stride + g - 1, mask=m < M, other=0)
-                    sums = gl.load(WSUM + g * N + n, mask=n < N, other=0)
-                most = gl.load(PEAKS + g)
-                step = quotient(before_sx, sx)
-                peak = peak * (step * GROWTH)
-                a, b = factors(acc, 0, step, zero, columns, BN, ZERO)
-                acc = warpgroup_mma_init(on_grid(a, b, peak[:, None]))
-                mbarrier.wait(full.index(stage), phase)
-                acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
-                peak += most
-                put_columns(columns, sw, sums, ZERO)
-                before_sx, sx = sx, next_sx
-                before = stage
-                stage, phase = following(stage, phase, STAGES)
+                    zero = gl.load(ZP + m * zero_stride + g, mask=m < M, other=0)
                 for _ in range(1, steps):
                     mbarrier.wait(full.index(stage), phase)
-                    acc = warpgroup_mma(q_ring.index(stage * 2 + c), w_ring.index(stage).permute((1, 0)), acc, is_async=True)
-                    acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
+                    accs = until(multiplied(accs, q_ring.index(stage * 2 + c), w_ring, stage, True, PARTS), PARTS, PARTS)
                     mbarrier.arrive(empty.index(before), count=1)
                     before = stage
                     stage, phase = following(stage, phase, STAGES)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(empty.index(before), count=1)
+                step = quotient(sx, next_sx)
+                peak = (peak + most) * (step * GROWTH)
+                mbarrier.wait(full.index(stage), phase)
+                # While one part is rescaled, the other is multiplied.
+                rescaled_accs = ()
+                for p in gl.static_range(PARTS):
+                    acc = warpgroup_mma_wait(p, deps=[accs[p]])
+                    if p == PARTS - 1:
+                        mbarrier.arrive(empty.index(before), count=1)
+                    a, b = factors(acc, p * PART, step, zero, columns, PART, ZERO)
+                    acc = warpgroup_mma_init(on_grid(a, b, peak[:, None]))
+                    w = w_ring.index(stage * PARTS + p).permute((1, 0))
+                    rescaled_accs = rescaled_accs + (warpgroup_mma(q_ring.index(stage * 2 + c), w, acc, is_async=True),)
+                accs = rescaled_accs
+                put_columns(columns, next_sw, next_sums, ZERO)
+                before, sx = stage, next_sx
+                stage, phase = following(stage, phase, STAGES)
+                steps, most = (gl.load(BORDERS + g + 2) - gl.load(BORDERS + g + 1)) // BK, gl.load(PEAKS + g + 1)
+                next_sx, next_sw, next_sums = following_scales(SX, SW, WSUM, m, n, g + 2, M, N, ZERO, SEGMENTS)
+        for _ in range(1, steps):
+            mbarrier.wait(full.index(stage), phase)
+            accs = until(multiplied(accs, q_ring.index(stage * 2 + c), w_ring, stage, True, PARTS), PARTS, PARTS)
+            mbarrier.arrive(empty.index(before), count=1)
+            before = stage
+            stage, phase = following(stage, phase, STAGES)
         if ZERO:
             zero = gl.load(ZP + m * zero_stride + SEGMENTS - 1, mask=m < M, other=0)
         if SIDES > 0:
             # The INT32 registers become float32 ones, and take the 16-bit product on top.
-            acc = gl.convert_layout(rescaled(acc, 0, sx, zero, columns, BN, ZERO), wide)
+            accs = until(accs, 0, PARTS)
+            mbarrier.arrive(empty.index(before), count=1)
+            floats = ()
+            for p in gl.static_range(PARTS):
+                acc = rescaled(warpgroup_mma_wait(0, deps=[accs[p]]), p * PART, sx, zero, columns, PART, ZERO)
+                floats = floats + (warpgroup_mma_init(gl.convert_layout(acc, wide)),)
             sides = SIDES
             if ACTIVE is not None:
                 sides = active_tiles(ACTIVE, SIDES)
             for _ in range(sides):
                 mbarrier.wait(full.index(stage), phase)
-                x, v = side_of(q_ring.index(stage * 2 + c), x_desc), side_of(w_ring.index(stage), v_desc)
-                acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(x, v.permute((1, 0)), acc, is_async=True)])
+                x = side_of(q_ring.index(stage * 2 + c), x_desc)
+                sums_of_parts = ()
+                for p in gl.static_range(PARTS):
+                    v = side_of(w_ring.index(stage * PARTS + p), v_desc).permute((1, 0))
+                    sums_of_parts = sums_of_parts + (warpgroup_mma(x, v, floats[p], is_async=True),)
+                floats = until(sums_of_parts, 0, PARTS)
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = following(stage, phase, STAGES)
-            acc = gl.convert_layout(acc, layout)
-        sx, zero = gl.convert_layout(sx, gl.SliceLayout(1, last)), gl.convert_layout(zero, gl.SliceLayout(1, last))
-        left, right = halves(acc, BN, half)
-        if WIDTH * 2 == BN:
-            put(left, 0, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS, SIDES)
-            put(right, WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS, SIDES)
-        else:
-            a, b = halves(left, BN // 2, quarter)
-            put(a, 0, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS, SIDES)
-            put(b, WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS, SIDES)
-            a, b = halves(right, BN // 2, quarter)
-            put(a, 2 * WIDTH, row, first, sx, zero, columns, y_desc, staging, 0, WIDTH, SLOTS, ZERO, BIAS, SIDES)
-            put(b, 3 * WIDTH, row, first, sx, zero, columns, y_desc, staging, 1, WIDTH, SLOTS, ZERO, BIAS, SIDES)
+        end_sx, end_zero = gl.convert_layout(sx, gl.SliceLayout(1, last)), gl.convert_layout(zero, gl.SliceLayout(1, last))
+        for p in gl.static_range(PARTS):
+            if SIDES > 0:
+                acc = gl.convert_layout(warpgroup_mma_wait(0, deps=[floats[p]]), layout)
+            else:
+                acc = warpgroup_mma_wait(PARTS - 1 - p, deps=[accs[p]])
+                if p == PARTS - 1:
+                    mbarrier.arrive(empty.index(before), count=1)
+            left, right = halves(acc, PART, last)
+            put(left, p * PART, row, first, end_sx, end_zero, columns, y_desc, staging, 2 * p, WIDTH, SLOTS, ZERO, BIAS, SIDES)
+            put(right, p * PART + WIDTH, row, first, end_sx, end_zero, columns, y_desc, staging, 2 * p + 1, WIDTH, SLOTS, ZERO,
+                BIAS, SIDES)  # fmt: skip
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
 def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, PEAKS, M, N, K, zero_stride,
                 GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
-                SLOTS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr, LAG: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
-    """``y [M, N]`` in 16 bit from descriptors of ``q [M, K]`` (boxes of 64 x BK), ``w [N, K]`` (BN x BK) and y (64 x WIDTH);
-    with SIDES > 0 of ``x [M, 64 SIDES]`` (64 x 64) and ``v [N, 64 SIDES]`` (BN x 64) in 16 bit, whose product is added."""
+                SLOTS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    """``y [M, N]`` in 16 bit from descriptors of ``q [M, K]`` (boxes of 64 x BK), ``w [N, K]`` (2 WIDTH x BK) and y
+    (64 x WIDTH); with SIDES > 0 of ``x [M, 64 SIDES]`` (64 x 64) and ``v [N, 64 SIDES]`` (2 WIDTH x 64) in 16 bit, whose
+    product is added."""
     ZERO: gl.constexpr = ZP is not None
     BIAS: gl.constexpr = B is not None
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    fours: gl.constexpr = by_fours(BN)
     q_ring = gl.allocate_shared_memory(gl.int8, [STAGES * 2, ROWS, BK], q_desc.layout)
-    w_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BN, BK], w_desc.layout)
+    PARTS: gl.constexpr = BN // (2 * WIDTH)
+    w_ring = gl.allocate_shared_memory(gl.int8, [STAGES * PARTS, 2 * WIDTH, BK], w_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=2)
-    turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(turn, count=1)
     staging0 = gl.allocate_shared_memory(y_desc.dtype, [SLOTS, ROWS, WIDTH], y_desc.layout)
     staging1 = gl.allocate_shared_memory(y_desc.dtype, [SLOTS, ROWS, WIDTH], y_desc.layout)
     kinds: gl.constexpr = 3 if ZERO else (2 if BIAS else 1)
-    columns0 = gl.allocate_shared_memory(gl.float32, [kinds, BN], plain)
-    columns1 = gl.allocate_shared_memory(gl.float32, [kinds, BN], plain)
+    columns0 = gl.allocate_shared_memory(gl.float32, [kinds, BN], fours)
+    columns1 = gl.allocate_shared_memory(gl.float32, [kinds, BN], fours)
     KT = gl.cdiv(K, BK)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     gl.warp_specialize([
-        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, turn, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B,
+        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B,
                          ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
-                         SEGMENTS, LAG)),
-        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, turn, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B,
+                         SEGMENTS)),
+        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B,
                          ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
-                         SEGMENTS, LAG)),
+                         SEGMENTS)),
         (gemm_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, GROUP, BN, BK, STAGES,
-                         SIDES)),
+                         WIDTH, SIDES)),
     ], [4, 1], [232, 24])  # fmt: skip
 
 
@@ -528,11 +562,11 @@ def multiply(
     if isinstance(config, Gemm):
         tiles = triton.cdiv(m, 128) * triton.cdiv(n, config.columns)
         gemm_kernel[(min(processors(q.device), tiles),)](
-            described(q, 64, config.block_k), described(weight, config.columns, config.block_k),
-            *described_sides(64, config.columns), described(y, 64, config.width),
+            described(q, 64, config.block_k), described(weight, config.part, config.block_k),
+            *described_sides(64, config.part), described(y, 64, config.width),
             sx, sw, zero, wsum, bias, active, borders, peaks, m, n, k, zero_stride,
             config.group, config.columns, config.block_k, config.stages, config.width,
-            2 if bias is None and zero is None else 1, sides, segments, LAG if segments > 1 else PLAIN_LAG, config.early, **options,
+            2 if bias is None and zero is None else 1, sides, segments, config.early, **options,
         )  # fmt: skip
     else:
         groups = triton.cdiv(m, config.tokens)
