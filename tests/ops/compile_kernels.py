@@ -178,8 +178,8 @@ def gluon(
         }
         return compiled(hopper.gemm_kernel, 90, types, constants, options)
     types |= {
-        "q_desc": described(config.tokens, config.block_k),
-        "w_desc": described(64, config.block_k),
+        "q_desc": described(config.tokens, configs.BLOCK),
+        "w_desc": described(64, configs.BLOCK),
         "Y": f"*{NAMES[dtype]}",
     } | ({"y_desc": described(config.tokens, 64, dtype)} if config.staged else {})
     constants = {"TOKENS": config.tokens, "BK": config.block_k, "STAGES": config.stages, "SIDES": sides, "PDL": config.early}

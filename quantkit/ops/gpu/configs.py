@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -150,8 +150,7 @@ def hopper(m: int, n: int, *, segments: bool = False) -> Gemm | Decode:
         tokens = next(t for t in RINGS if m <= t)
         if m > 8 and 2 * -(-n // 64) <= PROCESSORS:
             tokens //= 2  # two groups of tokens run side by side
-        ring = RINGS[tokens]
-        return replace(ring, block_k=BLOCK, stages=ring.stages * ring.block_k // BLOCK) if segments else ring
+        return RINGS[tokens]
     return min(GEMMS, key=lambda c: -(-(-(-m // 128) * -(-n // c.columns)) // PROCESSORS) * (c.columns + 32))
 
 

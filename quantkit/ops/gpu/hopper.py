@@ -34,6 +34,7 @@ load = tma.async_load if renamed else tma.async_copy_global_to_shared
 store = tma.async_store if renamed else tma.async_copy_shared_to_global
 ROWS = gl.constexpr(64)  # rows of a wgmma
 SIDE = gl.constexpr(configs.SIDE)
+PIECE = gl.constexpr(configs.BLOCK)  # of K, in a box of TMA; segments start at multiples of it
 
 
 @gluon.jit
@@ -359,6 +360,7 @@ def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACT
 @gluon.jit
 def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, TOKENS: gl.constexpr,
                     BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    PIECES: gl.constexpr = BK // PIECE
     token = first_row(gl.program_id(0), M, TOKENS)
     stage, phase = 0, 1
     fetched = 0
@@ -368,10 +370,12 @@ def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty,
         fetched = gl.minimum(KT, STAGES)
         for k in range(fetched):
             mbarrier.expect(full.index(k), (ROWS + TOKENS) * BK)
-            load(w_desc, [row, k * BK], full.index(k), w_ring.index(k))
+            for p in gl.static_range(PIECES):
+                load(w_desc, [row, k * BK + p * PIECE], full.index(k), w_ring.index(k * PIECES + p))
         gdc_wait()
         for k in range(fetched):
-            load(q_desc, [token, k * BK], full.index(k), q_ring.index(k))
+            for p in gl.static_range(PIECES):
+                load(q_desc, [token, k * BK + p * PIECE], full.index(k), q_ring.index(k * PIECES + p))
         if fetched == STAGES:
             phase ^= 1
         else:
@@ -382,8 +386,9 @@ def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty,
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, (ROWS + TOKENS) * BK)
-            load(w_desc, [t * ROWS, k * BK], bar, w_ring.index(stage))
-            load(q_desc, [token, k * BK], bar, q_ring.index(stage))
+            for p in gl.static_range(PIECES):
+                load(w_desc, [t * ROWS, k * BK + p * PIECE], bar, w_ring.index(stage * PIECES + p))
+                load(q_desc, [token, k * BK + p * PIECE], bar, q_ring.index(stage * PIECES + p))
             stage, phase = following(stage, phase, STAGES)
         if SIDES > 0:
             sides = SIDES
@@ -393,8 +398,8 @@ def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty,
                 mbarrier.wait(empty.index(stage), phase)
                 bar = full.index(stage)
                 mbarrier.expect(bar, (ROWS + TOKENS) * 2 * SIDE)
-                load(v_desc, [t * ROWS, s * SIDE], bar, side_of(w_ring.index(stage), v_desc))
-                load(x_desc, [token, s * SIDE], bar, side_of(q_ring.index(stage), x_desc))
+                load(v_desc, [t * ROWS, s * SIDE], bar, side_of(w_ring.index(stage * PIECES), v_desc))
+                load(x_desc, [token, s * SIDE], bar, side_of(q_ring.index(stage * PIECES), x_desc))
                 stage, phase = following(stage, phase, STAGES)
 
 
@@ -409,18 +414,25 @@ def of_segments(SW, tile, N, layout: gl.constexpr, SEGMENTS: gl.constexpr):
 
 
 @gluon.jit
+def product_of(acc, w_ring, q_ring, piece):
+    """Start to multiply a piece of a slot."""
+    return warpgroup_mma(w_ring.index(piece), q_ring.index(piece).permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
 def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE,
                     BORDERS, PEAKS, M, N, KT, zero_stride, TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
                     SIDES: gl.constexpr, SEGMENTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    PIECES: gl.constexpr = BK // PIECE
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])  # of the 16-bit product
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
     token = first_row(gl.program_id(0), M, TOKENS)
     m = token + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
     stage, phase = 0, 0
     # what the ends of segments need is on its way before the tokens are there
-    upto, sw = KT, of_segments(SW, gl.program_id(1), N, layout, SEGMENTS)
+    upto, sw = KT * PIECES, of_segments(SW, gl.program_id(1), N, layout, SEGMENTS)
     if SEGMENTS > 1:
-        upto = gl.load(BORDERS + 1) // BK
+        upto = gl.load(BORDERS + 1) // PIECE
     first_upto = upto
     if PDL:
         gdc_launch_dependents()
@@ -432,20 +444,35 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
         before, start, upto, sx, peak = 0, 0, first_upto, first_sx, gl.zeros_like(first_sx)
         for g in gl.static_range(SEGMENTS):
             if g < SEGMENTS - 1:
-                next_upto, most = gl.load(BORDERS + g + 2) // BK, gl.load(PEAKS + g)
+                next_upto, most = KT * PIECES, gl.load(PEAKS + g)
+                if g < SEGMENTS - 2:
+                    next_upto = gl.load(BORDERS + g + 2) // PIECE
                 next_sx = gl.load(SX + m * SEGMENTS + g + 1, mask=m < M, other=0.0)
             if ZP is not None:
                 zero = gl.load(ZP + m * zero_stride + g, mask=m < M, other=0)
                 sums = gl.load(WSUM + g * N + n, mask=n < N, other=0)
-            for k in range(start, upto):
+            if SEGMENTS > 1 and PIECES > 1:  # the rest of a slot in which the segment before ended
+                for _ in range(start % PIECES):
+                    acc = warpgroup_mma_wait(0, deps=[product_of(acc, w_ring, q_ring, stage * PIECES + 1)])
+                    acc = warpgroup_mma_init(acc)
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    stage, phase = following(stage, phase, STAGES)
+            first = gl.cdiv(start, PIECES)
+            for k in range(first, upto // PIECES):
                 mbarrier.wait(full.index(stage), phase)
-                acc = warpgroup_mma(w_ring.index(stage), q_ring.index(stage).permute((1, 0)), acc, is_async=True)
-                acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
-                mbarrier.arrive(empty.index(before), count=1, pred=k > start)
+                for p in gl.static_range(PIECES):
+                    acc = product_of(acc, w_ring, q_ring, stage * PIECES + p)
+                acc = warpgroup_mma_init(warpgroup_mma_wait(PIECES, deps=[acc]))
+                mbarrier.arrive(empty.index(before), count=1, pred=k > first)
                 before = stage
                 stage, phase = following(stage, phase, STAGES)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
+            mbarrier.arrive(empty.index(before), count=1, pred=upto // PIECES > first)
+            if g < SEGMENTS - 1 and PIECES > 1:  # the beginning of a slot in which the next one goes on
+                for _ in range(upto % PIECES):
+                    mbarrier.wait(full.index(stage), phase)
+                    acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[product_of(acc, w_ring, q_ring, stage * PIECES)]))
             total = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(before), count=1)
             if ZP is not None:
                 total = total - sums[:, None] * zero[None, :]
             if g < SEGMENTS - 1:
@@ -463,7 +490,7 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
                 sides = active_tiles(ACTIVE, SIDES)
             for _ in range(sides):
                 mbarrier.wait(full.index(stage), phase)
-                x, v = side_of(q_ring.index(stage), x_desc), side_of(w_ring.index(stage), v_desc)
+                x, v = side_of(q_ring.index(stage * PIECES), x_desc), side_of(w_ring.index(stage * PIECES), v_desc)
                 y = warpgroup_mma_wait(0, deps=[warpgroup_mma(v, x.permute((1, 0)), y, is_async=True)])
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = following(stage, phase, STAGES)
@@ -486,10 +513,10 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
 def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, PEAKS, M, N, K, zero_stride,
                   TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr,
                   PDL: gl.constexpr):  # fmt: skip
-    """``y [M, N]`` from descriptors of ``q [M, K]`` (boxes of TOKENS x BK) and ``w [N, K]`` (64 x BK); with SIDES > 0 of
+    """``y [M, N]`` from descriptors of ``q [M, K]`` (boxes of TOKENS x 128) and ``w [N, K]`` (64 x 128); with SIDES > 0 of
     ``x [M, 64 SIDES]`` (TOKENS x 64) and ``v [N, 64 SIDES]`` (64 x 64) in 16 bit, whose product is added."""
-    q_ring = gl.allocate_shared_memory(gl.int8, [STAGES, TOKENS, BK], q_desc.layout)
-    w_ring = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, BK], w_desc.layout)
+    q_ring = gl.allocate_shared_memory(gl.int8, [STAGES * (BK // PIECE), TOKENS, PIECE], q_desc.layout)
+    w_ring = gl.allocate_shared_memory(gl.int8, [STAGES * (BK // PIECE), ROWS, PIECE], w_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -572,7 +599,7 @@ def multiply(
         groups = triton.cdiv(m, config.tokens)
         staged = config.staged and n % 8 == 0 and dtype in TYPES
         decode_kernel[(groups, max(1, min(processors(q.device) // groups, triton.cdiv(n, 64))))](
-            described(q, config.tokens, config.block_k), described(weight, 64, config.block_k),
+            described(q, config.tokens, configs.BLOCK), described(weight, 64, configs.BLOCK),
             *described_sides(config.tokens, 64), described(y, config.tokens, 64) if staged else None,
             y, sx, sw, zero, wsum, bias, active, borders, peaks, m, n, k, zero_stride,
             config.tokens, config.block_k, config.stages, sides, segments, config.early,
