@@ -134,7 +134,10 @@ def ours_in_segments(count: int, padding: int = 0) -> Callable[[Inputs], Call | 
 
     def candidate(a: Inputs) -> Call | None:
         wide = a.k + padding
-        inner = [128, *(128 + a.k * parts // 256 // 128 * 128 for parts in {2: (), 4: (32, 128), 8: (8, 16, 32, 64, 96, 128)}[count])]
+        inner = [
+            128,
+            *(128 + a.k * parts // 256 // 128 * 128 for parts in {2: (), 4: (32, 128), 8: (8, 16, 32, 64, 96, 128)}[count]),
+        ]
         borders = torch.tensor([0, *inner, wide], device=DEVICE, dtype=torch.int32)
         q, w = ([int8(rows, wide) for _ in range(a.copies)] for rows in (a.m, a.n))
         sx, sw = torch.rand(a.m, count, device=DEVICE) / a.k, torch.rand(count, a.n, device=DEVICE) + 1

@@ -130,13 +130,15 @@ def gathered() -> dict[str, Any]:
     return compiled(columns.gather_kernel, 90, types, constants, {"num_warps": 4})
 
 
-def gemv(arch: int, k: int, given: bool) -> dict[str, Any]:
+def gemv(arch: int, k: int, given: bool, segments: int = 1) -> dict[str, Any]:
     config = configs.vector(k, given=given)
     types = {"X": "*bf16", "W": "*i32", "Y": "*bf16", "SW": "*fp32", "N": "i32", "K": "i32", "K4": "i32"}
     types |= {"X": "*i32", "SX": "*fp32"} if given else {}
+    types |= {"BORDERS": "*i32", "PEAKS": "*fp32"} if segments > 1 else {}
     block = triton.next_power_of_2(k // 4)
     constants = {
         "stride_xk": 1,
+        "SEGMENTS": segments,
         "QMAX": 127,
         "ROWS": config.rows,
         "GROUPS": config.groups,
@@ -225,6 +227,7 @@ def main() -> None:
         out[f"columns list {arch}"] = listed(arch)
         for k, given in itertools.product((4096, 14336), (False, True)):
             out[f"gemv {k} {given} {arch}"] = gemv(arch, k, given)
+        out[f"gemv segments {arch}"] = gemv(arch, 4096, True, 4)
         tiles = sorted({configs.portable(arch, m, n) for m in (1, 32, 64, 128, 256, 8192) for n in (4096, 28672)}, key=astuple)
         for tile in tiles:
             out[f"matmul {arch} {tile}"] = matmul(arch, tile)

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -138,6 +138,22 @@ def test_gemv(n: int, k: int, config: Vector) -> None:
     assert_same(gemv(x, wide, sw, bias=bias, config=config), wanted)
     given = F.pad(q, (0, padded(k) - k))
     assert_same(gemv(given, wide, sw, sx=sx, dtype=x.dtype, bias=bias, config=config), wanted)
+
+
+@given(st.integers(1, 20), st.lists(st.integers(1, 5), min_size=1, max_size=6), st.booleans())
+def test_gemv_in_segments(n: int, sizes: list[int], nan: bool) -> None:
+    groups = tuple(16 * size for size in sizes)
+    q, w = codes(1, sum(groups)), codes(n, sum(groups))
+    sx, sw = (raised(torch.rand(rows, len(groups)) + 0.01, r) for rows, r in zip((1, n), reach(groups, True), strict=True))
+    if nan:
+        sx[:] = float("nan")
+    products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
+    bias = torch.randn(n)
+    wanted = reference.segment_epilogue(products, groups, sx, sw, None, None, None, bias, torch.float32)
+    borders = torch.tensor([0, *accumulate(groups)], dtype=torch.int32)
+    where = {"borders": borders, "peaks": peaks(groups, True)} if len(groups) > 1 else {}
+    scale = reference.chained(sw) if where else sw.view(-1)
+    assert_same(gemv(q, w, scale, sx=sx, dtype=torch.float32, bias=bias, config=Vector(4, 1, 4), **where), wanted)
 
 
 SOURCES = {

@@ -10,6 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.numerics import qmax
 from quantkit.ops.gpu.configs import Vector
+from quantkit.ops.gpu.matmul import GROWTH, on_grid
 from quantkit.ops.gpu.quantize import FLOOR, ROUND, hopper, reachable
 
 
@@ -49,18 +50,42 @@ def _scale_and_bias(SW, BIAS, n, N):
 
 
 @triton.jit
+def _in_segments(products, n, SX, SW, BORDERS, PEAKS, N, SEGMENTS: tl.constexpr):
+    """Sums of ``products [ROWS, B4]`` in segments, which begin at multiples of 4 words, and the last scale of the token."""
+    ROWS: tl.constexpr = products.shape[0]
+    B16: tl.constexpr = products.shape[1] // 4
+    fours, k = tl.sum(tl.reshape(products, (ROWS, B16, 4)), 2), 16 * tl.arange(0, B16)
+    column = tl.minimum(n, N - 1)
+    sx, peak, acc = tl.load(SX), 0.0, n * 0
+    for g in tl.static_range(SEGMENTS):
+        if g > 0:
+            following = tl.load(SX + g)
+            step = tl.div_rn(sx, following)
+            step = tl.where(step == step, step, 0.0)  # of a token that becomes NaN
+            peak = peak * (step * GROWTH)
+            w_step = tl.load(SW + (g - 1) * N + column)
+            acc = on_grid(acc.to(tl.float32) * step, w_step, peak)
+            sx = following
+        peak += tl.load(PEAKS + g)
+        here = (k >= tl.load(BORDERS + g)) & (k < tl.load(BORDERS + g + 1))
+        acc += tl.sum(tl.where(here[None, :], fours, 0), 1)
+    return acc, sx
+
+
+@triton.jit
 def gemv_kernel(
-    X, SX, W, Y, SW, BIAS, PRE, N, K, K4, stride_xk,
-    QMAX: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, B4: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    X, SX, W, Y, SW, BIAS, PRE, BORDERS, PEAKS, N, K, K4, stride_xk,
+    SEGMENTS: tl.constexpr, QMAX: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, B4: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     NATIVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``GROUPS`` times ``ROWS`` outputs of ``y [N]`` from ``w [N, K4]`` int32, four codes each, and x: float, or words too."""
     n = tl.program_id(0) * (ROWS * GROUPS) + tl.arange(0, ROWS)
+    LAST = SW + (SEGMENTS - 1) * N
     k = tl.arange(0, B4)
     inside = k < K4
     # The weight does not depend on the kernel before: its first part is on the way while that one ends.
     w = _weights(W, n, k, inside, N, K4, EVEN_N, EVEN_K)
-    sw, bias = _scale_and_bias(SW, BIAS, n, N)
+    sw, bias = _scale_and_bias(LAST, BIAS, n, N)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -84,8 +109,12 @@ def gemv_kernel(
     for g in tl.static_range(GROUPS):
         if g + 1 < GROUPS:
             ahead = _weights(W, n + ROWS, k, inside, N, K4, EVEN_N, EVEN_K)
-            ahead_sw, ahead_bias = _scale_and_bias(SW, BIAS, n + ROWS, N)
-        acc = tl.sum(_dot4(w, xq, NATIVE), 1)
+            ahead_sw, ahead_bias = _scale_and_bias(LAST, BIAS, n + ROWS, N)
+        products = _dot4(w, xq, NATIVE)
+        if SEGMENTS > 1:
+            acc, sx = _in_segments(products, n, SX, SW, BORDERS, PEAKS, N, SEGMENTS)
+        else:
+            acc = tl.sum(products, 1)
         y = acc.to(tl.float32) * sx * sw
         if BIAS is not None:
             y += bias
@@ -105,20 +134,23 @@ def gemv(
     bits: int = 8,
     bias: Tensor | None = None,
     pre_scale: Tensor | None = None,
+    borders: Tensor | None = None,
+    peaks: Tensor | None = None,
     config: Vector,
 ) -> Tensor:
     """``[1, N]`` in the dtype of ``x [1, K]``, for ``weight [N, padded(K)]`` int8.
 
     Args:
         sx: ``[1, 1]``, with codes ``x [1, padded(K)]`` in place of floats; the result is then of ``dtype``.
+        borders, peaks: with ``sx [1, G]`` and ``sw [G, N]``, of segments of K, see :func:`quantkit.ops.gpu.matmul.matmul`.
     """
     n, words, rows = len(weight), weight.shape[1] // 4, config.rows * config.groups
     x, y = reachable(x), x.new_empty((1, n), dtype=dtype)
     pdl, block = hopper(x.device), triton.next_power_of_2(words)
     gemv_kernel[(triton.cdiv(n, rows),)](
-        x if sx is None else x.view(torch.int32), sx, weight.view(torch.int32), y, sw, bias, pre_scale,
+        x if sx is None else x.view(torch.int32), sx, weight.view(torch.int32), y, sw, bias, pre_scale, borders, peaks,
         n, x.shape[1], words, x.stride(1),
-        qmax(bits), config.rows, config.groups, block, n % rows == 0, block == words, x.device.type == "cuda", pdl,
+        1 if borders is None else len(borders) - 1, qmax(bits), config.rows, config.groups, block, n % rows == 0, block == words, x.device.type == "cuda", pdl,
         num_warps=config.warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return y

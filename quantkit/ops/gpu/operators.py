@@ -81,9 +81,9 @@ def matmul(
     ``align`` is what all borders are multiples of.
     """
     (m, k), n = q.shape, len(weight)
-    plain = zero is None and side is None and borders is None
-    if m == 1 and plain and k % 16 == 0:
-        return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, config=configs.vector(k, given=True))
+    if m == 1 and zero is None and side is None and k % 16 == 0:
+        config = configs.vector(k, given=True)
+        return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, borders=borders, peaks=peaks, config=config)
     tma = hopper is not None and k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0
     tma = tma and (borders is None or align % configs.BLOCK == 0) and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
     if side is not None:
