@@ -29,9 +29,9 @@ class GPUPacked:
     """A weight ready to run: ``codes`` in rows of 16; ``vector`` says whether one token may take the fused kernel.
 
     With clusters of channels, each starts at a multiple of 16 of the P places in a row: ``permutation [P]`` says which channel
-    is where, -1 where none is, in the fewest bits that hold them (:func:`narrow`), ``borders [G + 1]`` int32 where clusters begin, all at multiples of ``align``, and ``clusters
+    is where, -1 where none is, ``borders [G + 1]`` int32 where clusters begin, all at multiples of ``align``, and ``clusters
     [P / 16]`` int32 whose 16 places are, with their ``reach [G]`` and ``peaks [G]``; ``scale`` is then
-    :func:`quantkit.ops.reference.chained`.
+    :func:`quantkit.ops.reference.chained`. ``permutation`` is always as :func:`narrow` makes it.
     """
 
     backend: Any
@@ -96,12 +96,14 @@ class GPU(Plain):
         if side is not None and layer.outlier_index is not None:
             mask = torch.zeros(k, dtype=torch.int8, device=side.device).index_fill(0, layer.outlier_index, 1)
             side = torch.nn.functional.pad(side, (0, padded_side(side.shape[1]) - side.shape[1])).contiguous()
+        if permutation is not None:
+            permutation = narrow(permutation, k)
         rest = (layer.shift, layer.permutation, layer.outlier_index)
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block and not layer.groups
         sums = None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups)
         return GPUPacked(
             self, layer.weight.device, layer.weight, weight, (scale if layer.groups else scale.view(-1)).contiguous(), sums,
-            side, mask, _signed_scale(layer), permutation if permutation is None else narrow(permutation, k), borders, clusters, reached, most, align,
+            side, mask, _signed_scale(layer), permutation, borders, clusters, reached, most, align,
             vector and not layer.threshold and all(v is None for v in rest),
         )  # fmt: skip
 
@@ -167,8 +169,8 @@ BANKS = 32
 def spread(places: Tensor, channels: Tensor, *, pairs: bool) -> Tensor:
     """``places [n]`` in an order in which threads that read ``channels [n]`` at once read different banks of shared memory.
 
-    A warp of :mod:`.rows` reads channels of 16 bit for 32 places that differ in their bits 3, 4, 6, 7 and 8, one of :mod:`.order`
-    those of two rows, 32 bit, for places that differ in their bits 3 to 7.
+    A warp of :mod:`.rows` reads channels of 16 bit for 32 places that differ in their bits 3, 4, 6, 7 and 8, one of
+    :mod:`.order` those of two rows, ``pairs`` of 32 bit, for places that differ in their bits 3 to 7.
     """
     lanes, size = (0b0_1111_1000, 1) if pairs else (0b1_1101_1000, 2)
     waiting: list[list[int]] = [[] for _ in range(BANKS)]

@@ -143,16 +143,17 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
     first, step = 2 * gl.program_id(0), 2 * gl.num_programs(0)
     # Without a residual there are registers for the next two rows, while these are worked on.
     if X2 is None:
-        word = words(read(X, first, M, stride_x, k, K, EVEN), read(X, first + 1, M, stride_x, k, K, EVEN))
+        word = words(read(X, first, M, stride_x, k, K, EVEN), read(X + stride_x, first, M - 1, stride_x, k, K, EVEN))
     for row in range(first, M, step):
         if X2 is None:
-            a_ahead, b_ahead = read(X, row + step, M, stride_x, k, K, EVEN), read(X, row + step + 1, M, stride_x, k, K, EVEN)
+            a_ahead = read(X, row + step, M, stride_x, k, K, EVEN)
+            b_ahead = read(X + stride_x, row + step, M - 1, stride_x, k, K, EVEN)
         else:
-            a, b = read(X, row, M, stride_x, k, K, EVEN), read(X, row + 1, M, stride_x, k, K, EVEN)
-            a2, b2 = read(X2, row, M, stride_2, k, K, EVEN), read(X2, row + 1, M, stride_2, k, K, EVEN)
+            a, b = read(X, row, M, stride_x, k, K, EVEN), read(X + stride_x, row, M - 1, stride_x, k, K, EVEN)
+            a2, b2 = read(X2, row, M, stride_2, k, K, EVEN), read(X2 + stride_2, row, M - 1, stride_2, k, K, EVEN)
             a = (a.to(gl.float32) + a2.to(gl.float32)).to(SUM.dtype.element_ty)
             b = (b.to(gl.float32) + b2.to(gl.float32)).to(SUM.dtype.element_ty)
-            out = SUM + row.to(gl.int64) * K + k
+            out = SUM + gl.cast(row, gl.int64) * K + k
             gl.store(out, a, mask=k < K)
             gl.store(out + K, b, mask=(k < K) & (row + 1 < M))
             word = words(a, b)
@@ -186,9 +187,6 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
             absmax = gl.maximum(absmax, gl.convert_layout(least, results))
         absmax = gl.maximum(absmax, FLOOR)
         limit = gl.full_like(absmax, 1.0 * QMAX)
-        scale = gl.where(finite, gl.div_rn(absmax, limit), float("nan"))
-        at = (row + both).to(gl.int64)[None, :] * COUNT + c[:, None]
-        gl.store(S + at, scale, mask=(row + both < M)[None, :] & (c < COUNT)[:, None])
         inverse = gl.where(finite, gl.div_rn(limit, absmax) * factor, 0.0)
         if CLUSTERS > 1:
             inverse_a, inverse_b = gl.gather(inverse.reshape([1, CLUSTERS, 2]), where, 1).split()
@@ -198,7 +196,10 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
             inverse_a = gl.reduce(gl.where(both == 0, gl.reduce(inverse, 0, add), 0.0), 0, add)
             inverse_b = gl.reduce(gl.where(both == 1, gl.reduce(inverse, 0, add), 0.0), 0, add)
         put(Q, row, M, k, a, inverse_a, padded, EVEN)
-        put(Q, row + 1, M, k, b, inverse_b, padded, EVEN)
+        put(Q + padded, row, M - 1, k, b, inverse_b, padded, EVEN)
+        scale = gl.where(finite, gl.div_rn(absmax, limit), float("nan"))  # while the next rows arrive
+        at = (row + both).to(gl.int64)[None, :] * COUNT + c[:, None]
+        gl.store(S + at, scale, mask=(row + both < M)[None, :] & (c < COUNT)[:, None])
         if X2 is None:
             word = words(a_ahead, b_ahead)
 
