@@ -137,6 +137,7 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
     all_sums = gl.allocate_shared_memory(gl.float32, [W, 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     all_tops = gl.allocate_shared_memory(gl.float32, [W, CLUSTERS, 2], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     share = 1.0 / K
+    gl.thread_barrier()  # behind these gathers: else there is one in every round of the loop
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
