@@ -35,6 +35,14 @@ def beside(g: int, warps: int) -> gl.DistributedLinearLayout:
 
 
 @gluon.constexpr_function
+def by_warp(warps: int, clusters: int) -> gl.DistributedLinearLayout:
+    """How ``[warps, clusters]`` copies of results lie, one in each warp, as :func:`aside` leaves them there."""
+    bits = [[0, 0]] + [[0, 1 << i] for i in range(clusters.bit_length() - 1)]
+    lanes, own = (bits + [[0, 0]] * 5)[:5], [[1 << i, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(bits[5:], lanes, own, [], [warps, clusters])
+
+
+@gluon.constexpr_function
 def aside(warps: int, clusters: int) -> gl.DistributedLinearLayout:
     """How ``[warps, clusters, 2]`` results lie, the same in every warp: beside each other, as far as its threads go."""
     bits = [[0, 0, 1]] + [[0, 1 << i, 0] for i in range(clusters.bit_length() - 1)]
@@ -95,6 +103,18 @@ def squares(x, B: gl.constexpr):
 
 
 @gluon.jit
+def for_lines(values, where, layout: gl.constexpr):
+    """``values [CLUSTERS]`` for lines ``[G, 1]``, found by each warp in its own threads, at ``where [warps, G / warps]``."""
+    W: gl.constexpr = where.shape[0]
+    N: gl.constexpr = where.shape[1]
+    copies: gl.constexpr = by_warp(W, values.shape[0])
+    values = gl.convert_layout(values, gl.SliceLayout(0, copies))[None, :]
+    values, _ = gl.broadcast(values, gl.zeros([W, values.shape[1]], gl.float32, copies))
+    values = gl.gather(values, where, 1).reshape([W, N // 4, 4]).permute([1, 0, 2]).reshape([W * N])
+    return gl.convert_layout(values, gl.SliceLayout(1, layout))[:, None]
+
+
+@gluon.jit
 def put(Q, row, M, k, x, inverse, padded, EVEN: gl.constexpr):
     """Codes of a row ``x [G, 64]``: 0 where ``inverse`` is."""
     v = x * inverse + ROUND
@@ -125,8 +145,7 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
         small: gl.constexpr = by_cluster(layout, CLUSTERS)
         n, line = gl.arange(0, CLUSTERS, gl.SliceLayout(0, small))[None, :], gl.arange(0, G, gl.SliceLayout(1, small))
         cluster = gl.load(CLUSTER + line * (WIDTH // 16), mask=line * WIDTH < padded, other=-1)
-        where = gl.maximum(cluster, 0).reshape([1, G])
-        where = gl.join(where, where)
+        where = gl.maximum(cluster, 0).reshape([G // (4 * W), W, 4]).permute([1, 0, 2]).reshape([W, G // W])
         along: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, W], [1, 0])  # as results are, in a form that scans take
         reach = gl.load(REACH + c, mask=c < COUNT, other=1.0)
         nearness = gl.div_rn(gl.full_like(reach, 1.0), reach)[:, None]
@@ -189,13 +208,12 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
         absmax = gl.maximum(absmax, FLOOR)
         limit = gl.full_like(absmax, 1.0 * QMAX)
         inverse = gl.where(finite, gl.div_rn(limit, absmax) * factor, 0.0)
+        inverse_a = gl.reduce(gl.where(both[None, :] == 0, inverse, 0.0), 1, add)
+        inverse_b = gl.reduce(gl.where(both[None, :] == 1, inverse, 0.0), 1, add)
         if CLUSTERS > 1:
-            inverse_a, inverse_b = gl.gather(inverse.reshape([1, CLUSTERS, 2]), where, 1).split()
-            inverse_a = gl.convert_layout(inverse_a.reshape([G]), gl.SliceLayout(1, layout))[:, None]
-            inverse_b = gl.convert_layout(inverse_b.reshape([G]), gl.SliceLayout(1, layout))[:, None]
+            inverse_a, inverse_b = for_lines(inverse_a, where, layout), for_lines(inverse_b, where, layout)
         else:
-            inverse_a = gl.reduce(gl.where(both == 0, gl.reduce(inverse, 0, add), 0.0), 0, add)
-            inverse_b = gl.reduce(gl.where(both == 1, gl.reduce(inverse, 0, add), 0.0), 0, add)
+            inverse_a, inverse_b = gl.reduce(inverse_a, 0, add), gl.reduce(inverse_b, 0, add)
         put(Q, row, M, k, a, inverse_a, padded, EVEN)
         put(Q + padded, row, M - 1, k, b, inverse_b, padded, EVEN)
         scale = gl.where(finite, gl.div_rn(absmax, limit), float("nan"))  # while the next rows arrive
