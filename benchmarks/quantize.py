@@ -18,7 +18,7 @@ from common import record
 from torch import Tensor
 
 from quantkit.numerics import reach
-from quantkit.ops.gpu import configs, operators, places_of
+from quantkit.ops.gpu import configs, narrow, operators, places_of
 from quantkit.ops.gpu.tune import COLD_BYTES, graph_of, interleaved
 
 DEVICE = torch.device("cuda")
@@ -35,18 +35,19 @@ def forms(k: int) -> dict[str, dict[str, Any]]:
         _, clusters, places = places_of(groups, configs.BLOCK, order, DEVICE)
         gathered = torch.full((16 * len(clusters),), -1, device=DEVICE).index_copy_(0, places, order)
         ranges = reach(groups, symmetric=True)[0].to(DEVICE)
-        return {"permutation": gathered, "clusters": clusters, "reach": ranges, "align": configs.BLOCK}
+        return {"permutation": narrow(gathered, k), "clusters": clusters, "reach": ranges, "align": configs.BLOCK}
 
+    ordered = {"permutation": narrow(order, k)}
     eight, ragged = clustered((k // 8,) * 8), clustered((20, *(k // 8,) * 6, k - 20 - k // 8 * 6))
     return {
         "quantize": {},
         "rotate 32": {"rotation": 32}, "rotate 64": {"rotation": 64}, "rotate 128": {"rotation": 128},
         "pre-scale": {"pre_scale": pre}, "pre-scale, rotate 64": {"pre_scale": pre, "rotation": 64},
-        "order": {"permutation": order},
-        "RMSNorm": norm, "RMSNorm, rotate 64": norm | {"rotation": 64}, "RMSNorm, order": norm | {"permutation": order},
+        "order": ordered,
+        "RMSNorm": norm, "RMSNorm, rotate 64": norm | {"rotation": 64}, "RMSNorm, order": norm | ordered,
         "order, 8 clusters": eight, "RMSNorm, order, 8 clusters": norm | eight,
         "RMSNorm, order, 8 clusters, the first padded": norm | ragged,
-        "residual, RMSNorm, order": norm | {"x2": True, "permutation": order},
+        "residual, RMSNorm, order": norm | ordered | {"x2": True},
         "residual, RMSNorm": norm | {"x2": True}, "residual, RMSNorm, rotate 64": norm | {"x2": True, "rotation": 64},
         "SiLU gate": {"source": "silu", "x2": True}, "SiLU gate, rotate 64": {"source": "silu", "x2": True, "rotation": 64},
     }  # fmt: skip

@@ -98,14 +98,14 @@ def one_row(arch: int, k: int, m: int = 8192, **features: Any) -> dict[str, Any]
     return compiled(rows.rows_kernel, arch, types, constants, {"num_warps": shape.warps})
 
 
-def ordered(arch: int, k: int, **features: Any) -> dict[str, Any]:
+def ordered(arch: int, k: int, m: int = 8192, **features: Any) -> dict[str, Any]:
     types = dict.fromkeys(("M", "K", "padded", "stride_x", "stride_2"), "i32") | {"X": "*bf16", "Q": "*i8", "S": "*fp32"}
-    types |= dict.fromkeys(("eps", "offset"), "fp32") | {"PERM": "*i64"}
+    types |= dict.fromkeys(("eps", "offset"), "fp32") | {"PERM": "*i16"}
     types |= {name: kind for name, kind in features.items() if isinstance(kind, str) and name != "SOURCE"}
     block, clusters = triton.next_power_of_2(features.get("places", k)), features.get("CLUSTERS", 1)
     constants = {"SOURCE": features.get("SOURCE", ""), "QMAX": 127, "CLUSTERS": clusters, "COUNT": clusters}
     constants |= {"B": block, "EVEN": block == k, "PDL": arch >= 90}
-    return compiled(order.order_kernel, arch, types, constants, {"num_warps": block // 512})
+    return compiled(order.order_kernel, arch, types, constants, {"num_warps": order.warps_of(block, m, clusters)})
 
 
 def matmul(arch: int, tile: configs.Tile, **features: str | int) -> dict[str, Any]:
@@ -202,26 +202,27 @@ def main() -> None:
         out[f"quantize {arch}"] = quantize(arch)
         out[f"quantize norm {arch}"] = quantize(arch, SOURCE="rms", X2="*bf16", GAIN="*bf16", SUM="*bf16", B=8192, EVEN=False)
         out[f"quantize gate {arch}"] = quantize(arch, SOURCE="silu", X2="*bf16", PRE="*fp32", B=16384, EVEN=False)
-        out[f"quantize rotate {arch}"] = quantize(arch, ROTATION=64, PRE="*fp32", PERM="*i64")
+        out[f"quantize rotate {arch}"] = quantize(arch, ROTATION=64, PRE="*fp32", PERM="*i16")
         rotated = {"ROTATION": 64, "MATRIX": "*bf16"}
         norm = {"SOURCE": "rms", "X2": "*bf16", "SUM": "*bf16", "GAIN": "*bf16"}
         out[f"rows {arch}"] = one_row(arch, 4096)
         out[f"rows rotate {arch}"] = one_row(arch, 14336, **rotated)
         out[f"rows norm rotate {arch}"] = one_row(arch, 4096, **norm, **rotated)
         out[f"rows gate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16")
-        clustered = {"PERM": "*i64", "CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8}
+        clustered = {"PERM": "*i16", "CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8}
         out[f"rows norm clusters {arch}"] = one_row(arch, 4096, places=4224, SOURCE="rms", GAIN="*bf16", **clustered)
         out[f"rows gate rotate few {arch}"] = one_row(arch, 14336, 16, SOURCE="silu", X2="*bf16", **rotated)
-        for k in (576, 4096, 8192):
+        for k in (512, 4096, 8192):
             out[f"order {k} {arch}"] = ordered(arch, k)
-            out[f"order norm {k} {arch}"] = ordered(arch, k, **norm, PRE="*fp32")
-            out[f"order norm clusters {k} {arch}"] = ordered(arch, k, SOURCE="rms", GAIN="*bf16", **clustered)
+            for m in (16, 8192):
+                out[f"order norm {k} {m} {arch}"] = ordered(arch, k, m, **norm, PRE="*fp32")
+                out[f"order norm clusters {k} {m} {arch}"] = ordered(arch, k, m, SOURCE="rms", GAIN="*bf16", **clustered)
         if arch != 89:  # which has too little shared memory for them: the portable kernel takes these
             out[f"rows gate clusters {arch}"] = one_row(arch, 8192, SOURCE="silu", X2="*bf16", **clustered)
             out[f"rows gate rotate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16", PRE="*fp32", **rotated)
         out[f"quantize asymmetric {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32")
         clusters = {"CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8, "COUNT": 8}
-        out[f"quantize clusters {arch}"] = quantize(arch, PERM="*i64", **clusters)
+        out[f"quantize clusters {arch}"] = quantize(arch, PERM="*i16", **clusters)
         out[f"quantize asymmetric clusters {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32", **clusters)
         out[f"quantize threshold {arch}"] = quantize(arch, REACHED="*i32")
         out[f"columns list {arch}"] = listed(arch)
@@ -240,10 +241,10 @@ def main() -> None:
     for k, block, m in itertools.product((576, 4096, 14336, 28672), (0, 64, 256), (16, 8192)):
         out[f"rows {k} {block} {m} 90"] = one_row(90, k, m, ROTATION=block, **({"MATRIX": "*bf16"} if block else {}))
     out["rows layer norm rotate 90"] = one_row(90, 8192, **norm | rotated | {"SOURCE": "layer"}, BIAS="*bf16")
-    clustered = {"PERM": "*i64", "CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8}
+    clustered = {"PERM": "*i16", "CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8}
     for m in (16, 8192):
         out[f"rows gate clusters 14336 {m} 90"] = one_row(90, 14336, m, SOURCE="silu", X2="*bf16", **clustered)
-    out["rows norm permuted 90"] = one_row(90, 4096, **norm, PERM="*i64")
+    out["rows norm permuted 90"] = one_row(90, 4096, **norm, PERM="*i16")
     out["columns gather 90"] = gathered()
     for m in (1, 32, 64, 128, 8192):  # what runs after a Hopper kernel that had no room for all
         tile = configs.portable(90, m, 28672, segments=True)

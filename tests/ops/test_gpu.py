@@ -211,7 +211,7 @@ def test_compiled_for_every_architecture() -> None:
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = json.loads(done.stdout)
-    assert {name.split()[0] for name in kernels} == {"quantize", "rows", "columns", "gemv", "matmul", "hopper"}
+    assert {name.split()[0] for name in kernels} == {"quantize", "rows", "order", "columns", "gemv", "matmul", "hopper"}
     for name, found in kernels.items():
         arch = next(a for a in SHARED if str(a) in name.split())
         assert found["stack"] == found["local"] == 0, f"{name} spills: {found}"
@@ -350,6 +350,16 @@ def test_a_triton_with_another_gluon(monkeypatch: pytest.MonkeyPatch, caplog: py
     assert "async_load has been removed" in caplog.text
 
 
+def read_at_once(sizes: tuple[int, ...], channels: Tensor | None, order: Tensor) -> list[list[int]]:
+    """The banks that 32 threads want at once, of :mod:`.order` or for longer rows of :mod:`.rows`."""
+    places = gpu.places_of(sizes, 128, channels, torch.device("cpu"))[2].tolist()
+    lanes, size = (8 + 16 + 32 + 64 + 128, 1) if max(places) < configs.IN_PAIRS else (8 + 16 + 64 + 128 + 256, 2)
+    together: dict[int, list[int]] = {}
+    for place, channel in zip(places, order.tolist(), strict=True):
+        together.setdefault(place & ~lanes, []).append(channel // size % 32)
+    return list(together.values())
+
+
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=5), st.integers(0, 9))
 def test_channels_are_spread_over_banks(sizes: list[int], seed: int) -> None:
     """Each cluster keeps its places; and what 32 threads read at once is in as many banks as there are."""
@@ -358,24 +368,18 @@ def test_channels_are_spread_over_banks(sizes: list[int], seed: int) -> None:
     for first, last, mine in zip(borders[:-1], borders[1:], places.split(sizes), strict=True):
         assert sorted(mine.tolist()) == list(range(int(first), int(first) + len(mine)))
         assert last % 128 == 0
-    together: dict[int, list[int]] = {}
-    for place, channel in zip(places.tolist(), order.tolist(), strict=True):
-        together.setdefault(place & ~(8 + 16 + 64 + 128 + 256), []).append(channel // 2 % 32)
     if len(sizes) == 1 and sizes[0] % 64 == 0:
-        assert all(len(set(banks)) >= min(len(banks), 16) for banks in together.values())
+        assert all(len(set(banks)) >= min(len(banks), 16) for banks in read_at_once(tuple(sizes), order, order))
 
 
-def test_few_reads_of_a_row_wait_for_a_bank() -> None:
-    order, sizes = torch.randperm(4096), (20, 500, 1500, 2076)
+@pytest.mark.parametrize("sizes", [(20, 500, 1500, 2076), (20, 2000, 5000, 7316)], ids=["order", "rows"])
+def test_few_reads_of_a_row_wait_for_a_bank(sizes: tuple[int, ...]) -> None:
+    order = torch.randperm(sum(sizes))
 
     def waits(channels: Tensor | None) -> float:
         """Reads one after the other for what 32 threads want at once, on average."""
-        together: dict[int, list[int]] = {}
-        for place, channel in zip(
-            gpu.places_of(sizes, 128, channels, torch.device("cpu"))[2].tolist(), order.tolist(), strict=True
-        ):
-            together.setdefault(place & ~(8 + 16 + 64 + 128 + 256), []).append(channel // 2 % 32)
-        return sum(max(map(banks.count, banks)) for banks in together.values()) / len(together)
+        banks = read_at_once(sizes, channels, order)
+        return sum(max(map(wanted.count, wanted)) for wanted in banks) / len(banks)
 
     assert waits(order) < 1.5
     assert waits(None) > 2.5

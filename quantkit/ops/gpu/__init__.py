@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantkit.errors import BackendError
 from quantkit.numerics import peaks, reach
-from quantkit.ops.gpu.configs import BLOCK, capability, padded, padded_side
+from quantkit.ops.gpu.configs import BLOCK, IN_PAIRS, capability, padded, padded_side
 from quantkit.ops.plain import Plain
 from quantkit.ops.reference import chained, row_sums
 
@@ -31,7 +31,7 @@ class GPUPacked:
     With clusters of channels, each starts at a multiple of 16 of the P places in a row: ``permutation [P]`` says which channel
     is where, -1 where none is, ``borders [G + 1]`` int32 where clusters begin, all at multiples of ``align``, and ``clusters
     [P / 16]`` int32 whose 16 places are, with their ``reach [G]`` and ``peaks [G]``; ``scale`` is then
-    :func:`quantkit.ops.reference.chained`.
+    :func:`quantkit.ops.reference.chained`. ``permutation`` is always as :func:`narrow` makes it.
     """
 
     backend: Any
@@ -96,6 +96,8 @@ class GPU(Plain):
         if side is not None and layer.outlier_index is not None:
             mask = torch.zeros(k, dtype=torch.int8, device=side.device).index_fill(0, layer.outlier_index, 1)
             side = torch.nn.functional.pad(side, (0, padded_side(side.shape[1]) - side.shape[1])).contiguous()
+        if permutation is not None:
+            permutation = narrow(permutation, k)
         rest = (layer.shift, layer.permutation, layer.outlier_index)
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block and not layer.groups
         sums = None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups)
@@ -132,6 +134,11 @@ class GPU(Plain):
         )  # fmt: skip
 
 
+def narrow(permutation: Tensor, k: int) -> Tensor:
+    """Of ``k`` channels, for the kernels: every program reads all of it."""
+    return permutation.to(torch.int16 if k <= 2**15 else torch.int32)
+
+
 def _align(groups: tuple[int, ...], device: torch.device) -> int:
     """To how many places clusters are padded: to slots of Hopper's ring, unless that made rows an eighth longer."""
     whole = sum(-(-size // BLOCK) * BLOCK for size in groups)
@@ -150,7 +157,8 @@ def places_of(
     clusters = [number for number, width in enumerate(widths) for _ in range(width // 16)]
     places = [torch.arange(start, start + size) for start, size in zip(starts[:-1], groups, strict=True)]
     if channels is not None:
-        places = [spread(*part) for part in zip(places, channels.cpu().split(groups), strict=True)]
+        pairs = starts[-1] <= IN_PAIRS
+        places = [spread(*part, pairs=pairs) for part in zip(places, channels.cpu().split(groups), strict=True)]
     borders, of_tiles = (torch.tensor(values, dtype=torch.int32, device=device) for values in (starts, clusters))
     return borders, of_tiles, torch.cat(places).to(device)
 
@@ -158,17 +166,19 @@ def places_of(
 BANKS = 32
 
 
-def spread(places: Tensor, channels: Tensor) -> Tensor:
+def spread(places: Tensor, channels: Tensor, *, pairs: bool) -> Tensor:
     """``places [n]`` in an order in which threads that read ``channels [n]`` at once read different banks of shared memory.
 
-    A warp of :mod:`.rows` reads channels of 16 bit for 32 places that differ in their bits 3, 4, 6, 7 and 8.
+    A warp of :mod:`.rows` reads channels of 16 bit for 32 places that differ in their bits 3, 4, 6, 7 and 8, one of
+    :mod:`.order` those of two rows, ``pairs`` of 32 bit, for places that differ in their bits 3 to 7.
     """
+    lanes, size = (0b0_1111_1000, 1) if pairs else (0b1_1101_1000, 2)
     waiting: list[list[int]] = [[] for _ in range(BANKS)]
     for i, channel in enumerate(channels.tolist()):
-        waiting[channel // 2 % BANKS].append(i)
+        waiting[channel // size % BANKS].append(i)
     together: dict[int, list[int]] = {}
     for place in places.tolist():
-        together.setdefault(place & ~0b1_1101_1000, []).append(place)
+        together.setdefault(place & ~lanes, []).append(place)
     out = torch.empty_like(places)
     for group in together.values():
         while group:  # once, but where fewer banks than places are left

@@ -107,6 +107,8 @@ PROGRAMS = 120
 
 PROCESSORS = 132
 """Of a Hopper GPU."""
+IN_PAIRS = 2**13
+"""Places of the longest rows that :mod:`.order` takes, two at a time: of longer ones, two do not fit the registers."""
 GEMMS = (Gemm(256, 4, group=16, early=True), Gemm(128, 6), Gemm(64, 8))
 RINGS = {d.tokens: d for d in (Decode(8, 12), Decode(16, 10), Decode(32, 8), Decode(64, 6), Decode(128, 8, 128))}
 

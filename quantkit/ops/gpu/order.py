@@ -14,13 +14,11 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.numerics import qmax
-from quantkit.ops.gpu.configs import PROCESSORS, padded
+from quantkit.ops.gpu.configs import IN_PAIRS, PROCESSORS, padded
 from quantkit.ops.gpu.quantize import FLOOR, ROUND, hopper
-from quantkit.ops.gpu.rows import LEAST, LINE, MOST_CLUSTERS, by_cluster, larger, low_bytes, of_lines, ranges, read
+from quantkit.ops.gpu.rows import LEAST, LINE, MOST_CLUSTERS, add, by_cluster, larger, low_bytes, of_lines, read
 
 WIDTH = gl.constexpr(LINE)
-LARGEST = 2**13
-"""Channels of a row: two longer ones do not fit the registers."""
 
 
 @gluon.constexpr_function
@@ -36,34 +34,91 @@ def beside(g: int, warps: int) -> gl.DistributedLinearLayout:
     )
 
 
+@gluon.constexpr_function
+def by_warp(warps: int, clusters: int) -> gl.DistributedLinearLayout:
+    """How ``[warps, clusters]`` copies of results lie, one in each warp, as :func:`aside` leaves them there."""
+    bits = [[0, 0]] + [[0, 1 << i] for i in range(clusters.bit_length() - 1)]
+    lanes, own = (bits + [[0, 0]] * 5)[:5], [[1 << i, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(bits[5:], lanes, own, [], [warps, clusters])
+
+
+@gluon.constexpr_function
+def aside(warps: int, clusters: int) -> gl.DistributedLinearLayout:
+    """How ``[warps, clusters, 2]`` results lie, the same in every warp: beside each other, as far as its threads go."""
+    bits = [[0, 0, 1]] + [[0, 1 << i, 0] for i in range(clusters.bit_length() - 1)]
+    bits += [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)]
+    lanes = (bits + [[0, 0, 0]] * 5)[:5]
+    return gl.DistributedLinearLayout(bits[5:], lanes, [[0, 0, 0]] * (warps.bit_length() - 1), [], [warps, clusters, 2])
+
+
 @gluon.jit
 def both_larger(a, b, c, d):
     return larger(a, c), larger(b, d)
 
 
 @gluon.jit
-def sums_and_larger(s, t, a, b, u, v, c, d):
-    return s + u, t + v, larger(a, c), larger(b, d)
+def both_sums(a, b, c, d):
+    return a + c, b + d
 
 
 @gluon.jit
-def put(Q, S, row, M, k, x, top, tops, factor, cluster, c, REACH, padded, QMAX: gl.constexpr, CLUSTERS: gl.constexpr,
-        COUNT: gl.constexpr, EVEN: gl.constexpr):  # fmt: skip
-    """Codes and scales of a row ``x [G, 64]``, times ``factor``, whose largest absolute value is ``top``, in clusters ``tops``."""
-    layout: gl.constexpr = x.type.layout
-    finite = (gl.abs(top) < float("inf")) & (gl.abs(top) * factor < float("inf"))
-    if CLUSTERS > 1:
-        absmax = ranges(tops, cluster, c, REACH, finite, factor, COUNT)
-        limit = gl.full_like(absmax, 1.0 * QMAX)
-        inverse = gl.convert_layout(gl.div_rn(limit, absmax), gl.SliceLayout(1, layout))[:, None] * factor
-        scale = gl.where(finite, gl.div_rn(absmax, limit), float("nan"))
-        gl.store(S + row.to(gl.int64) * COUNT + cluster, scale, mask=(cluster >= 0) & (row < M))
+def words(a, b):
+    """The bits of ``a`` in the low half of each word, those of ``b`` in the high one."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", "=r,=r,r,r", [a, b], dtype=gl.uint32, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def halves(word, dtype: gl.constexpr):
+    """What :func:`words` put together, in float32."""
+    if dtype == gl.bfloat16:
+        a, b = (word << 16).to(gl.float32, bitcast=True), (word & 0xFFFF0000).to(gl.float32, bitcast=True)
     else:
-        absmax, limit = gl.maximum(gl.abs(top) * factor, FLOOR), gl.to_tensor(1.0 * QMAX)
-        inverse = gl.div_rn(limit, absmax) * factor
-        gl.store(S + row, gl.where(finite, gl.div_rn(absmax, limit), float("nan")), mask=row < M)
+        a = word.to(gl.uint16).to(dtype, bitcast=True).to(gl.float32)
+        b = (word >> 16).to(gl.uint16).to(dtype, bitcast=True).to(gl.float32)
+    return a, b
+
+
+@gluon.jit
+def in_order(x, perm, B: gl.constexpr):
+    return gl.gather(x.reshape([B]), perm.reshape([B]), 0).reshape(x.shape)
+
+
+@gluon.jit
+def of_threads(x, B: gl.constexpr):
+    """``x [G, 64]`` as ``[elements, threads, warps]`` of whoever holds them."""
+    W: gl.constexpr = gl.num_warps()
+    return x.reshape([B // (256 * W), W, 32, 8]).permute([0, 3, 2, 1]).reshape([B // (32 * W), 32, W])
+
+
+@gluon.jit
+def squares(x, B: gl.constexpr):
+    """Sums of four squares ``[elements / 4, threads, warps]``, all but the first added as they are multiplied."""
+    x = of_threads(x, B)
+    a, b = x.reshape([x.shape[0] // 4, 2, 2, 32, x.shape[2]]).permute([0, 3, 4, 1, 2]).split()
+    a, c = a.split()
+    b, d = b.split()
+    return gl.fma(d, d, gl.fma(c, c, gl.fma(b, b, a * a)))
+
+
+@gluon.jit
+def for_lines(values, where, layout: gl.constexpr):
+    """``values [CLUSTERS]`` for lines ``[G, 1]``, found by each warp in its own threads, at ``where [warps, G / warps]``."""
+    W: gl.constexpr = where.shape[0]
+    N: gl.constexpr = where.shape[1]
+    copies: gl.constexpr = by_warp(W, values.shape[0])
+    values = gl.convert_layout(values, gl.SliceLayout(0, copies))[None, :]
+    values, _ = gl.broadcast(values, gl.zeros([W, values.shape[1]], gl.float32, copies))
+    values = gl.gather(values, where, 1).reshape([W, N // 4, 4]).permute([1, 0, 2]).reshape([W * N])
+    return gl.convert_layout(values, gl.SliceLayout(1, layout))[:, None]
+
+
+@gluon.jit
+def put(Q, row, M, k, x, inverse, padded, EVEN: gl.constexpr):
+    """Codes of a row ``x [G, 64]``: 0 where ``inverse`` is."""
     v = x * inverse + ROUND
-    q = low_bytes(v, gl.full_like(v.to(gl.int32, bitcast=True), gl.where(finite, -1, 0)))
+    q = low_bytes(v, gl.zeros_like(v.to(gl.int32, bitcast=True)) + gl.where(inverse > 0.0, -1, 0))
     gl.store(Q + row.to(gl.int64) * padded + k, q, mask=(row < M) & (k >= 0) if EVEN else (row < M) & (k < padded))
 
 
@@ -71,63 +126,107 @@ def put(Q, S, row, M, k, x, top, tops, factor, cluster, c, REACH, padded, QMAX: 
 def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded, stride_x, stride_2, eps, offset,
                  SOURCE: gl.constexpr, QMAX: gl.constexpr, CLUSTERS: gl.constexpr, COUNT: gl.constexpr, B: gl.constexpr,
                  EVEN: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
-    """Two rows of K channels at a time; see :func:`quantkit.ops.gpu.quantize.quantize` for the arguments."""
+    """Two rows of K channels at a time; see :func:`quantkit.ops.gpu.quantize.quantize` for the arguments.
+
+    What concerns whole rows, or clusters of them, is worked out once for both: ``[CLUSTERS, 2]`` in the threads of each warp.
+    """
     G: gl.constexpr = B // WIDTH
-    layout: gl.constexpr = beside(G, gl.num_warps())
+    W: gl.constexpr = gl.num_warps()
+    layout: gl.constexpr = beside(G, W)
     g, j = gl.arange(0, G, gl.SliceLayout(1, layout)), gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     k = g[:, None] * WIDTH + j[None, :]
-    # The vectors do not depend on the kernel before: they are on the way while that one ends.
+    # The vectors do not depend on the kernel before: they are on the way, and put in order, while that one ends.
     perm = gl.load(PERM + k, mask=k < (padded if CLUSTERS > 1 else K), other=-1).to(gl.int32)
     perm = gl.where(perm < 0, K, perm)  # where there is padding, channel K is 0
-    cluster, c = g, g
+    of_all: gl.constexpr = aside(W, CLUSTERS)
+    results: gl.constexpr = gl.SliceLayout(0, of_all)
+    both, c = gl.arange(0, 2, gl.SliceLayout(0, results)), gl.arange(0, CLUSTERS, gl.SliceLayout(1, results))
     if CLUSTERS > 1:
         small: gl.constexpr = by_cluster(layout, CLUSTERS)
-        c, line = gl.arange(0, CLUSTERS, gl.SliceLayout(0, small))[None, :], gl.arange(0, G, gl.SliceLayout(1, small))
+        n, line = gl.arange(0, CLUSTERS, gl.SliceLayout(0, small))[None, :], gl.arange(0, G, gl.SliceLayout(1, small))
         cluster = gl.load(CLUSTER + line * (WIDTH // 16), mask=line * WIDTH < padded, other=-1)
+        where = gl.maximum(cluster, 0).reshape([G // (4 * W), W, 4]).permute([1, 0, 2]).reshape([W, G // W])
+        along: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, W], [1, 0])  # as results are, in a form that scans take
+        reach = gl.load(REACH + c, mask=c < COUNT, other=1.0)
+        nearness = gl.div_rn(gl.full_like(reach, 1.0), reach)[:, None]
     if PRE is not None:
-        pre = gl.load(PRE + perm, mask=perm < K, other=0.0)
+        pre = in_order(gl.load(PRE + k, mask=k < K, other=0.0), perm, B)
     if GAIN is not None:
-        gain = gl.load(GAIN + perm, mask=perm < K, other=0.0)
+        gain = in_order(gl.load(GAIN + k, mask=k < K, other=0.0), perm, B).to(gl.float32) + offset
+    all_sums = gl.allocate_shared_memory(gl.float32, [W, 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    all_tops = gl.allocate_shared_memory(gl.float32, [W, CLUSTERS, 2], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    share = 1.0 / K
+    gl.thread_barrier()  # behind these gathers: else there is one in every round of the loop
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     first, step = 2 * gl.program_id(0), 2 * gl.num_programs(0)
     # Without a residual there are registers for the next two rows, while these are worked on.
     if X2 is None:
-        a_ahead, b_ahead = read(X, first, M, stride_x, k, K, EVEN), read(X, first + 1, M, stride_x, k, K, EVEN)
+        word = words(read(X, first, M, stride_x, k, K, EVEN), read(X + stride_x, first, M - 1, stride_x, k, K, EVEN))
     for row in range(first, M, step):
         if X2 is None:
-            a, b = a_ahead, b_ahead
-            a_ahead, b_ahead = read(X, row + step, M, stride_x, k, K, EVEN), read(X, row + step + 1, M, stride_x, k, K, EVEN)
+            a_ahead = read(X, row + step, M, stride_x, k, K, EVEN)
+            b_ahead = read(X + stride_x, row + step, M - 1, stride_x, k, K, EVEN)
         else:
-            a, b = read(X, row, M, stride_x, k, K, EVEN), read(X, row + 1, M, stride_x, k, K, EVEN)
-            a2, b2 = read(X2, row, M, stride_2, k, K, EVEN), read(X2, row + 1, M, stride_2, k, K, EVEN)
+            a, b = read(X, row, M, stride_x, k, K, EVEN), read(X + stride_x, row, M - 1, stride_x, k, K, EVEN)
+            a2, b2 = read(X2, row, M, stride_2, k, K, EVEN), read(X2 + stride_2, row, M - 1, stride_2, k, K, EVEN)
             a = (a.to(gl.float32) + a2.to(gl.float32)).to(SUM.dtype.element_ty)
             b = (b.to(gl.float32) + b2.to(gl.float32)).to(SUM.dtype.element_ty)
-            out = SUM + row.to(gl.int64) * K + k
+            out = SUM + gl.cast(row, gl.int64) * K + k
             gl.store(out, a, mask=k < K)
             gl.store(out + K, b, mask=(k < K) & (row + 1 < M))
-        word = a.to(gl.uint16, bitcast=True).to(gl.uint32) | (b.to(gl.uint16, bitcast=True).to(gl.uint32) << 16)
-        word = gl.gather(word.reshape([B]), perm.reshape([B]), 0).reshape([G, WIDTH])
-        a = word.to(gl.uint16).to(a.dtype, bitcast=True).to(gl.float32)
-        b = (word >> 16).to(gl.uint16).to(b.dtype, bitcast=True).to(gl.float32)
+            word = words(a, b)
+        a, b = halves(in_order(word, perm, B), X.dtype.element_ty)
         if SOURCE == "rms":
-            squares_a, squares_b = (a * a).reshape([B]), (b * b).reshape([B])
+            sum_a, sum_b = gl.reduce(gl.reduce((squares(a, B), squares(b, B)), 0, both_sums), 0, both_sums)
+            all_sums.store(gl.join(sum_a, sum_b))
         if GAIN is not None:
-            scale = gain.to(gl.float32) + offset
-            a, b = a * scale, b * scale
+            a, b = a * gain, b * gain
         if PRE is not None:
             a, b = a * pre, b * pre
-        flat_a, flat_b, factor_a, factor_b, tops_a, tops_b = a.reshape([B]), b.reshape([B]), 1.0, 1.0, 0.0, 0.0
-        if SOURCE == "rms":  # the root commutes with all that follows it
-            sum_a, sum_b, top_a, top_b = gl.reduce((squares_a, squares_b, flat_a, flat_b), 0, sums_and_larger)
-            factor_a, factor_b = 1.0 / gl.sqrt_rn(sum_a / K + eps), 1.0 / gl.sqrt_rn(sum_b / K + eps)
-        else:
-            top_a, top_b = gl.reduce((flat_a, flat_b), 0, both_larger)
         if CLUSTERS > 1:
-            tops_a, tops_b = gl.reduce((of_lines(a, cluster, c), of_lines(b, cluster, c)), 0, both_larger)
-        put(Q, S, row, M, k, a, top_a, tops_a, factor_a, cluster, c, REACH, padded, QMAX, CLUSTERS, COUNT, EVEN)
-        put(Q, S, row + 1, M, k, b, top_b, tops_b, factor_b, cluster, c, REACH, padded, QMAX, CLUSTERS, COUNT, EVEN)
+            top_a, top_b = of_lines(a, cluster, n), of_lines(b, cluster, n)
+            top_a = top_a.reshape([G // (4 * W), W, 4, CLUSTERS]).permute([0, 2, 1, 3]).reshape([G // W, W, CLUSTERS])
+            top_b = top_b.reshape([G // (4 * W), W, 4, CLUSTERS]).permute([0, 2, 1, 3]).reshape([G // W, W, CLUSTERS])
+            top_a, top_b = gl.reduce((top_a, top_b), 0, both_larger)
+        else:  # bits of absolute values are in the order of these, and NaN is the largest: one instruction finds it in a warp
+            top_a, top_b = gl.reduce((of_threads(a, B), of_threads(b, B)), 0, both_larger)
+            top_a = gl.max(top_a.to(gl.int32, bitcast=True), 0).to(gl.float32, bitcast=True)
+            top_b = gl.max(top_b.to(gl.int32, bitcast=True), 0).to(gl.float32, bitcast=True)
+        all_tops.store(gl.join(top_a, top_b).reshape([W, CLUSTERS, 2]))
+        tops, factor = gl.reduce(all_tops.load(of_all), 0, larger), gl.full([1, 2], 1.0, gl.float32, results)
+        if SOURCE == "rms":  # the root commutes with all that follows it
+            sums = gl.reduce(all_sums.load(gl.SliceLayout(1, of_all)), 0, add)
+            factor = 1.0 / gl.sqrt_rn(gl.convert_layout(sums, gl.SliceLayout(0, results))[None, :] * share + eps)
+        top = gl.reduce(tops, 0, larger)[None, :]
+        finite = (gl.abs(top) < float("inf")) & (gl.abs(top) * factor < float("inf"))
+        absmax = gl.where(finite, gl.abs(tops) * factor, 0.0)
+        if CLUSTERS > 1:  # numerics.raised
+            least = gl.associative_scan(gl.convert_layout(absmax * nearness, along), 0, larger)
+            absmax = gl.maximum(absmax, gl.convert_layout(least, results))
+        absmax = gl.maximum(absmax, FLOOR)
+        limit = gl.full_like(absmax, 1.0 * QMAX)
+        inverse = gl.where(finite, gl.div_rn(limit, absmax) * factor, 0.0)
+        inverse_a = gl.reduce(gl.where(both[None, :] == 0, inverse, 0.0), 1, add)
+        inverse_b = gl.reduce(gl.where(both[None, :] == 1, inverse, 0.0), 1, add)
+        if CLUSTERS > 1:
+            inverse_a, inverse_b = for_lines(inverse_a, where, layout), for_lines(inverse_b, where, layout)
+        else:
+            inverse_a, inverse_b = gl.reduce(inverse_a, 0, add), gl.reduce(inverse_b, 0, add)
+        put(Q, row, M, k, a, inverse_a, padded, EVEN)
+        put(Q + padded, row, M - 1, k, b, inverse_b, padded, EVEN)
+        scale = gl.where(finite, gl.div_rn(absmax, limit), float("nan"))  # while the next rows arrive
+        at = (row + both).to(gl.int64)[None, :] * COUNT + c[:, None]
+        gl.store(S + at, scale, mask=(row + both < M)[None, :] & (c < COUNT)[:, None])
+        if X2 is None:
+            word = words(a_ahead, b_ahead)
+
+
+def warps_of(block: int, m: int, clusters: int) -> int:
+    """Of a program: twice as many where there is none beside it on its processor, if there are registers, to be done sooner."""
+    few = m <= 2 * PROCESSORS and (clusters == 1 or block <= 4096)
+    return max(block // (256 if few else 512), 2)  # one alone would gather without shared memory
 
 
 def takes(
@@ -155,7 +254,7 @@ def takes(
     if clusters is not None and reach is not None and (align % LINE or len(reach) > MOST_CLUSTERS):
         return False
     places = x.shape[1] if clusters is None else 16 * len(clusters)
-    fits = x.shape[1] >= LEAST and places <= LARGEST
+    fits = x.shape[1] >= LEAST and places <= IN_PAIRS
     return source in ("", "rms") and fits and x.element_size() == 2 and x.stride(1) == 1 and x.shape[0] > 0
 
 
@@ -181,8 +280,8 @@ def quantize(
     q, scale = x.new_empty((m, places), dtype=torch.int8), x.new_empty((m, count), dtype=torch.float32)
     kept = x.new_empty((m, k)) if x2 is not None else None
     block = triton.next_power_of_2(places)
-    warps, pdl = block // 512, hopper(x.device)
-    order_kernel[(min(triton.cdiv(m, 2), PROCESSORS * 16 // warps),)](
+    warps, pdl = warps_of(block, m, count), hopper(x.device)
+    order_kernel[(min(triton.cdiv(m, 2), PROCESSORS * max(16 // warps, 1)),)](
         x, x2, gain, pre_scale, permutation, clusters, reach, q, scale, kept, m, k, places,
         x.stride(0), 0 if x2 is None else x2.stride(0), eps, offset,
         source, qmax(bits), triton.next_power_of_2(count), count, block, block == k == places, pdl,

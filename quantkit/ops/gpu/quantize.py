@@ -156,7 +156,7 @@ def quantize_kernel(
     real = k < places
     source = k
     if PERM is not None:
-        source = tl.load(PERM + k, mask=real, other=-1)
+        source = tl.load(PERM + k, mask=real, other=-1).to(tl.int32)
         real = source >= 0
     inside = (row < M)[:, None] & real[None, :]
     at = row[:, None] * stride_xm + source[None, :] * stride_xk
