@@ -102,6 +102,8 @@ def padded_side(columns: int) -> int:
 
 Config = Tile | Gemm | Decode | Vector
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Tile, Gemm, Decode, Vector)}
+VECTOR_SEGMENTS = 8
+"""Segments of K of which :mod:`.gemv` has the scales of all in registers."""
 PROGRAMS = 120
 """As many tiles keep a Hopper GPU (132 processors) busy; with fewer, smaller tiles win."""
 

@@ -55,19 +55,24 @@ def _in_segments(products, n, SX, SW, BORDERS, PEAKS, N, SEGMENTS: tl.constexpr)
     ROWS: tl.constexpr = products.shape[0]
     B16: tl.constexpr = products.shape[1] // 4
     fours, k = tl.sum(tl.reshape(products, (ROWS, B16, 4)), 2), 16 * tl.arange(0, B16)
-    column = tl.minimum(n, N - 1)
-    sx, peak, acc = tl.load(SX), 0.0, n * 0
+    scales, w_steps, most, starts = (), (), (), ()
+    for g in tl.static_range(SEGMENTS):  # all on their way at once
+        scales += (tl.load(SX + g),)
+        w_steps += (tl.load(SW + g * N + tl.minimum(n, N - 1)),)
+        most += (tl.load(PEAKS + g),)
+        starts += (tl.load(BORDERS + g),)
+    sx, peak, acc = scales[0], 0.0, n * 0
     for g in tl.static_range(SEGMENTS):
         if g > 0:
-            following = tl.load(SX + g)
-            step = tl.div_rn(sx, following)
+            step = tl.div_rn(sx, scales[g])
             step = tl.where(step == step, step, 0.0)  # of a token that becomes NaN
             peak = peak * (step * GROWTH)
-            w_step = tl.load(SW + (g - 1) * N + column)
-            acc = on_grid(acc.to(tl.float32) * step, w_step, peak)
-            sx = following
-        peak += tl.load(PEAKS + g)
-        here = (k >= tl.load(BORDERS + g)) & (k < tl.load(BORDERS + g + 1))
+            acc = on_grid(acc.to(tl.float32) * step, w_steps[g - 1], peak)
+            sx = scales[g]
+        peak += most[g]
+        here = k >= starts[g]
+        if g + 1 < SEGMENTS:
+            here = here & (k < starts[g + 1])
         acc += tl.sum(tl.where(here[None, :], fours, 0), 1)
     return acc, sx
 

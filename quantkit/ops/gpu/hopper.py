@@ -414,6 +414,15 @@ def of_segments(SW, tile, N, layout: gl.constexpr, SEGMENTS: gl.constexpr):
 
 
 @gluon.jit
+def end_of(g: gl.constexpr, BORDERS, KT, PIECES: gl.constexpr, SEGMENTS: gl.constexpr):
+    """The piece of K behind a segment."""
+    if g < SEGMENTS - 1:
+        return gl.load(BORDERS + g + 1) // PIECE
+    else:
+        return KT * PIECES
+
+
+@gluon.jit
 def product_of(acc, w_ring, q_ring, piece):
     """Start to multiply a piece of a slot."""
     return warpgroup_mma(w_ring.index(piece), q_ring.index(piece).permute((1, 0)), acc, is_async=True)
@@ -429,25 +438,28 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
     token = first_row(gl.program_id(0), M, TOKENS)
     m = token + gl.arange(0, TOKENS, gl.SliceLayout(0, layout))
     stage, phase = 0, 0
-    # what the ends of segments need is on its way before the tokens are there
-    upto, sw = KT * PIECES, of_segments(SW, gl.program_id(1), N, layout, SEGMENTS)
-    if SEGMENTS > 1:
-        upto = gl.load(BORDERS + 1) // PIECE
-    first_upto = upto
+    # What the ends of segments need is on its way before the tokens are there, all of it if there are registers.
+    AHEAD: gl.constexpr = SEGMENTS * TOKENS <= 128
+    sw, ends, peaks, scales = of_segments(SW, gl.program_id(1), N, layout, SEGMENTS), (), (), ()
+    if AHEAD:
+        for g in gl.static_range(SEGMENTS - 1):
+            ends, peaks = ends + (end_of(g, BORDERS, KT, PIECES, SEGMENTS),), peaks + (gl.load(PEAKS + g),)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    first_sx = gl.load(SX + m * SEGMENTS, mask=m < M, other=0.0)
+    for g in gl.static_range(SEGMENTS if AHEAD else 1):
+        scales = scales + (gl.load(SX + m * SEGMENTS + g, mask=m < M, other=0.0),)
     for t in range(gl.program_id(1), gl.cdiv(N, ROWS), gl.num_programs(1)):
         n = t * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         acc = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.int32, layout))
-        before, start, upto, sx, peak = 0, 0, first_upto, first_sx, gl.zeros_like(first_sx)
+        before, start, sx, peak = 0, 0, scales[0], gl.zeros_like(scales[0])
         for g in gl.static_range(SEGMENTS):
-            if g < SEGMENTS - 1:
-                next_upto, most = KT * PIECES, gl.load(PEAKS + g)
-                if g < SEGMENTS - 2:
-                    next_upto = gl.load(BORDERS + g + 2) // PIECE
-                next_sx = gl.load(SX + m * SEGMENTS + g + 1, mask=m < M, other=0.0)
+            if AHEAD and g < SEGMENTS - 1:
+                upto, most, next_sx = ends[g], peaks[g], scales[g + 1]
+            else:
+                upto = end_of(g, BORDERS, KT, PIECES, SEGMENTS)
+                if g < SEGMENTS - 1:
+                    most, next_sx = gl.load(PEAKS + g), gl.load(SX + m * SEGMENTS + g + 1, mask=m < M, other=0.0)
             if ZP is not None:
                 zero = gl.load(ZP + m * zero_stride + g, mask=m < M, other=0)
                 sums = gl.load(WSUM + g * N + n, mask=n < N, other=0)
@@ -480,7 +492,7 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
                 peak = (peak + most) * (step * GROWTH)
                 total = on_grid(total.to(gl.float32) * step[None, :], sw[g][:, None], peak[None, :])
                 acc = warpgroup_mma_init(total)
-                start, upto, sx = upto, next_upto, next_sx
+                start, sx = upto, next_sx
         y = (total.to(gl.float32) * sx[None, :]) * sw[SEGMENTS - 1][:, None]
         sw = of_segments(SW, t + gl.num_programs(1), N, layout, SEGMENTS)  # of the next tile
         if SIDES > 0:

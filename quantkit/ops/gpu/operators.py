@@ -81,7 +81,8 @@ def matmul(
     ``align`` is what all borders are multiples of.
     """
     (m, k), n = q.shape, len(weight)
-    if m == 1 and zero is None and side is None and k % 16 == 0:
+    few = borders is None or len(borders) <= configs.VECTOR_SEGMENTS + 1
+    if m == 1 and few and zero is None and side is None and k % 16 == 0:
         config = configs.vector(k, given=True)
         return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, borders=borders, peaks=peaks, config=config)
     tma = hopper is not None and k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0

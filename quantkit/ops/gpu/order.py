@@ -70,6 +70,12 @@ def words(a, b):
 
 
 @gluon.jit
+def pair(P, row, M, stride, k, K, EVEN: gl.constexpr):
+    """Two rows."""
+    return read(P, row, M, stride, k, K, EVEN), read(P + stride, row, M - 1, stride, k, K, EVEN)
+
+
+@gluon.jit
 def halves(word, dtype: gl.constexpr):
     """What :func:`words` put together, in float32."""
     if dtype == gl.bfloat16:
@@ -135,7 +141,10 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
     layout: gl.constexpr = beside(G, W)
     g, j = gl.arange(0, G, gl.SliceLayout(1, layout)), gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     k = g[:, None] * WIDTH + j[None, :]
-    # The vectors do not depend on the kernel before: they are on the way, and put in order, while that one ends.
+    # The vectors do not depend on the kernel before: they are on the way, and put in order, while that one ends. Whatever
+    # comes behind this kernel may begin with what does not depend on it, too.
+    if PDL:
+        gdc_launch_dependents()
     perm = gl.load(PERM + k, mask=k < (padded if CLUSTERS > 1 else K), other=-1).to(gl.int32)
     perm = gl.where(perm < 0, K, perm)  # where there is padding, channel K is 0
     of_all: gl.constexpr = aside(W, CLUSTERS)
@@ -158,25 +167,24 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
     share = 1.0 / K
     gl.thread_barrier()  # behind these gathers: else there is one in every round of the loop
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
     first, step = 2 * gl.program_id(0), 2 * gl.num_programs(0)
-    # Without a residual there are registers for the next two rows, while these are worked on.
+    # The next two rows are on their way while these are worked on.
+    x, y = pair(X, first, M, stride_x, k, K, EVEN)
     if X2 is None:
-        word = words(read(X, first, M, stride_x, k, K, EVEN), read(X + stride_x, first, M - 1, stride_x, k, K, EVEN))
+        word = words(x, y)
+    else:
+        x2, y2 = pair(X2, first, M, stride_2, k, K, EVEN)
     for row in range(first, M, step):
-        if X2 is None:
-            a_ahead = read(X, row + step, M, stride_x, k, K, EVEN)
-            b_ahead = read(X + stride_x, row + step, M - 1, stride_x, k, K, EVEN)
-        else:
-            a, b = read(X, row, M, stride_x, k, K, EVEN), read(X + stride_x, row, M - 1, stride_x, k, K, EVEN)
-            a2, b2 = read(X2, row, M, stride_2, k, K, EVEN), read(X2 + stride_2, row, M - 1, stride_2, k, K, EVEN)
-            a = (a.to(gl.float32) + a2.to(gl.float32)).to(SUM.dtype.element_ty)
-            b = (b.to(gl.float32) + b2.to(gl.float32)).to(SUM.dtype.element_ty)
+        if X2 is not None:
+            x = (x.to(gl.float32) + x2.to(gl.float32)).to(SUM.dtype.element_ty)
+            y = (y.to(gl.float32) + y2.to(gl.float32)).to(SUM.dtype.element_ty)
             out = SUM + gl.cast(row, gl.int64) * K + k
-            gl.store(out, a, mask=k < K)
-            gl.store(out + K, b, mask=(k < K) & (row + 1 < M))
-            word = words(a, b)
+            gl.store(out, x, mask=k < K)
+            gl.store(out + K, y, mask=(k < K) & (row + 1 < M))
+            word = words(x, y)
+            x2, y2 = pair(X2, row + step, M, stride_2, k, K, EVEN)
+        x, y = pair(X, row + step, M, stride_x, k, K, EVEN)
         a, b = halves(in_order(word, perm, B), X.dtype.element_ty)
         if SOURCE == "rms":
             sum_a, sum_b = gl.reduce(gl.reduce((squares(a, B), squares(b, B)), 0, both_sums), 0, both_sums)
@@ -220,7 +228,7 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
         at = (row + both).to(gl.int64)[None, :] * COUNT + c[:, None]
         gl.store(S + at, scale, mask=(row + both < M)[None, :] & (c < COUNT)[:, None])
         if X2 is None:
-            word = words(a_ahead, b_ahead)
+            word = words(x, y)
 
 
 def warps_of(block: int, m: int, clusters: int) -> int:
