@@ -503,8 +503,9 @@ def check_devices() -> None:
 CHECKS = {
     f.__name__.removeprefix("check_"): f
     for f in (
-        check_quantize, check_norms_and_gates, check_rows, check_clusters, check_order, check_matmul, check_gemms, check_decodes,
-        check_tiles, check_segments, check_sides, check_layers, check_threshold, check_batches, check_chains, check_devices,
+        check_quantize, check_norms_and_gates, check_rows, check_clusters, check_order, check_matmul, check_gemms,
+        check_decodes, check_tiles, check_segments, check_sides, check_layers, check_threshold, check_batches, check_chains,
+        check_devices,
     )
 }  # fmt: skip
 

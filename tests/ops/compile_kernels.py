@@ -98,14 +98,14 @@ def one_row(arch: int, k: int, m: int = 8192, **features: Any) -> dict[str, Any]
     return compiled(rows.rows_kernel, arch, types, constants, {"num_warps": shape.warps})
 
 
-def ordered(arch: int, k: int, m: int = 8192, **features: Any) -> dict[str, Any]:
+def ordered(arch: int, k: int, **features: Any) -> dict[str, Any]:
     types = dict.fromkeys(("M", "K", "padded", "stride_x", "stride_2"), "i32") | {"X": "*bf16", "Q": "*i8", "S": "*fp32"}
     types |= dict.fromkeys(("eps", "offset"), "fp32") | {"PERM": "*i16"}
     types |= {name: kind for name, kind in features.items() if isinstance(kind, str) and name != "SOURCE"}
     block, clusters = triton.next_power_of_2(features.get("places", k)), features.get("CLUSTERS", 1)
     constants = {"SOURCE": features.get("SOURCE", ""), "QMAX": 127, "CLUSTERS": clusters, "COUNT": clusters}
     constants |= {"B": block, "EVEN": block == k, "PDL": arch >= 90}
-    return compiled(order.order_kernel, arch, types, constants, {"num_warps": order.warps_of(block, m, clusters)})
+    return compiled(order.order_kernel, arch, types, constants, {"num_warps": order.warps_of(block)})
 
 
 def matmul(arch: int, tile: configs.Tile, **features: str | int) -> dict[str, Any]:
@@ -214,9 +214,8 @@ def main() -> None:
         out[f"rows gate rotate few {arch}"] = one_row(arch, 14336, 16, SOURCE="silu", X2="*bf16", **rotated)
         for k in (512, 4096, 8192):
             out[f"order {k} {arch}"] = ordered(arch, k)
-            for m in (16, 8192):
-                out[f"order norm {k} {m} {arch}"] = ordered(arch, k, m, **norm, PRE="*fp32")
-                out[f"order norm clusters {k} {m} {arch}"] = ordered(arch, k, m, SOURCE="rms", GAIN="*bf16", **clustered)
+            out[f"order norm {k} {arch}"] = ordered(arch, k, **norm, PRE="*fp32")
+            out[f"order norm clusters {k} {arch}"] = ordered(arch, k, SOURCE="rms", GAIN="*bf16", **clustered)
         if arch != 89:  # which has too little shared memory for them: the portable kernel takes these
             out[f"rows gate clusters {arch}"] = one_row(arch, 8192, SOURCE="silu", X2="*bf16", **clustered)
             out[f"rows gate rotate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16", PRE="*fp32", **rotated)

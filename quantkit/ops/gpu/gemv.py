@@ -50,38 +50,47 @@ def _scale_and_bias(SW, BIAS, n, N):
 
 
 @triton.jit
+def _add(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
 def _in_segments(products, n, SX, SW, BORDERS, PEAKS, N, SEGMENTS: tl.constexpr):
     """Sums of ``products [ROWS, B4]`` in segments, which begin at multiples of 4 words, and the last scale of the token."""
     ROWS: tl.constexpr = products.shape[0]
     B16: tl.constexpr = products.shape[1] // 4
     fours, k = tl.sum(tl.reshape(products, (ROWS, B16, 4)), 2), 16 * tl.arange(0, B16)
-    scales, w_steps, most, starts = (), (), (), ()
+    scales, steps, most, borders, sums = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(())
     for g in tl.static_range(SEGMENTS):  # all on their way at once
         scales += (tl.load(SX + g),)
-        w_steps += (tl.load(SW + g * N + tl.minimum(n, N - 1)),)
+        steps += (tl.load(SW + g * N + tl.minimum(n, N - 1)),)
         most += (tl.load(PEAKS + g),)
-        starts += (tl.load(BORDERS + g),)
+    for g in tl.static_range(SEGMENTS + 3):  # segments past the last one are empty
+        borders += (tl.load(BORDERS + tl.minimum(g, SEGMENTS)),)
+    for g in tl.static_range(0, SEGMENTS, 4):
+        below0, below1 = tl.where((k < borders[g])[None, :], 0, fours), tl.where((k < borders[g + 1])[None, :], 0, fours)
+        below2, below3 = tl.where((k < borders[g + 2])[None, :], 0, fours), tl.where((k < borders[g + 3])[None, :], 0, fours)
+        sums += tl.reduce((below0, below1, below2, below3), 1, _add)
     sx, peak, acc = scales[0], 0.0, n * 0
     for g in tl.static_range(SEGMENTS):
         if g > 0:
             step = tl.div_rn(sx, scales[g])
             step = tl.where(step == step, step, 0.0)  # of a token that becomes NaN
             peak = peak * (step * GROWTH)
-            acc = on_grid(acc.to(tl.float32) * step, w_steps[g - 1], peak)
+            acc = on_grid(acc.to(tl.float32) * step, steps[g - 1], peak)
             sx = scales[g]
         peak += most[g]
-        here = k >= starts[g]
+        acc += sums[g]
         if g + 1 < SEGMENTS:
-            here = here & (k < starts[g + 1])
-        acc += tl.sum(tl.where(here[None, :], fours, 0), 1)
+            acc -= sums[g + 1]
     return acc, sx
 
 
 @triton.jit
 def gemv_kernel(
     X, SX, W, Y, SW, BIAS, PRE, BORDERS, PEAKS, N, K, K4, stride_xk,
-    SEGMENTS: tl.constexpr, QMAX: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, B4: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    NATIVE: tl.constexpr, PDL: tl.constexpr,
+    SEGMENTS: tl.constexpr, QMAX: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, B4: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``GROUPS`` times ``ROWS`` outputs of ``y [N]`` from ``w [N, K4]`` int32, four codes each, and x: float, or words too."""
     n = tl.program_id(0) * (ROWS * GROUPS) + tl.arange(0, ROWS)
@@ -155,7 +164,8 @@ def gemv(
     gemv_kernel[(triton.cdiv(n, rows),)](
         x if sx is None else x.view(torch.int32), sx, weight.view(torch.int32), y, sw, bias, pre_scale, borders, peaks,
         n, x.shape[1], words, x.stride(1),
-        1 if borders is None else len(borders) - 1, qmax(bits), config.rows, config.groups, block, n % rows == 0, block == words, x.device.type == "cuda", pdl,
+        1 if borders is None else len(borders) - 1, qmax(bits), config.rows, config.groups, block,
+        n % rows == 0, block == words, x.device.type == "cuda", pdl,
         num_warps=config.warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return y

@@ -155,7 +155,7 @@ def put(y, column: gl.constexpr, row, first, sx, zero, columns, y_desc, staging,
 
 @gluon.constexpr_function
 def by_fours(columns: int) -> gl.SharedLinearLayout:
-    """How values of ``columns`` lie in shared memory: those of two neighbouring matrices of 8 that a thread reads side by side."""
+    """How values of ``columns`` lie in shared memory: a thread's of two neighbouring matrices of 8 beside each other."""
     bits = [1, 8, 2, 4, *(1 << i for i in range(4, columns.bit_length() - 1))]
     return gl.SharedLinearLayout([[bit] for bit in bits])
 
@@ -178,10 +178,10 @@ def quotient(one, two):
 @gluon.jit
 def multiplied(accs, q, w_ring, stage, USE: gl.constexpr, PARTS: gl.constexpr):
     """Start to multiply a slot of the ring."""
-    out = ()
+    out = gl.tuple(())
     for p in gl.static_range(PARTS):
         w = w_ring.index(stage * PARTS + p).permute((1, 0))
-        out = out + (warpgroup_mma(q, w, accs[p], is_async=True, use_acc=USE),)
+        out += (warpgroup_mma(q, w, accs[p], is_async=True, use_acc=USE),)
     return out
 
 
@@ -189,10 +189,11 @@ def multiplied(accs, q, w_ring, stage, USE: gl.constexpr, PARTS: gl.constexpr):
 def until(accs, pending: gl.constexpr, PARTS: gl.constexpr):
     """Wait until products with no more than ``pending`` parts are under way."""
     if PARTS == 1:
-        return (warpgroup_mma_init(warpgroup_mma_wait(pending, deps=[accs[0]])),)
+        out = (warpgroup_mma_init(warpgroup_mma_wait(pending, deps=[accs[0]])),)
     else:
         a, b = warpgroup_mma_wait(pending, deps=[accs[0], accs[1]])
-        return warpgroup_mma_init(a), warpgroup_mma_init(b)
+        out = (warpgroup_mma_init(a), warpgroup_mma_init(b))
+    return out
 
 
 @gluon.jit
@@ -232,9 +233,9 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
             # what a border needs is on its way before the segment is multiplied: the first one may be short
             peak, most, steps = gl.zeros_like(sx), gl.load(PEAKS), gl.load(BORDERS + 1) // BK
             next_sx, next_sw, next_sums = following_scales(SX, SW, WSUM, m, n, 1, M, N, ZERO, SEGMENTS)
-        accs = ()
-        for p in gl.static_range(PARTS):
-            accs = accs + (gl.zeros([ROWS, PART], gl.int32, layout),)
+        accs = gl.tuple(())
+        for _part in gl.static_range(PARTS):
+            accs += (gl.zeros([ROWS, PART], gl.int32, layout),)
         mbarrier.wait(full.index(stage), phase)
         accs = multiplied(accs, q_ring.index(stage * 2 + c), w_ring, stage, False, PARTS)
         if BIAS:
@@ -256,7 +257,7 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                 peak = (peak + most) * (step * GROWTH)
                 mbarrier.wait(full.index(stage), phase)
                 # While one part is rescaled, the other is multiplied.
-                rescaled_accs = ()
+                rescaled_accs = gl.tuple(())
                 for p in gl.static_range(PARTS):
                     acc = warpgroup_mma_wait(p, deps=[accs[p]])
                     if p == PARTS - 1:
@@ -264,7 +265,7 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                     a, b = factors(acc, p * PART, step, zero, columns, PART, ZERO)
                     acc = warpgroup_mma_init(on_grid(a, b, peak[:, None]))
                     w = w_ring.index(stage * PARTS + p).permute((1, 0))
-                    rescaled_accs = rescaled_accs + (warpgroup_mma(q_ring.index(stage * 2 + c), w, acc, is_async=True),)
+                    rescaled_accs += (warpgroup_mma(q_ring.index(stage * 2 + c), w, acc, is_async=True),)
                 accs = rescaled_accs
                 put_columns(columns, next_sw, next_sums, ZERO)
                 before, sx = stage, next_sx
@@ -283,20 +284,20 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
             # The INT32 registers become float32 ones, and take the 16-bit product on top.
             accs = until(accs, 0, PARTS)
             mbarrier.arrive(empty.index(before), count=1)
-            floats = ()
+            floats = gl.tuple(())
             for p in gl.static_range(PARTS):
                 acc = rescaled(warpgroup_mma_wait(0, deps=[accs[p]]), p * PART, sx, zero, columns, PART, ZERO)
-                floats = floats + (warpgroup_mma_init(gl.convert_layout(acc, wide)),)
+                floats += (warpgroup_mma_init(gl.convert_layout(acc, wide)),)
             sides = SIDES
             if ACTIVE is not None:
                 sides = active_tiles(ACTIVE, SIDES)
             for _ in range(sides):
                 mbarrier.wait(full.index(stage), phase)
                 x = side_of(q_ring.index(stage * 2 + c), x_desc)
-                sums_of_parts = ()
+                sums_of_parts = gl.tuple(())
                 for p in gl.static_range(PARTS):
                     v = side_of(w_ring.index(stage * PARTS + p), v_desc).permute((1, 0))
-                    sums_of_parts = sums_of_parts + (warpgroup_mma(x, v, floats[p], is_async=True),)
+                    sums_of_parts += (warpgroup_mma(x, v, floats[p], is_async=True),)
                 floats = until(sums_of_parts, 0, PARTS)
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = following(stage, phase, STAGES)
@@ -407,19 +408,19 @@ def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty,
 def of_segments(SW, tile, N, layout: gl.constexpr, SEGMENTS: gl.constexpr):
     """Scales of the weight rows of a tile, for each segment."""
     n = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    out = ()
+    out = gl.tuple(())
     for g in gl.static_range(SEGMENTS):
-        out = out + (gl.load(SW + g * N + n, mask=n < N, other=0.0),)
+        out += (gl.load(SW + g * N + n, mask=n < N, other=0.0),)
     return out
 
 
 @gluon.jit
 def end_of(g: gl.constexpr, BORDERS, KT, PIECES: gl.constexpr, SEGMENTS: gl.constexpr):
     """The piece of K behind a segment."""
+    end = KT * PIECES
     if g < SEGMENTS - 1:
-        return gl.load(BORDERS + g + 1) // PIECE
-    else:
-        return KT * PIECES
+        end = gl.load(BORDERS + g + 1) // PIECE
+    return end
 
 
 @gluon.jit
@@ -440,15 +441,16 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
     stage, phase = 0, 0
     # What the ends of segments need is on its way before the tokens are there, all of it if there are registers.
     AHEAD: gl.constexpr = SEGMENTS * TOKENS <= 128
-    sw, ends, peaks, scales = of_segments(SW, gl.program_id(1), N, layout, SEGMENTS), (), (), ()
+    sw, ends, peaks, scales = of_segments(SW, gl.program_id(1), N, layout, SEGMENTS), gl.tuple(()), gl.tuple(()), gl.tuple(())
     if AHEAD:
         for g in gl.static_range(SEGMENTS - 1):
-            ends, peaks = ends + (end_of(g, BORDERS, KT, PIECES, SEGMENTS),), peaks + (gl.load(PEAKS + g),)
+            ends += (end_of(g, BORDERS, KT, PIECES, SEGMENTS),)
+            peaks += (gl.load(PEAKS + g),)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     for g in gl.static_range(SEGMENTS if AHEAD else 1):
-        scales = scales + (gl.load(SX + m * SEGMENTS + g, mask=m < M, other=0.0),)
+        scales += (gl.load(SX + m * SEGMENTS + g, mask=m < M, other=0.0),)
     for t in range(gl.program_id(1), gl.cdiv(N, ROWS), gl.num_programs(1)):
         n = t * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         acc = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.int32, layout))

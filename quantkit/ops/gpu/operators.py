@@ -83,8 +83,8 @@ def matmul(
     (m, k), n = q.shape, len(weight)
     few = borders is None or len(borders) <= configs.VECTOR_SEGMENTS + 1
     if m == 1 and few and zero is None and side is None and k % 16 == 0:
-        config = configs.vector(k, given=True)
-        return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, borders=borders, peaks=peaks, config=config)
+        vector = configs.vector(k, given=True)
+        return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, borders=borders, peaks=peaks, config=vector)
     tma = hopper is not None and k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0
     tma = tma and (borders is None or align % configs.BLOCK == 0) and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
     if side is not None:

@@ -231,10 +231,9 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
             word = words(x, y)
 
 
-def warps_of(block: int, m: int, clusters: int) -> int:
-    """Of a program: twice as many where there is none beside it on its processor, if there are registers, to be done sooner."""
-    few = m <= 2 * PROCESSORS and (clusters == 1 or block <= 4096)
-    return max(block // (256 if few else 512), 2)  # one alone would gather without shared memory
+def warps_of(block: int) -> int:
+    """Of a program: one alone would gather without shared memory."""
+    return max(block // 512, 2)
 
 
 def takes(
@@ -288,8 +287,8 @@ def quantize(
     q, scale = x.new_empty((m, places), dtype=torch.int8), x.new_empty((m, count), dtype=torch.float32)
     kept = x.new_empty((m, k)) if x2 is not None else None
     block = triton.next_power_of_2(places)
-    warps, pdl = warps_of(block, m, count), hopper(x.device)
-    order_kernel[(min(triton.cdiv(m, 2), PROCESSORS * max(16 // warps, 1)),)](
+    warps, pdl = warps_of(block), hopper(x.device)
+    order_kernel[(min(triton.cdiv(m, 2), PROCESSORS * (16 // warps)),)](
         x, x2, gain, pre_scale, permutation, clusters, reach, q, scale, kept, m, k, places,
         x.stride(0), 0 if x2 is None else x2.stride(0), eps, offset,
         source, qmax(bits), triton.next_power_of_2(count), count, block, block == k == places, pdl,
