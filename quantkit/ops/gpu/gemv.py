@@ -55,35 +55,50 @@ def _add(a, b, c, d, e, f, g, h):
 
 
 @triton.jit
-def _in_segments(products, n, SX, SW, BORDERS, PEAKS, N, SEGMENTS: tl.constexpr):
-    """Sums of ``products [ROWS, B4]`` in segments, which begin at multiples of 4 words, and the last scale of the token."""
+def _of_segments(SW, BORDERS, n, N, SEGMENTS: tl.constexpr):
+    """Steps of rows of the weight from each segment to the next, and where segments begin."""
+    steps, borders = tl.tuple(()), tl.tuple(())
+    for g in tl.static_range(SEGMENTS):
+        steps += (tl.load(SW + g * N + tl.minimum(n, N - 1)),)
+        borders += (tl.load(BORDERS + g),)
+    return steps, borders
+
+
+@triton.jit
+def _of_token(SX, PEAKS, SEGMENTS: tl.constexpr):
+    """Steps of the token's scale, its last scale, and what bounds its sums at each border."""
+    scales, most, steps, peaks, peak = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(()), 0.0
+    for g in tl.static_range(SEGMENTS):  # all on their way at once
+        scales += (tl.load(SX + g),)
+        most += (tl.load(PEAKS + g),)
+    for g in tl.static_range(SEGMENTS - 1):
+        step = tl.div_rn(scales[g], scales[g + 1])
+        step = tl.where(step == step, step, 0.0)  # of a token that becomes NaN
+        peak = (peak + most[g]) * (step * GROWTH)
+        steps += (step,)
+        peaks += (peak,)
+    return steps, peaks, scales[SEGMENTS - 1]
+
+
+@triton.jit
+def _chained(products, steps, peaks, w_steps, borders, SEGMENTS: tl.constexpr):
+    """Sums of ``products [ROWS, B4]`` in segments, which begin at multiples of 4 words."""
     ROWS: tl.constexpr = products.shape[0]
     B16: tl.constexpr = products.shape[1] // 4
     fours, k = tl.sum(tl.reshape(products, (ROWS, B16, 4)), 2), 16 * tl.arange(0, B16)
-    scales, steps, most, borders, sums = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(())
-    for g in tl.static_range(SEGMENTS):  # all on their way at once
-        scales += (tl.load(SX + g),)
-        steps += (tl.load(SW + g * N + tl.minimum(n, N - 1)),)
-        most += (tl.load(PEAKS + g),)
-    for g in tl.static_range(SEGMENTS + 3):  # segments past the last one are empty
-        borders += (tl.load(BORDERS + tl.minimum(g, SEGMENTS)),)
-    for g in tl.static_range(0, SEGMENTS, 4):
-        below0, below1 = tl.where((k < borders[g])[None, :], 0, fours), tl.where((k < borders[g + 1])[None, :], 0, fours)
-        below2, below3 = tl.where((k < borders[g + 2])[None, :], 0, fours), tl.where((k < borders[g + 3])[None, :], 0, fours)
-        sums += tl.reduce((below0, below1, below2, below3), 1, _add)
-    sx, peak, acc = scales[0], 0.0, n * 0
-    for g in tl.static_range(SEGMENTS):
-        if g > 0:
-            step = tl.div_rn(sx, scales[g])
-            step = tl.where(step == step, step, 0.0)  # of a token that becomes NaN
-            peak = peak * (step * GROWTH)
-            acc = on_grid(acc.to(tl.float32) * step, steps[g - 1], peak)
-            sx = scales[g]
-        peak += most[g]
-        acc += sums[g]
+    ends = tl.tuple(())  # from the beginning of each segment to the end of all
+    for g in tl.static_range(SEGMENTS // 4):
+        a, b = tl.where((k < borders[4 * g])[None, :], 0, fours), tl.where((k < borders[4 * g + 1])[None, :], 0, fours)
+        c, d = tl.where((k < borders[4 * g + 2])[None, :], 0, fours), tl.where((k < borders[4 * g + 3])[None, :], 0, fours)
+        ends += tl.reduce((a, b, c, d), 1, _add)
+    for g in tl.static_range(SEGMENTS // 4 * 4, SEGMENTS):
+        ends += (tl.sum(tl.where((k < borders[g])[None, :], 0, fours), 1),)
+    acc = ends[0] - ends[1]
+    for g in tl.static_range(1, SEGMENTS):
+        acc = on_grid(acc.to(tl.float32) * steps[g - 1], w_steps[g - 1], peaks[g - 1]) + ends[g]
         if g + 1 < SEGMENTS:
-            acc -= sums[g + 1]
-    return acc, sx
+            acc -= ends[g + 1]
+    return acc
 
 
 @triton.jit
@@ -100,12 +115,17 @@ def gemv_kernel(
     # The weight does not depend on the kernel before: its first part is on the way while that one ends.
     w = _weights(W, n, k, inside, N, K4, EVEN_N, EVEN_K)
     sw, bias = _scale_and_bias(LAST, BIAS, n, N)
+    if SEGMENTS > 1:
+        w_steps, borders = _of_segments(SW, BORDERS, n, N, SEGMENTS)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     if SX is not None:
         xq = tl.load(X + k, mask=inside, other=0)
-        sx = tl.load(SX)
+        if SEGMENTS > 1:
+            steps, peaks, sx = _of_token(SX, PEAKS, SEGMENTS)
+        else:
+            sx = tl.load(SX)
     else:
         j = tl.arange(0, 4)
         source = k[:, None] * 4 + j[None, :]
@@ -126,7 +146,8 @@ def gemv_kernel(
             ahead_sw, ahead_bias = _scale_and_bias(LAST, BIAS, n + ROWS, N)
         products = _dot4(w, xq, NATIVE)
         if SEGMENTS > 1:
-            acc, sx = _in_segments(products, n, SX, SW, BORDERS, PEAKS, N, SEGMENTS)
+            tl.static_assert(GROUPS == 1)
+            acc = _chained(products, steps, peaks, w_steps, borders, SEGMENTS)
         else:
             acc = tl.sum(products, 1)
         y = acc.to(tl.float32) * sx * sw

@@ -188,11 +188,12 @@ def multiplied(accs, q, w_ring, stage, USE: gl.constexpr, PARTS: gl.constexpr):
 @gluon.jit
 def until(accs, pending: gl.constexpr, PARTS: gl.constexpr):
     """Wait until products with no more than ``pending`` parts are under way."""
+    out = gl.tuple(())
     if PARTS == 1:
-        out = (warpgroup_mma_init(warpgroup_mma_wait(pending, deps=[accs[0]])),)
+        out += (warpgroup_mma_init(warpgroup_mma_wait(pending, deps=[accs[0]])),)
     else:
         a, b = warpgroup_mma_wait(pending, deps=[accs[0], accs[1]])
-        out = (warpgroup_mma_init(a), warpgroup_mma_init(b))
+        out += (warpgroup_mma_init(a), warpgroup_mma_init(b))
     return out
 
 
