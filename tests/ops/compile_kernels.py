@@ -131,7 +131,7 @@ def gathered() -> dict[str, Any]:
 
 
 def gemv(arch: int, k: int, given: bool, segments: int = 1) -> dict[str, Any]:
-    config = configs.vector(k, given=given)
+    config = configs.in_segments(k, segments) if segments > 1 else configs.vector(k, given=given)
     types = {"X": "*bf16", "W": "*i32", "Y": "*bf16", "SW": "*fp32", "N": "i32", "K": "i32", "K4": "i32"}
     types |= {"X": "*i32", "SX": "*fp32"} if given else {}
     types |= {"BORDERS": "*i32", "PEAKS": "*fp32"} if segments > 1 else {}
@@ -227,7 +227,8 @@ def main() -> None:
         out[f"columns list {arch}"] = listed(arch)
         for k, given in itertools.product((4096, 14336), (False, True)):
             out[f"gemv {k} {given} {arch}"] = gemv(arch, k, given)
-        out[f"gemv segments {arch}"] = gemv(arch, 4096, True, 4)
+        for k, segments in ((4096, 2), (14336, 4)):
+            out[f"gemv {k} {segments} segments {arch}"] = gemv(arch, k, True, segments)
         tiles = sorted({configs.portable(arch, m, n) for m in (1, 32, 64, 128, 256, 8192) for n in (4096, 28672)}, key=astuple)
         for tile in tiles:
             out[f"matmul {arch} {tile}"] = matmul(arch, tile)

@@ -102,8 +102,6 @@ def padded_side(columns: int) -> int:
 
 Config = Tile | Gemm | Decode | Vector
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Tile, Gemm, Decode, Vector)}
-VECTOR_SEGMENTS = 8
-"""Segments of K of which :mod:`.gemv` has the scales of all in registers."""
 PROGRAMS = 120
 """As many tiles keep a Hopper GPU (132 processors) busy; with fewer, smaller tiles win."""
 
@@ -156,6 +154,15 @@ def hopper(m: int, n: int, *, segments: bool = False) -> Gemm | Decode:
             tokens //= 2  # two groups of tokens run side by side
         return RINGS[tokens]
     return min(GEMMS, key=lambda c: -(-(-(-m // 128) * -(-n // c.columns)) // PROCESSORS) * (c.columns + 32))
+
+
+def in_segments(k: int, segments: int) -> Vector | None:
+    """The product with one token of ``k`` channels in ``segments``; None where :class:`Decode` has it sooner."""
+    if segments == 1:
+        return vector(k, given=True)
+    if segments > (2 if k <= 8192 else 4):
+        return None
+    return Vector(4, 1, 2) if k <= 8192 else Vector(1, 1, 8)
 
 
 def vector(k: int, *, given: bool = False) -> Vector:

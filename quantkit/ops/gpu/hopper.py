@@ -257,11 +257,12 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                 step = quotient(sx, next_sx)
                 peak = (peak + most) * (step * GROWTH)
                 mbarrier.wait(full.index(stage), phase)
-                # While one part is rescaled, the other is multiplied.
+                # One part is multiplied again while the next is rescaled. Before the first both end: ptxas makes all products
+                # wait for each other if one that began before the loop's last round is read while another is under way.
                 rescaled_accs = gl.tuple(())
                 for p in gl.static_range(PARTS):
                     acc = warpgroup_mma_wait(p, deps=[accs[p]])
-                    if p == PARTS - 1:
+                    if p == 0:
                         mbarrier.arrive(empty.index(before), count=1)
                     a, b = factors(acc, p * PART, step, zero, columns, PART, ZERO)
                     acc = warpgroup_mma_init(on_grid(a, b, peak[:, None]))
