@@ -293,6 +293,11 @@ def check_clusters() -> None:
         (20, 500, 1500, 2076),
         (64, 128, 64, 700, 1000, 1000, 2000, 3236),
         (8, 1000, 4000, 9328),
+        (128, 384, 512),
+        (512,) * 8,
+        (256,) * 16,
+        (128,) * 32,
+        (128, 2000, 3872),
     ):
         k = sum(groups)
         order = torch.randperm(k, device=DEVICE)
@@ -315,7 +320,7 @@ def check_clusters() -> None:
                     assert int(off.max()) <= 1 and float(off.float().mean()) < 1e-2, f"clusters {(m, k, form['source'])}"  # noqa: PT018
                 if m > 4:
                     x[1], x[2, k // 2], x[3, 0] = 0, float("nan"), float("-inf")
-                for dtype in (torch.bfloat16, torch.float32):
+                for dtype in (torch.bfloat16, torch.float16, torch.float32):
                     got = poisoned(lambda: layer(x.to(dtype)), (m, k))  # noqa: B023
                     with quantkit.use_backend("reference"):
                         assert same(got, layer(x.to(dtype))), f"clusters {(m, k, dtype)}"
