@@ -100,6 +100,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = Non
             "layers": layers,
             **({"attention": attention} if attention else {}),
             "tied": tied,
+            **({"cast": cast} if (cast := cast_buffers(model)) else {}),
             "files": {name: {"sha256": _sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in files},
             "report": record.to_dict(),
         }
@@ -149,6 +150,7 @@ def load(
         quantizers = empty_quantizers(model, body.get("attention", {}), layers)
         added = layers | {f"{name}.{CHILD}".removeprefix("."): quantizer for name, quantizer in quantizers.items()}
         _check_fit(model, added, stored, body["tied"])
+        _check_buffers(model, body.get("cast", {}))
         record = _report_of(folder, body)
     except BaseException:
         put_back(model, taken_apart)
@@ -159,6 +161,9 @@ def load(
         replace_module(model, name, layer)
     attach_attention(model, quantizers)
     model.load_state_dict(tensors, strict=True, assign=True)
+    for name, dtype in body.get("cast", {}).items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_buffer(name).to(getattr(torch, dtype)))
     retie: Any = getattr(model, "tie_weights", None)
     if retie is not None:
         retie()
@@ -308,6 +313,19 @@ def from_version_2(facts: Any) -> Any:
     return {**facts, "groups": []} if isinstance(facts, dict) else facts
 
 
+def cast_buffers(model: nn.Module) -> dict[str, str]:
+    """16-bit buffers that no checkpoint holds, such as rotary frequencies: who casts a whole model casts them too."""
+    held, names = model.state_dict().keys(), {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    return {name: names[b.dtype] for name, b in model.named_buffers() if b.dtype in names and name not in held}
+
+
+def _check_buffers(model: nn.Module, cast: dict[str, str]) -> None:
+    buffers = dict(model.named_buffers())
+    missing = next((name for name in cast if name not in buffers), None)
+    if missing is not None:
+        raise CheckpointError(f"the checkpoint casts the buffer {missing!r}, and the model has none of this name")
+
+
 def _check_record(file: Path, body: dict[str, Any]) -> None:
     """Every key is there with its type, since anybody can compute a digest."""
     facts: dict[str, Any] = {
@@ -326,6 +344,8 @@ def _check_record(file: Path, body: dict[str, Any]) -> None:
         bad += [] if all(_is_record(f, {"sha256": str, "bytes": int}) for f in files) else ["files"]
         bad += [] if all(_is_record(f, LAYER_FACTS) for f in layers) else ["layers"]
         bad += [] if all(isinstance(name, str) for name in tied) else ["tied"]
+        cast = body.get("cast", {})
+        bad += [] if isinstance(cast, dict) and all(d in ("bfloat16", "float16") for d in cast.values()) else ["cast"]
     if bad:
         raise CheckpointError(f"{file} is damaged: {bad[0]!r} is missing or malformed")
 

@@ -119,13 +119,22 @@ def test_leftovers(steps: tuple[str, ...], dtype: torch.dtype, bias: bool, tmp_p
 
 
 def test_half_precision(tmp_path: Path) -> None:
-    half = llama()
-    for parameter in half.parameters():  # not the rotary frequencies, which transformers keeps and makes in float32
-        parameter.data = parameter.data.bfloat16()
-    model = quantized(half, "smoothquant")
+    model = quantized(llama().bfloat16(), "smoothquant")
     again = quantkit.load(quantkit.save(model, tmp_path / "out"))
     assert again.lm_head.weight.dtype == torch.bfloat16
     assert_same(outputs(again), outputs(model))
+
+
+def test_buffers_of_a_model_that_was_cast(tmp_path: Path) -> None:
+    """Rotary frequencies come back as they were: rounded where the whole model was cast, else in float32."""
+    half = llama()
+    for parameter in half.parameters():
+        parameter.data = parameter.data.bfloat16()
+    for model, dtype in ((half, torch.float32), (llama().bfloat16(), torch.bfloat16)):
+        folder = quantkit.save(quantized(model, "rtn"), tmp_path / str(dtype))
+        again = quantkit.load(folder)
+        assert again.model.rotary_emb.inv_freq.dtype == model.model.rotary_emb.inv_freq.dtype == dtype
+        assert_same(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
 
 
 def test_a_float_model_after_smoothing(tmp_path: Path) -> None:

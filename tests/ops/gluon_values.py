@@ -22,8 +22,6 @@ class DType:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DType) and self.torch == other.torch
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 class Value:
     """A tensor of a kernel, or a scalar of it."""
@@ -60,7 +58,7 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "and_", "or_", "lshift
     _of = getattr(operator, _name)
     setattr(Value, f"__{_name.rstrip('_')}__", lambda self, other, of=_of: Value(of(self.of, plain(other))))
 
-Value.__radd__, Value.__rmul__ = Value.__add__, Value.__mul__  # type: ignore[attr-defined]
+Value.__radd__, Value.__rmul__ = Value.__add__, Value.__mul__
 
 
 class Pointer:
