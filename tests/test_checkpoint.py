@@ -137,6 +137,17 @@ def test_buffers_of_a_model_that_was_cast(tmp_path: Path) -> None:
         assert_same(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
 
 
+@pytest.mark.parametrize(("cast", "says"), [({"nowhere": "bfloat16"}, "nowhere"), ({"x": "int8"}, "'cast'"), ([], "'cast'")])
+def test_a_record_of_buffers_that_is_wrong(tmp_path: Path, cast: Any, says: str) -> None:
+    folder = quantkit.save(quantized(llama(), "rtn"), tmp_path / "out")
+    file = folder / checkpoint.RECORD_FILE
+    body = json.loads(file.read_text()) | {"cast": cast}
+    body.pop("digest")
+    file.write_text(json.dumps(body | {"digest": checkpoint._digest(body)}))
+    with pytest.raises(CheckpointError, match=says):
+        quantkit.load(folder)
+
+
 def test_a_float_model_after_smoothing(tmp_path: Path) -> None:
     model = quantized(llama(), SmoothQuant(0.5), scheme=None)
     assert_same(outputs(quantkit.load(quantkit.save(model, tmp_path / "out"))), outputs(model))
