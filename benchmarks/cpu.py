@@ -205,7 +205,7 @@ def quantizer(x: torch.Tensor, block: int) -> Callable[[], float]:
     layer = quantkit.W8A8Linear(k, 1)
     layer.rotation_block = block
     q, scale, packed = torch.empty(m, k, dtype=torch.int8), torch.empty(m), layer.packed
-    args = (q.data_ptr(), scale.data_ptr(), x.data_ptr(), packed.pointers[0], m, k, 127.0, 0, 1)
+    args = (q.data_ptr(), scale.data_ptr(), x.data_ptr(), packed.pointers[0], None, m, k, 127.0, 0, 1)
 
     def call(*_: Any, keep: Any = (q, scale, x, layer)) -> None:
         lib.quantkit_quantize(*args)

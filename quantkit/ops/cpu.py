@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from quantkit.numerics import qmax
-from quantkit.ops.native import TILE, Rewrite, library
+from quantkit.numerics import peaks, qmax, reach
+from quantkit.ops.native import TILE, Clusters, Rewrite, library
 from quantkit.ops.plain import Plain
-from quantkit.ops.reference import row_sums
+from quantkit.ops.reference import row_sums, steps
 from quantkit.transform import Rotation
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class CPUPacked:
     """A weight ready to run.
 
     ``fused`` says whether the C passes apply. ``low`` is None where int_mm is exact; elsewhere
-    ``weight = high + low``, with halves too small to saturate. ``order`` to ``block`` rewrite the input, as :class:`Rewrite`
-    says, with vectors in the channels of the result.
+    ``weight = high + low``, with halves too small to saturate. ``scale`` is that of the last cluster of channels. ``order`` to
+    ``block`` rewrite the input, as :class:`Rewrite` says, with vectors in the channels of the result.
     """
 
     backend: Any
@@ -80,6 +80,13 @@ class CPUPacked:
     block: int
     top: float
     fused: bool
+    groups: tuple[int, ...] = ()
+    vectors: tuple[Tensor, ...] = ()
+    """Of clusters, what :class:`Clusters` wants."""
+
+    @functools.cached_property
+    def clusters(self) -> Clusters | None:
+        return Clusters(len(self.groups), *map(_address, self.vectors)) if self.groups else None
 
     @functools.cached_property
     def rewrite(self) -> Rewrite:
@@ -87,10 +94,13 @@ class CPUPacked:
 
     @functools.cached_property
     def pointers(self) -> tuple[int | None, ...]:
-        """Addresses of rewrite, weight, sums, scale and bias, which this object keeps alive."""
+        """Addresses of rewrite, weight, sums, scale, bias and clusters, which this object keeps alive."""
         rewrites = any(t is not None for t in (self.order, self.shift, self.pre_scale, self.factors))
         parts = map(_address, (self.high, self.sums, self.scale, self.bias))
-        return (ctypes.addressof(self.rewrite) if rewrites else None, *parts)
+        return (
+            ctypes.addressof(self.rewrite) if rewrites else None, *parts,
+            None if self.clusters is None else ctypes.addressof(self.clusters),
+        )  # fmt: skip
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -112,7 +122,7 @@ class CPU(Plain):
             high = weight.clamp(-64, 64)  # two products of 255 * 64 fit the int16 that AVX2 adds them in
             low = weight - high
         fused = not layer.scheme.is_static and layer.scheme.symmetric and layer.outlier_index is None
-        fused = fused and not layer.threshold and not layer.groups
+        fused = fused and not layer.threshold
         order, block = layer.permutation, layer.rotation_block
 
         def ordered(vector: Tensor | None) -> Tensor | None:
@@ -126,10 +136,11 @@ class CPU(Plain):
             factors = torch.nn.functional.pad(factors, (0, -len(factors) % TILE))
         return CPUPacked(
             self, layer.weight.device, layer.weight, high, low,
-            row_sums(weight, layer.groups), layer.weight_scale.reshape(-1).float().contiguous(),
+            row_sums(weight, layer.groups), layer.weight_scale.float()[:, -1].contiguous(),
             None if layer.bias is None else layer.bias.float().contiguous(),
             None if order is None else order.to(torch.int32), ordered(layer.shift), ordered(layer.pre_scale), factors, block,
             float(qmax(layer.scheme.activation_bits)), fused and _has_library(),
+            layer.groups, _of_clusters(layer) if layer.groups else (),
         )  # fmt: skip
 
     def matmul(self, layer: W8A8Linear, q: Tensor) -> Tensor:
@@ -139,15 +150,17 @@ class CPU(Plain):
         return int_matmul(q, packed.high, packed.low)
 
     def segments(self, layer: W8A8Linear, q: Tensor) -> Iterator[Tensor]:
-        packed, groups = layer.packed, layer.groups
         product = torch.ops.quantkit.int_matmul if torch.compiler.is_compiling() else int_matmul
-        lows = [None] * len(groups) if packed.low is None else packed.low.split(groups, dim=1)
-        for part, high, low in zip(q.split(groups, dim=1), packed.high.split(groups, dim=1), lows, strict=True):
-            yield product(part, high, low)
+        return _segments(layer.packed, q, product)
+
+    def segment_sum(self, layer: W8A8Linear, q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling() or not _has_library() or not q.numel():
+            return super().segment_sum(layer, q, scale, zero)
+        return _segment_sum(layer.packed, self.segments(layer, q), scale, zero)
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed = layer.packed
-        if not packed.fused or x.dtype not in TYPES:
+        if not packed.fused or x.dtype not in TYPES or (packed.groups and torch.compiler.is_compiling()):
             return super().linear(layer, x)
         if torch.compiler.is_compiling():
             if x.shape[0] <= (0 if packed.block else 1):
@@ -158,6 +171,40 @@ class CPU(Plain):
         if not x.numel():
             return super().linear(layer, x)
         return _fused(packed, x.contiguous())
+
+
+def _segments(packed: CPUPacked, q: Tensor, product: Callable[..., Tensor]) -> Iterator[Tensor]:
+    """The product of each cluster of channels, ``[M, N]`` int32, exact."""
+    groups = packed.groups
+    lows = [None] * len(groups) if packed.low is None else packed.low.split(groups, dim=1)
+    for part, high, low in zip(q.split(groups, dim=1), packed.high.split(groups, dim=1), lows, strict=True):
+        yield product(part, high, low)
+
+
+def _of_clusters(layer: W8A8Linear) -> tuple[Tensor, ...]:
+    """What :class:`Clusters` points to."""
+    groups, symmetric = layer.groups, layer.scheme.symmetric
+    return (
+        torch.tensor(groups), 1.0 / reach(groups, symmetric)[0], peaks(groups, symmetric),
+        steps(layer.weight_scale.float()).t().contiguous(),
+    )  # fmt: skip
+
+
+def _segment_sum(packed: CPUPacked, products: Iterator[Tensor], scale: Tensor, zero: Tensor | None) -> Tensor:
+    """:func:`quantkit.ops.reference.segment_sum`, one pass for each border."""
+    lib, acc, peak = library(), next(products).contiguous(), torch.zeros(len(scale))
+    assert lib is not None
+    (m, n), count, scale = acc.shape, len(packed.groups), scale.contiguous()
+    if zero is not None:
+        acc, zero = acc - zero[..., :1] * packed.sums[0], zero.contiguous()
+    threads = min(torch.get_num_threads(), 1 + m * n // ELEMENTS_PER_THREAD, m)
+    for g, product in enumerate(map(Tensor.contiguous, products)):
+        offset = None if zero is None else zero.data_ptr() + 4 * (g + 1)
+        lib.quantkit_border(
+            acc.data_ptr(), peak.data_ptr(), product.data_ptr(), scale.data_ptr(), packed.pointers[-1], g,
+            offset, count if zero is not None and zero.dim() > 1 else 0, packed.sums[g + 1].data_ptr(), m, n, threads,
+        )  # fmt: skip
+    return acc
 
 
 def int_matmul(q: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
@@ -204,16 +251,22 @@ def _(x: Tensor, high: Tensor, *_: Any) -> Tensor:
 def _fused(packed: CPUPacked, x: Tensor) -> Tensor:
     lib, (m, k), n = library(), x.shape, packed.scale.shape[0]
     assert lib is not None
-    kind, pool, (how, *weight) = TYPES[x.dtype], torch.get_num_threads(), packed.pointers
+    kind, pool, (how, *weight, clusters) = TYPES[x.dtype], torch.get_num_threads(), packed.pointers
     if m == 1 and packed.low is None and n * k <= TOKEN_ELEMENTS:
         y = torch.empty(1, n, dtype=x.dtype)
         threads = min(pool, 1 + n * k // (8 * ELEMENTS_PER_THREAD))
-        failed = lib.quantkit_token(y.data_ptr(), x.data_ptr(), how, *weight, n, k, packed.top, kind, threads)
+        failed = lib.quantkit_token(y.data_ptr(), x.data_ptr(), how, *weight, clusters, n, k, packed.top, kind, threads)
     else:
-        q, x_scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m)
+        q, x_scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m, max(len(packed.groups), 1))
         threads = min(pool, 1 + m * k // ELEMENTS_PER_THREAD, m)
-        failed = lib.quantkit_quantize(q.data_ptr(), x_scale.data_ptr(), x.data_ptr(), how, m, k, packed.top, kind, threads)
-        acc = int_matmul(q, packed.high, packed.low)
+        failed = lib.quantkit_quantize(
+            q.data_ptr(), x_scale.data_ptr(), x.data_ptr(), how, clusters, m, k, packed.top, kind, threads
+        )
+        if packed.groups:
+            acc = _segment_sum(packed, _segments(packed, q, int_matmul), x_scale, None)
+            x_scale = x_scale[:, -1].contiguous()
+        else:
+            acc = int_matmul(q, packed.high, packed.low)
         # float32 results take the place of the sums they come from
         y = acc.view(torch.float32) if kind == 0 else torch.empty(m, n, dtype=x.dtype)
         threads = min(pool, 1 + m * n // ELEMENTS_PER_THREAD, m)

@@ -94,27 +94,63 @@ static inline void load_row(float *restrict out, const void *x, int64_t row, int
     }
 }
 
-/* Codes of one row of k values. Returns its scale: NaN, with codes 0, if any value is NaN or Inf. */
-static inline float quantize_row(int8_t *restrict q, const float *restrict x, int64_t k, float qmax) {
-    uint32_t top = 0; /* bit patterns of absolute values are ordered, and those of Inf and NaN come last */
+/* Clusters of neighbouring channels, each with a scale of its own; a null pointer stands for one of all. */
+struct clusters {
+    int64_t count;
+    const int64_t *sizes;
+    const float *nearness; /* 1 / reach */
+    const float *peaks;
+    const float *steps;    /* [count - 1, n]: by how much the scale of a weight's row is larger than in the next cluster */
+};
+
+#define SLACK 0x1.004p0f
+
+/* Largest absolute value, as bits: those are in the order of the values, and Inf and NaN come last. */
+static inline uint32_t largest(const float *x, int64_t k) {
+    uint32_t top = 0;
     for (int64_t i = 0; i < k; i++) {
         uint32_t bits = to_bits(x[i]) & 0x7fffffff;
         top = bits > top ? bits : top;
     }
-    if (top >= 0x7f800000) {
-        memset(q, 0, (size_t)k);
-        return from_bits(0x7fc00000);
-    }
-    float absmax = from_bits(top);
-    absmax = absmax > ABSMAX_FLOOR ? absmax : ABSMAX_FLOOR;
-    float inverse = qmax / absmax;
-    for (int64_t i = 0; i < k; i++) q[i] = (int8_t)(to_bits(x[i] * inverse + ROUND) & 0xff);
-    return absmax / qmax;
+    return top;
 }
 
-/* x [m, k] of `type` -> q [m, k], scale [m]. Returns 0, or 1 without memory. */
-int quantkit_quantize(int8_t *q, float *scale, const void *x, const struct rewrite *how, int64_t m, int64_t k, float qmax,
-                      int type, int threads) {
+/* Codes of one row of k values, and the scale of each cluster: NaN, with codes 0, if any value is NaN or Inf. */
+static inline void quantize_row(int8_t *restrict q, float *restrict scale, const float *restrict x, int64_t k,
+                                const struct clusters *c, float qmax) {
+    int64_t count = c ? c->count : 1, from = 0;
+    int finite = 1;
+    for (int64_t g = 0; g < count; g++) {
+        int64_t size = c ? c->sizes[g] : k;
+        uint32_t top = largest(x + from, size);
+        finite &= top < 0x7f800000;
+        scale[g] = from_bits(top);
+        from += size;
+    }
+    if (!finite) {
+        memset(q, 0, (size_t)k);
+        for (int64_t g = 0; g < count; g++) scale[g] = from_bits(0x7fc00000);
+        return;
+    }
+    float least = ABSMAX_FLOOR; /* numerics.raised */
+    from = 0;
+    for (int64_t g = 0; g < count; g++) {
+        int64_t size = c ? c->sizes[g] : k;
+        float absmax = scale[g] > least ? scale[g] : least;
+        if (c) {
+            float near = scale[g] * c->nearness[g];
+            least = near > least ? near : least;
+        }
+        float inverse = qmax / absmax;
+        for (int64_t i = from; i < from + size; i++) q[i] = (int8_t)(to_bits(x[i] * inverse + ROUND) & 0xff);
+        scale[g] = absmax / qmax;
+        from += size;
+    }
+}
+
+/* x [m, k] of `type` -> q [m, k], scale [m] (with clusters [m, count]). Returns 0, or 1 without memory. */
+int quantkit_quantize(int8_t *q, float *scale, const void *x, const struct rewrite *how, const struct clusters *c,
+                      int64_t m, int64_t k, float qmax, int type, int threads) {
     int convert = type != F32 || how;
     int64_t room = tiled(k);
     float *scratch = convert ? malloc((size_t)(threads * room) * 4) : 0;
@@ -127,11 +163,44 @@ int quantkit_quantize(int8_t *q, float *scale, const void *x, const struct rewri
                 load_row(scratch + t * room, x, i, k, how, type);
                 row = scratch + t * room;
             }
-            scale[i] = quantize_row(q + i * k, row, k, qmax);
+            quantize_row(q + i * k, scale + i * (c ? c->count : 1), row, k, c, qmax);
         }
     }
     free(scratch);
     return 0;
+}
+
+/* From cluster g to the next: what a token's sums are multiplied by, and in `peak` what they can be then at most. */
+static inline float border(float *peak, const float *sx, const struct clusters *c, int64_t g) {
+    float step = sx[g] / sx[g + 1];
+    step = step == step ? step : 0; /* of a row that becomes NaN */
+    *peak = (*peak + c->peaks[g]) * (step * SLACK);
+    return step;
+}
+
+/* n sums in the scales of the next cluster: numerics.on_grid. */
+static inline void rescale_row(int32_t *restrict acc, float step, const float *restrict steps, float peak, int64_t n) {
+    int32_t e = (int32_t)(to_bits(peak) >> 23) - 148;
+    e = e > 0 ? e : 0;
+    uint32_t magic = ((uint32_t)(e + 150) << 23) | 0x400000;
+    float offset = from_bits(magic);
+    for (int64_t j = 0; j < n; j++)
+        acc[j] = (int32_t)((to_bits(__builtin_fmaf((float)acc[j] * step, steps[j], offset)) - magic) << e);
+}
+
+/* acc [m, n], in the scales of cluster g, becomes the sum with what cluster g + 1 adds: product [m, n] - zero[m] * sums[n].
+ * Of each row peak [m] is kept up to date, and begins with 0. zero has the given stride, and may be a null pointer. */
+void quantkit_border(int32_t *acc, float *peak, const int32_t *product, const float *sx, const struct clusters *c, int64_t g,
+                     const int32_t *zero, int64_t zero_stride, const int32_t *sums, int64_t m, int64_t n, int threads) {
+    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < m; i++) {
+        float step = border(peak + i, sx + i * c->count, c, g);
+        int32_t *row = acc + i * n;
+        const int32_t *more = product + i * n;
+        rescale_row(row, step, c->steps + g * n, peak[i], n);
+        for (int64_t j = 0; j < n; j++) row[j] += more[j];
+        if (zero) for (int64_t j = 0; j < n; j++) row[j] -= zero[i * zero_stride] * sums[j];
+    }
 }
 
 static inline void finish_row(void *y, const int32_t *acc, float sx, const float *sw, const float *bias, int64_t n, int type) {
@@ -155,17 +224,18 @@ void quantkit_finish(void *y, const int32_t *acc, const float *scale, const floa
 
 #ifdef __AVX512VNNI__
 #define ROWS 4
-/* acc[r] = sum of q[i] * w[r * k + i] for 4 rows, exact: dpbusd multiplies u8 by s8, so q + 128 goes in and 128 * sum(w) out. */
-static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t *restrict w, int64_t k, const int32_t *sums) {
+/* acc[r] = sum of q[i] * w[r * stride + i] for 4 rows, exact: dpbusd multiplies u8 by s8, so q + 128 goes in and 128 * sum(w) out. */
+static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t *restrict w, int64_t stride, int64_t k,
+                            const int32_t *sums) {
     const __m512i flip = _mm512_set1_epi8((char)0x80);
     __m512i a0 = _mm512_setzero_si512(), a1 = a0, a2 = a0, a3 = a0;
     for (int64_t i = 0; i < k; i += 64) {
         __mmask64 in = k - i >= 64 ? ~0ull : (1ull << (k - i)) - 1;
         __m512i u = _mm512_xor_si512(_mm512_maskz_loadu_epi8(in, q + i), flip);
         a0 = _mm512_dpbusd_epi32(a0, u, _mm512_maskz_loadu_epi8(in, w + i));
-        a1 = _mm512_dpbusd_epi32(a1, u, _mm512_maskz_loadu_epi8(in, w + k + i));
-        a2 = _mm512_dpbusd_epi32(a2, u, _mm512_maskz_loadu_epi8(in, w + 2 * k + i));
-        a3 = _mm512_dpbusd_epi32(a3, u, _mm512_maskz_loadu_epi8(in, w + 3 * k + i));
+        a1 = _mm512_dpbusd_epi32(a1, u, _mm512_maskz_loadu_epi8(in, w + stride + i));
+        a2 = _mm512_dpbusd_epi32(a2, u, _mm512_maskz_loadu_epi8(in, w + 2 * stride + i));
+        a3 = _mm512_dpbusd_epi32(a3, u, _mm512_maskz_loadu_epi8(in, w + 3 * stride + i));
     }
     acc[0] = _mm512_reduce_add_epi32(a0) - 128 * sums[0];
     acc[1] = _mm512_reduce_add_epi32(a1) - 128 * sums[1];
@@ -174,8 +244,9 @@ static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t
 }
 #else
 #define ROWS 1
-static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t *restrict w, int64_t k, const int32_t *sums) {
-    (void)sums;
+static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t *restrict w, int64_t stride, int64_t k,
+                            const int32_t *sums) {
+    (void)sums, (void)stride;
     int32_t sum = 0;
     for (int64_t i = 0; i < k; i++) sum += (int32_t)q[i] * (int32_t)w[i];
     acc[0] = sum;
@@ -188,32 +259,47 @@ static inline int32_t dot(const int8_t *restrict q, const int8_t *restrict w, in
     return sum;
 }
 
-/* The whole of one token: x [k] -> y [n], with w [n, k], sums [n] of its rows, sw [n], bias [n] or 0. 1 without memory. */
+/* ROWS (or fewer) outputs of one token, whose codes are q. */
+static inline void token_rows(void *y, const int8_t *q, const float *sx, const int8_t *w, const int32_t *sums, const float *sw,
+                              const float *bias, int64_t j, int64_t rows, int64_t n, int64_t k, const struct clusters *c, int type) {
+    int32_t acc[ROWS], more[ROWS];
+    int64_t count = c ? c->count : 1, from = 0;
+    float peak = 0;
+    for (int64_t g = 0; g < count; g++) {
+        int64_t size = c ? c->sizes[g] : k;
+        const int8_t *at = w + j * k + from;
+        if (rows == ROWS) dot_rows(more, q + from, at, k, size, sums + g * n + j);
+        else for (int64_t r = 0; r < rows; r++) more[r] = dot(q + from, at + r * k, size);
+        if (g) {
+            float step = border(&peak, sx, c, g - 1);
+            rescale_row(acc, step, c->steps + (g - 1) * n + j, peak, rows);
+            for (int64_t r = 0; r < rows; r++) acc[r] += more[r];
+        } else for (int64_t r = 0; r < rows; r++) acc[r] = more[r];
+        from += size;
+    }
+    finish_row((char *)y + j * (type == F32 ? 4 : 2), acc, sx[count - 1], sw + j, bias ? bias + j : 0, rows, type);
+}
+
+/* The whole of one token: x [k] -> y [n], with w [n, k], sums [n] (of each cluster) of its rows, sw [n] (of the last cluster),
+ * bias [n] or 0. Returns 0, or 1 without memory. */
 int quantkit_token(void *y, const void *x, const struct rewrite *how, const int8_t *w, const int32_t *sums, const float *sw,
-                   const float *bias, int64_t n, int64_t k, float qmax, int type, int threads) {
+                   const float *bias, const struct clusters *c, int64_t n, int64_t k, float qmax, int type, int threads) {
     int convert = type != F32 || how;
-    int64_t room = convert ? tiled(k) : 0;
-    float *scratch = malloc((size_t)(room * 4 + k)); /* floats, if needed, then k codes */
+    int64_t room = convert ? tiled(k) : 0, count = c ? c->count : 1;
+    float *scratch = malloc((size_t)((room + count) * 4 + k)); /* floats, if needed, then scales, then k codes */
     if (!scratch) return 1;
-    int8_t *q = (int8_t *)(scratch + room);
+    float *sx = scratch + room;
+    int8_t *q = (int8_t *)(sx + count);
     const float *row = (const float *)x;
     if (convert) {
         load_row(scratch, x, 0, k, how, type);
         row = scratch;
     }
-    float sx = quantize_row(q, row, k, qmax);
-    int64_t blocks = n / ROWS, size = type == F32 ? 4 : 2;
+    quantize_row(q, sx, row, k, c, qmax);
+    int64_t blocks = n / ROWS;
     #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t b = 0; b < blocks; b++) {
-        int32_t acc[ROWS];
-        int64_t j = b * ROWS;
-        dot_rows(acc, q, w + j * k, k, sums + j);
-        finish_row((char *)y + j * size, acc, sx, sw + j, bias ? bias + j : 0, ROWS, type);
-    }
-    for (int64_t j = blocks * ROWS; j < n; j++) {
-        int32_t acc = dot(q, w + j * k, k);
-        finish_row((char *)y + j * size, &acc, sx, sw + j, bias ? bias + j : 0, 1, type);
-    }
+    for (int64_t b = 0; b < blocks; b++) token_rows(y, q, sx, w, sums, sw, bias, b * ROWS, ROWS, n, k, c, type);
+    for (int64_t j = blocks * ROWS; j < n; j++) token_rows(y, q, sx, w, sums, sw, bias, j, 1, n, k, c, type);
     free(scratch);
     return 0;
 }

@@ -26,9 +26,10 @@ SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
-    "quantkit_quantize": (POINTER, POINTER, POINTER, POINTER, LONG, LONG, FLOAT, INT, INT),
+    "quantkit_quantize": (POINTER, POINTER, POINTER, POINTER, POINTER, LONG, LONG, FLOAT, INT, INT),
+    "quantkit_border": (*[POINTER] * 5, LONG, POINTER, LONG, POINTER, LONG, LONG, INT),
     "quantkit_finish": (POINTER, POINTER, POINTER, POINTER, POINTER, LONG, LONG, INT, INT),
-    "quantkit_token": (POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, LONG, LONG, FLOAT, INT, INT),
+    "quantkit_token": (*[POINTER] * 8, LONG, LONG, FLOAT, INT, INT),
 }
 
 
@@ -40,6 +41,12 @@ class Rewrite(ctypes.Structure):
     """``struct rewrite``: addresses of ``[K]`` vectors, whose tensors the caller keeps alive, or None."""
 
     _fields_ = (("order", POINTER), ("shift", POINTER), ("scale", POINTER), ("factors", POINTER), ("block", LONG))
+
+
+class Clusters(ctypes.Structure):
+    """``struct clusters``: addresses of sizes int64, nearness and peaks ``[G]``, and of steps ``[G - 1, N]`` float32."""
+
+    _fields_ = (("count", LONG), ("sizes", POINTER), ("nearness", POINTER), ("peaks", POINTER), ("steps", POINTER))
 
 
 @functools.cache
@@ -65,7 +72,7 @@ def library() -> ctypes.CDLL | None:
 def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     for name, types in SIGNATURES.items():
         getattr(lib, name).argtypes = types
-        getattr(lib, name).restype = None if name == "quantkit_finish" else INT
+        getattr(lib, name).restype = None if name in ("quantkit_finish", "quantkit_border") else INT
     return lib
 
 

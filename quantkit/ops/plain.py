@@ -46,6 +46,11 @@ class Plain:
         for part, weight in zip(q.split(layer.groups, dim=1), layer.weight.split(layer.groups, dim=1), strict=True):
             yield reference.int_matmul(part, weight)
 
+    def segment_sum(self, layer: W8A8Linear, q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """:func:`quantkit.ops.reference.segment_sum` of the clusters of ``layer``."""
+        products, sums = self.segments(layer, q), None if zero is None else layer.packed.sums
+        return reference.segment_sum(products, layer.groups, scale, layer.weight_scale, zero, sums)
+
     def codes(self, layer: W8A8Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes ``[M, K]`` int8, scale ``[M, 1]`` (or ``[M, G]``) float32 and zero point of the rewritten activation."""
         scheme, zero, groups = layer.scheme, layer.input_zero_point, layer.groups
@@ -72,10 +77,8 @@ class Plain:
             product = (side.double() @ layer.outlier_weight.double().t()).float()
         sums = None if zero is None else layer.packed.sums
         if layer.groups:
-            products = self.segments(layer, q)
-            return reference.segment_epilogue(
-                products, layer.groups, scale, layer.weight_scale, zero, sums, product, layer.bias, dtype
-            )
+            acc = self.segment_sum(layer, q, scale, zero)
+            return reference.segment_epilogue(acc, scale, layer.weight_scale, product, layer.bias, dtype)
         if product is not None:
             extra = product if extra is None else product + extra.float()
         acc = self.matmul(layer, q)

@@ -135,18 +135,15 @@ def chained(scale: Tensor) -> Tensor:
     return torch.cat([steps(scale), scale[:, -1:]], 1).t().contiguous()
 
 
-def segment_epilogue(
+def segment_sum(
     products: Iterable[Tensor],
     groups: tuple[int, ...],
     x_scale: Tensor,
     weight_scale: Tensor,
     zero: Tensor | None,
     weight_sum: Tensor | None,
-    side: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
 ) -> Tensor:
-    """``y = acc * x_scale * weight_scale + side + bias`` of clusters of channels, with the scales of the last one.
+    """``[M, N]`` int32 of clusters of channels, in the scales of the last one.
 
     From cluster g to the next, ``acc`` becomes ``acc * (x_scale_g / x_scale_g+1) * (weight_scale_g / weight_scale_g+1)``, the
     first product in float32, the second rounded once, :func:`quantkit.numerics.on_grid`; each cluster adds
@@ -157,8 +154,6 @@ def segment_epilogue(
         groups: their sizes.
         x_scale, weight_scale: ``[M, G]`` and ``[N, G]`` float32.
         zero, weight_sum: ``[M, G]`` (or ``[G]``) and ``[G, N]`` int32, for asymmetric activations.
-        side, bias: ``[M, N]`` and ``[N]``, float.
-        dtype: of the result, cast last.
     """
     acc = torch.zeros(len(x_scale), len(weight_scale), dtype=torch.int32, device=x_scale.device)
     x_steps, weight_steps = steps(x_scale).nan_to_num(0.0), steps(weight_scale)
@@ -173,6 +168,20 @@ def segment_epilogue(
             assert weight_sum is not None
             product = product - zero[..., g : g + 1] * weight_sum[g]
         acc = acc + product
+    return acc
+
+
+def segment_epilogue(
+    acc: Tensor, x_scale: Tensor, weight_scale: Tensor, side: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``acc * x_scale * weight_scale + side + bias`` of a :func:`segment_sum`, with the scales of the last cluster, cast last.
+
+    Args:
+        acc: ``[M, N]`` int32.
+        x_scale, weight_scale: ``[M, G]`` and ``[N, G]`` float32.
+        side, bias: ``[M, N]`` and ``[N]``, float.
+        dtype: of the result.
+    """
     y = acc.float() * x_scale[:, -1:] * weight_scale[:, -1]
     for extra in (side, bias):
         y = y if extra is None else y + extra.float()

@@ -346,6 +346,33 @@ def test_clusters_share_an_accumulator(backend: str, scheme: str) -> None:
     assert bool(((y - apart)[usual].abs() <= (1.01 * half + 1e-6 * apart.abs())[usual]).all())
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym", "w4a8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_clusters_of_any_loudness(backend: str, scheme: str, dtype: torch.dtype) -> None:
+    """Up to the reach of each: sums that grow from border to border, on coarser and coarser grids, and tokens by themselves."""
+    torch.manual_seed(0)
+    sizes = (3, 1, 64, 2, 130, 16, 16, 40, 5, 23)
+    module = layer(sum(sizes), 21, scheme, leftover=Transform(groups=sizes, permutation=torch.randperm(sum(sizes))))
+    loud = torch.cat([torch.full((size,), 10.0 ** (3 - g)) for g, size in enumerate(sizes)])[module.permutation.argsort()]
+    x = torch.cat([hostile(12, 300), torch.randn(9, 300) * loud, torch.ones(1, 300) * loud, torch.randn(3, 300) / loud]).to(
+        dtype
+    )
+    y = check(module, x)
+    alone = torch.cat([module(row[None]) for row in x])
+    assert_same(alone, y)
+
+
+@pytest.mark.parametrize("steps", [(), ("groups",), ("shift", "scale", "permutation", "rotation", "groups")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_in_one_call(steps: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any processor, also one whose ``int_mm`` saturates: this pass multiplies by itself."""
+    monkeypatch.setattr(cpu, "int_mm_is_exact", lambda: True)
+    for k, n in ((40, 19), (577, 33), (64, 64), (5, 3)):
+        module = layer(k, n, steps=steps)
+        for row in hostile(17, k, dtype):
+            check(module, row[None])
+
+
 def test_halves_cannot_saturate() -> None:
     """Where int_mm adds pairs of products u8 * s8 in int16, both halves of every weight must be small enough."""
     for value in (*range(-127, 128),):

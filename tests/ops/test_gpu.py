@@ -81,7 +81,10 @@ def test_segments(m: int, n: int, k: int, zero: bool) -> None:
     sums = reference.row_sums(w, groups)
     products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
     got = in_segments(q, sx, w, sw, borders, zero=z, wsum=sums)
-    assert_same(got, reference.segment_epilogue(products, groups, sx, sw, z, sums, None, None, torch.float32))
+    assert_same(
+        got,
+        reference.segment_epilogue(reference.segment_sum(products, groups, sx, sw, z, sums), sx, sw, None, None, torch.float32),
+    )
 
 
 def test_rescaling_rounds_half_to_even() -> None:
@@ -93,7 +96,9 @@ def test_rescaling_rounds_half_to_even() -> None:
     for step in (0.5, 0.25, 1.5, 2.5, 4000.0, 2**31 / big / 1.01):
         sx, sw = torch.tensor([[step, 1.0]]).expand(5, 2).contiguous(), torch.ones(4, 2)
         products = [reference.int_matmul(q[:, a:b], w[:, a:b]) for a, b in ((0, 16), (16, 32))]
-        wanted = reference.segment_epilogue(products, (16, 16), sx, sw, None, None, None, None, torch.float32)
+        wanted = reference.segment_epilogue(
+            reference.segment_sum(products, (16, 16), sx, sw, None, None), sx, sw, None, None, torch.float32
+        )
         assert_same(in_segments(q, sx, w, sw, [0, 16, 32]), wanted)
 
 
@@ -149,7 +154,9 @@ def test_gemv_in_segments(n: int, sizes: list[int], nan: bool) -> None:
         sx[:] = float("nan")
     products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
     bias = torch.randn(n)
-    wanted = reference.segment_epilogue(products, groups, sx, sw, None, None, None, bias, torch.float32)
+    wanted = reference.segment_epilogue(
+        reference.segment_sum(products, groups, sx, sw, None, None), sx, sw, None, bias, torch.float32
+    )
     borders = torch.tensor([0, *accumulate(groups)], dtype=torch.int32)
     where = {"borders": borders, "peaks": peaks(groups, True)} if len(groups) > 1 else {}
     scale = reference.chained(sw) if where else sw.view(-1)
