@@ -1,10 +1,11 @@
 """CPU speed of SmolLM2: quantkit beside fp32, bf16, torch.ao dynamic quantization and torchao, interleaved in one run.
 
-    python benchmarks/cpu.py [--rounds 7] [--no-compile] [--rotation]
+    python benchmarks/cpu.py [--rounds 7] [--no-compile] [--rotation | --clusters]
 
 Prefill is 1 x 512 tokens through the decoder without the head; decode is one token at a time with a cache, head included.
 Every peer quantizes the same linears (the decoder's). Run it with nothing else on the machine. --rotation measures what a
-Hadamard rotation costs instead: in the pass that quantizes, in single layers, and in the model, each beside itself without.
+Hadamard rotation costs instead: in the pass that quantizes, in single layers, and in the model, each beside itself without;
+--clusters what clusters of channels cost: their borders, in C and by PyTorch's operators, and single layers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from torch import nn
 
 import quantkit
 from quantkit.integrations.transformers import SMOLLM2, load_float
+from quantkit.ops import cpu
 from quantkit.ops.native import library
+from quantkit.ops.reference import segment_sum
 
 PROMPT, NEW, PREFILL = 64, 16, 512
 
@@ -97,8 +100,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile rows out")
     parser.add_argument("--rotation", action="store_true", help="the cost of a rotation in place of the table")
+    parser.add_argument("--clusters", action="store_true", help="the cost of clusters in place of the table")
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.clusters:
+        with torch.inference_mode():
+            clusters()
+        return
     base, _ = load_float(SMOLLM2)
     ids = torch.randint(0, 49000, (1, PREFILL))
     if args.rotation:
@@ -136,16 +144,44 @@ def main() -> None:
             print("written", record("cpu", rows, **facts))
 
 
+def beside(what: str, calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
+    """A row of the result: several forms of the same thing, interleaved."""
+    for call in calls.values():
+        call()  # warm up
+    row = {"what": what, "s": {name: spread(s) for name, s in interleaved(calls, rounds).items()}}
+    times = "   ".join(f"{name} {1e6 * s['median']:.1f} us" for name, s in row["s"].items())
+    print(f"{what:40} {times}", flush=True)
+    return row
+
+
+def clusters() -> None:
+    """Writes cpu-clusters.json."""
+    rows = []
+    for n, k in ((576, 576), (1536, 576), (576, 1536), (4096, 4096)):
+        for m in (1, 16, PREFILL):
+            x, calls, layers = torch.randn(m, k), {}, {}
+            for count in (1, 2, 4, 8):
+                layer = layers[count] = quantkit.W8A8Linear(k, n, groups=(k // count,) * count if count > 1 else ())
+                layer.weight.random_(-127, 128)
+                calls[str(count)] = repeated(lambda layer=layer, x=x: layer(x))
+            name = f"layer {n} x {k}, {'1 token' if m == 1 else f'{m} tokens'}"
+            rows.append(beside(name, calls, 9))
+            groups, packed, scale = layers[8].groups, layers[8].packed, torch.rand(m, 8) + 0.5
+            products = [torch.randint(-(2**20), 2**20, (m, n), dtype=torch.int32) for _ in groups]
+            sums = {
+                "PyTorch": lambda p=products, s=scale, g=groups, w=layers[8].weight_scale: segment_sum(p, g, s, w, None, None),
+                "C": lambda p=products, s=scale, packed=packed: cpu._segment_sum(packed, iter([p[0].clone(), *p[1:]]), s, None),
+            }
+            rows.append(beside(f"borders of 8, {m} x {n}", {name: repeated(call) for name, call in sums.items()}, 9))
+            print("written", record("cpu-clusters", rows), flush=True)
+
+
 def rotation(base: Any, ids: torch.Tensor, rounds: int, compiled: bool) -> None:
-    """Writes cpu-rotation.json: the same thing without and with a rotation, interleaved."""
+    """Writes cpu-rotation.json: the same thing without and with a rotation."""
     rows: list[dict[str, Any]] = []
 
     def add(what: str, calls: dict[str, Callable[[], float]], rounds: int) -> None:
-        for call in calls.values():
-            call()  # warm up
-        rows.append({"what": what, "s": {name: spread(s) for name, s in interleaved(calls, rounds).items()}})
-        times = "   ".join(f"{name} {1e6 * s['median']:.1f} us" for name, s in rows[-1]["s"].items())
-        print(f"{what:40} {times}", flush=True)
+        rows.append(beside(what, calls, rounds))
 
     for m, k in ((1, 4096), (512, 4096), (512, 576)):
         x = torch.randn(m, k)

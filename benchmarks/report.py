@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -168,6 +169,18 @@ def cpu_rotation(result: Result) -> str:
         )
 
     return table(("", "without", "blocks of 64", "takes"), map(row, result["rows"]))
+
+
+def cpu_clusters(result: Result) -> str:
+    """Layers with 1 to 8 clusters, and what the borders of 8 take."""
+
+    def row(layer: Result, borders: Result) -> tuple[str, ...]:
+        one, *others = (time["median"] for time in layer["s"].values())
+        times = (f"{1e3 * time['median']:.3f}" for time in borders["s"].values())
+        return layer["what"], f"{1e3 * one:.3f}", *(f"{1e3 * t:.3f} ({t / one:.2f}x)" for t in others), *times
+
+    head = ("ms", "1 cluster", "2", "4", "8", "borders of 8, PyTorch", "borders of 8, C")
+    return table(head, itertools.starmap(row, zip(result["rows"][::2], result["rows"][1::2], strict=True)))
 
 
 def least(row: Result, start: str, kind: str = "cold", but: str = "quantkit") -> tuple[float, str]:
@@ -410,6 +423,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "sites": ("accuracy", sites),
     "cpu": ("cpu", cpu),
     "cpu-rotation": ("cpu-rotation", cpu_rotation),
+    "cpu-clusters": ("cpu-clusters", cpu_clusters),
     "gemm": ("gemm", gemm),
     "ahead": ("gemm", ahead),
     "outliers": ("outliers", outliers),
