@@ -154,18 +154,14 @@ def check_segments() -> None:
                 "borders": torch.tensor(borders, device=DEVICE, dtype=torch.int32), "align": align, "zero": zero,
                 "wsum": sums, "peaks": peaks(groups, not zeros).to(DEVICE),
             }  # fmt: skip
-            chain = reference.chained(sw)
+            chain, acc = reference.chained(sw), reference.segment_sum(products, groups, sx, sw, zero, sums)
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                wanted = reference.segment_epilogue(
-                    reference.segment_sum(products, groups, sx, sw, zero, sums), sx, sw, None, None, dtype
-                )
+                wanted = reference.segment_epilogue(acc, sx, sw, None, None, dtype)
                 got = poisoned(lambda: operators.matmul(q, sx, w, chain, dtype, **pack), (m, n))  # noqa: B023
                 assert same(got, wanted), f"segments {(m, n, k, borders, zeros, dtype)}"
             side_weight = rand(n, 64).bfloat16()
             extra = (side.double() @ side_weight.double().t()).float()
-            wanted = reference.segment_epilogue(
-                reference.segment_sum(products, groups, sx, sw, zero, sums), sx, sw, extra, None, torch.float32
-            )
+            wanted = reference.segment_epilogue(acc, sx, sw, extra, None, torch.float32)
             out = operators.matmul(q, sx, w, chain, torch.bfloat16, side=side, side_weight=side_weight, **pack)
             assert relative(out, wanted) < 5e-3, f"segments and a side {(m, n, k, borders, zeros)} {relative(out, wanted)}"
 

@@ -105,7 +105,7 @@ def main() -> None:
     torch.manual_seed(0)
     if args.clusters:
         with torch.inference_mode():
-            clusters()
+            clusters(args.rounds)
         return
     base, _ = load_float(SMOLLM2)
     ids = torch.randint(0, 49000, (1, PREFILL))
@@ -154,7 +154,7 @@ def beside(what: str, calls: dict[str, Callable[[], float]], rounds: int) -> dic
     return row
 
 
-def clusters() -> None:
+def clusters(rounds: int) -> None:
     """Writes cpu-clusters.json."""
     rows = []
     for n, k in ((576, 576), (1536, 576), (576, 1536), (4096, 4096)):
@@ -165,14 +165,14 @@ def clusters() -> None:
                 layer.weight.random_(-127, 128)
                 calls[str(count)] = repeated(lambda layer=layer, x=x: layer(x))
             name = f"layer {n} x {k}, {'1 token' if m == 1 else f'{m} tokens'}"
-            rows.append(beside(name, calls, 9))
+            rows.append(beside(name, calls, rounds))
             groups, packed, scale = layers[8].groups, layers[8].packed, torch.rand(m, 8) + 0.5
             products = [torch.randint(-(2**20), 2**20, (m, n), dtype=torch.int32) for _ in groups]
             sums = {
                 "PyTorch": lambda p=products, s=scale, g=groups, w=layers[8].weight_scale: segment_sum(p, g, s, w, None, None),
                 "C": lambda p=products, s=scale, packed=packed: cpu._segment_sum(packed, iter([p[0].clone(), *p[1:]]), s, None),
             }
-            rows.append(beside(f"borders of 8, {m} x {n}", {name: repeated(call) for name, call in sums.items()}, 9))
+            rows.append(beside(f"borders of 8, {m} x {n}", {name: repeated(call) for name, call in sums.items()}, rounds))
             print("written", record("cpu-clusters", rows), flush=True)
 
 

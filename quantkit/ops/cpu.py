@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -150,8 +150,7 @@ class CPU(Plain):
         return int_matmul(q, packed.high, packed.low)
 
     def segments(self, layer: W8A8Linear, q: Tensor) -> Iterator[Tensor]:
-        product = torch.ops.quantkit.int_matmul if torch.compiler.is_compiling() else int_matmul
-        return _segments(layer.packed, q, product)
+        return _segments(layer.packed, q)
 
     def segment_sum(self, layer: W8A8Linear, q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() or not _has_library() or not q.numel():
@@ -173,8 +172,9 @@ class CPU(Plain):
         return _fused(packed, x.contiguous())
 
 
-def _segments(packed: CPUPacked, q: Tensor, product: Callable[..., Tensor]) -> Iterator[Tensor]:
+def _segments(packed: CPUPacked, q: Tensor) -> Iterator[Tensor]:
     """The product of each cluster of channels, ``[M, N]`` int32, exact."""
+    product = torch.ops.quantkit.int_matmul if torch.compiler.is_compiling() else int_matmul
     groups = packed.groups
     lows = [None] * len(groups) if packed.low is None else packed.low.split(groups, dim=1)
     for part, high, low in zip(q.split(groups, dim=1), packed.high.split(groups, dim=1), lows, strict=True):
@@ -263,7 +263,7 @@ def _fused(packed: CPUPacked, x: Tensor) -> Tensor:
             q.data_ptr(), x_scale.data_ptr(), x.data_ptr(), how, clusters, m, k, packed.top, kind, threads
         )
         if packed.groups:
-            acc = _segment_sum(packed, _segments(packed, q, int_matmul), x_scale, None)
+            acc = _segment_sum(packed, _segments(packed, q), x_scale, None)
             x_scale = x_scale[:, -1].contiguous()
         else:
             acc = int_matmul(q, packed.high, packed.low)

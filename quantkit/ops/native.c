@@ -1,4 +1,4 @@
-/* The two passes around an integer matrix product, and the whole of it for one token. Plain C, built at first use.
+/* The passes around and between integer matrix products, and the whole of it for one token. Plain C, built at first use.
  *
  * Semantics are those of quantkit/numerics.py, bit for bit: build with -ffp-contract=off, so that a product is rounded
  * before it is rounded to an integer. Rows are independent, so threads share nothing.
@@ -103,7 +103,7 @@ struct clusters {
     const float *steps;    /* [count - 1, n]: by how much the scale of a weight's row is larger than in the next cluster */
 };
 
-#define SLACK 0x1.004p0f
+#define SLACK 0x1.004p0f /* numerics.SLACK */
 
 /* Largest absolute value, as bits: those are in the order of the values, and Inf and NaN come last. */
 static inline uint32_t largest(const float *x, int64_t k) {
@@ -198,8 +198,9 @@ void quantkit_border(int32_t *acc, float *peak, const int32_t *product, const fl
         int32_t *row = acc + i * n;
         const int32_t *more = product + i * n;
         rescale_row(row, step, c->steps + g * n, peak[i], n);
-        for (int64_t j = 0; j < n; j++) row[j] += more[j];
-        if (zero) for (int64_t j = 0; j < n; j++) row[j] -= zero[i * zero_stride] * sums[j];
+        /* the difference first: only with it does the sum stay within int32 */
+        if (zero) for (int64_t j = 0; j < n; j++) row[j] += more[j] - zero[i * zero_stride] * sums[j];
+        else for (int64_t j = 0; j < n; j++) row[j] += more[j];
     }
 }
 
