@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantkit import ops
 from quantkit.errors import MethodError, ModelError
 from quantkit.modules import applied_but_float32, weight_of
-from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, absmax_scale, raised, range_scale, reach
+from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, absmax_scale, range_scale
 from quantkit.scheme import Scheme
 from quantkit.transform import Rotation, Transform, groups_fault
 
@@ -29,7 +29,8 @@ class W8A8Linear(nn.Linear):
         in_features, out_features: K and N.
         scheme: number formats.
         bias: whether there is one.
-        groups: sizes of G clusters of consecutive channels, each with scales of its own; none for one of all channels.
+        groups: sizes of G clusters of consecutive channels, each with a scale (and zero point) of its own for the activation;
+            none for one of all channels.
         device, dtype: of the bias and of the side product.
 
     Attributes:
@@ -38,7 +39,7 @@ class W8A8Linear(nn.Linear):
         groups: as given; never a single one.
 
     Buffers:
-        weight: ``[N, K]`` int8. weight_scale: ``[N, 1]`` float32, ``[N, G]`` with groups.
+        weight: ``[N, K]`` int8. weight_scale: ``[N, 1]`` float32.
         bias: ``[N]`` float or None.
         input_scale, input_zero_point: ``[1]`` (``[G]``) float32 and int32, static schemes only.
         pre_scale: ``[K]`` float32 or None, ``1 / s`` of a scale that no producer could take.
@@ -85,7 +86,7 @@ class W8A8Linear(nn.Linear):
         self.groups = tuple(groups) if len(groups) > 1 else ()
         count = max(1, len(self.groups))
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("weight_scale", torch.ones(out_features, count, device=device, dtype=torch.float32))
+        self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device, dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
         static = torch.ones(count, device=device, dtype=torch.float32) if scheme.is_static else None
         self.register_buffer("input_scale", static)
@@ -116,7 +117,7 @@ class W8A8Linear(nn.Linear):
         Args:
             linear: the ``nn.Linear`` or ``Conv1D`` to stand in for; gives dtype, device and sizes.
             scheme: number formats.
-            codes, weight_scale: ``[N, K]`` int8 and ``[N, 1]`` (``[N, G]``) float32 of the transformed weight.
+            codes, weight_scale: ``[N, K]`` int8 and ``[N, 1]`` float32 of the transformed weight.
             bias: ``[N]`` float32 or None, after the transformation.
             leftover: what is done to the activation at run time, and its clusters.
             outlier_weight: ``[N, n]``, with ``leftover.outliers``.
@@ -140,12 +141,11 @@ class W8A8Linear(nn.Linear):
 
     def _set_static_range(self, low: Tensor, high: Tensor) -> None:
         assert self.input_scale is not None
-        reached = reach(self.groups or (self.in_features,), self.scheme.symmetric)[0]
         if self.input_zero_point is None:
-            absmax = raised(torch.maximum(-low, high).view(-1), reached)
+            absmax = torch.maximum(-low, high).view(-1)
             self.input_scale.copy_(absmax_scale(absmax, self.scheme.activation_bits))
         else:
-            scale, zero = range_scale(low.view(-1), high.view(-1), self.scheme.activation_bits, reached)
+            scale, zero = range_scale(low.view(-1), high.view(-1), self.scheme.activation_bits)
             self.input_scale.copy_(scale)
             self.input_zero_point.copy_(zero)
 
@@ -208,10 +208,7 @@ class W8A8Linear(nn.Linear):
 
     def dequantized_weight(self) -> Tensor:
         """``[N, K]`` float32: what the integers stand for, in the channels of the rewritten activation."""
-        scale = self.weight_scale
-        if self.groups:
-            scale = scale.repeat_interleave(torch.tensor(self.groups, device=scale.device), dim=1)
-        return self.weight.float() * scale
+        return self.weight.float() * self.weight_scale
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The ``nn.Linear`` that computes the same but for the rounding of activations, in ``dtype`` (default: float32)."""

@@ -38,7 +38,7 @@ from quantkit.fold import (
 )
 from quantkit.linear import W8A8Linear, check_exact
 from quantkit.modules import linears_of, replace_module, weight_of
-from quantkit.numerics import qmax, quantize_weight, reach, sqnr_db, within
+from quantkit.numerics import qmax, quantize_weight, sqnr_db
 from quantkit.observe import SiteStatistics, observe
 from quantkit.recipe import Recipe
 from quantkit.report import LayerRecord, Report, attach
@@ -454,22 +454,15 @@ def _transform_fault(transform: Transform, view: SiteView, stage: Stage) -> str 
 def _codes_fault(codes: Codes, view: SiteView, linear: str) -> str | None:
     if not isinstance(codes, Codes):
         return f"{_kind(codes)} is no quantkit.Codes"
-    (rows, channels), top, device = weight_of(view.linears[linear]).shape, qmax(view.scheme.weight_bits), view.device
-    groups = view.transform.groups or (channels,)
-    fault = _tensor_fault(
+    (rows, channels), device = weight_of(view.linears[linear]).shape, view.device
+    top = qmax(8 if view.transform.groups else view.scheme.weight_bits)  # codes of clusters are times their multiples
+    return _tensor_fault(
         "codes",
         codes.codes,
         f"[{rows}, {channels}] torch.int8 on {device}",
         lambda q: (q >= -top) & (q <= top),
         f"-{top} to {top}",
-    ) or _tensor_fault(
-        "scale", codes.scale, f"[{rows}, {len(groups)}] torch.float32 on {device}", _invertible, "positive and finite"
-    )
-    if fault is None and not bool(within(codes.scale, reach(groups, False)[1]).all()):
-        return (
-            "scale falls too far from one cluster to a later one for one int32 sum: quantize_weight(groups=) keeps it in reach"
-        )
-    return fault
+    ) or _tensor_fault("scale", codes.scale, f"[{rows}, 1] torch.float32 on {device}", _invertible, "positive and finite")
 
 
 def _tensor_fault(what: str, value: Any, wanted: str, holds: Callable[[Tensor], Tensor], rule: str) -> str | None:

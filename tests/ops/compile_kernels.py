@@ -134,7 +134,7 @@ def gemv(arch: int, k: int, given: bool, segments: int = 1) -> dict[str, Any]:
     config = configs.in_segments(k, segments) if segments > 1 else configs.vector(k, given=given)
     types = {"X": "*bf16", "W": "*i32", "Y": "*bf16", "SW": "*fp32", "N": "i32", "K": "i32", "K4": "i32"}
     types |= {"X": "*i32", "SX": "*fp32"} if given else {}
-    types |= {"BORDERS": "*i32", "PEAKS": "*fp32"} if segments > 1 else {}
+    types |= {"BORDERS": "*i32"} if segments > 1 else {}
     block = triton.next_power_of_2(k // 4)
     constants = {
         "stride_xk": 1,
@@ -209,7 +209,7 @@ def main() -> None:
         out[f"rows rotate {arch}"] = one_row(arch, 14336, **rotated)
         out[f"rows norm rotate {arch}"] = one_row(arch, 4096, **norm, **rotated)
         out[f"rows gate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16")
-        clustered = {"PERM": "*i16", "CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8}
+        clustered = {"PERM": "*i16", "CLUSTER": "*i32", "SHARES": "*fp32", "CLUSTERS": 8}
         out[f"rows norm clusters {arch}"] = one_row(arch, 4096, places=4224, SOURCE="rms", GAIN="*bf16", **clustered)
         out[f"rows gate rotate few {arch}"] = one_row(arch, 14336, 16, SOURCE="silu", X2="*bf16", **rotated)
         for k in (512, 4096, 8192) if arch == 90 else (8192,):
@@ -220,7 +220,7 @@ def main() -> None:
             out[f"rows gate clusters {arch}"] = one_row(arch, 8192, SOURCE="silu", X2="*bf16", **clustered)
             out[f"rows gate rotate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16", PRE="*fp32", **rotated)
         out[f"quantize asymmetric {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32")
-        clusters = {"CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8, "COUNT": 8}
+        clusters = {"CLUSTER": "*i32", "SHARES": "*fp32", "CLUSTERS": 8, "COUNT": 8}
         out[f"quantize clusters {arch}"] = quantize(arch, PERM="*i16", **clusters)
         out[f"quantize asymmetric clusters {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32", **clusters)
         out[f"quantize threshold {arch}"] = quantize(arch, REACHED="*i32")
@@ -234,14 +234,14 @@ def main() -> None:
             out[f"matmul {arch} {tile}"] = matmul(arch, tile)
         for tile in (tiles[0], configs.portable(arch, 8192, 4096, segments=True)):
             out[f"matmul {arch} {tile} zero bias"] = matmul(arch, tile, **zero, **bias)
-            out[f"matmul {arch} {tile} segments"] = matmul(arch, tile, BORDERS="*i32", PEAKS="*fp32", SEGMENTS=4)
+            out[f"matmul {arch} {tile} segments"] = matmul(arch, tile, BORDERS="*i32", SEGMENTS=4)
         for tile in tiles:
             out[f"matmul {arch} {tile} side"] = matmul(arch, tile, SIDE="*bf16", SIDEW="*bf16")
             out[f"matmul {arch} {tile} threshold"] = matmul(arch, tile, SIDE="*bf16", ACTIVE="*i32")
     for k, block, m in itertools.product((576, 4096, 14336, 28672), (0, 64, 256), (16, 8192)):
         out[f"rows {k} {block} {m} 90"] = one_row(90, k, m, ROTATION=block, **({"MATRIX": "*bf16"} if block else {}))
     out["rows layer norm rotate 90"] = one_row(90, 8192, **norm | rotated | {"SOURCE": "layer"}, BIAS="*bf16")
-    clustered = {"PERM": "*i16", "CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8}
+    clustered = {"PERM": "*i16", "CLUSTER": "*i32", "SHARES": "*fp32", "CLUSTERS": 8}
     for m in (16, 8192):
         out[f"rows gate clusters 14336 {m} 90"] = one_row(90, 14336, m, SOURCE="silu", X2="*bf16", **clustered)
     out["rows norm permuted 90"] = one_row(90, 4096, **norm, PERM="*i16")
@@ -250,7 +250,7 @@ def main() -> None:
         tile = configs.portable(90, m, 28672, segments=True)
         out[f"matmul 90 {tile} more"] = matmul(90, tile, SIDE="*bf16", ACTIVE="*i32", ROOM=columns.ROOM)
     for config in chosen(segments=True):
-        clusters = {"BORDERS": "*i32", "PEAKS": "*fp32"}
+        clusters = {"BORDERS": "*i32"}
         out[f"hopper 90 {config} segments"] = gluon(config, segments=4, **clusters)
         zeros = {"ZP": "*i32", "WSUM": "*i32", "B": "*bf16"}
         out[f"hopper 90 {config} segments side zero bias"] = gluon(config, sides=1, segments=2, **clusters, **zeros)
