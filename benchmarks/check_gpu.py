@@ -23,7 +23,7 @@ from torch import Tensor
 
 import quantkit
 from quantkit.linear import W8A8Linear
-from quantkit.numerics import peaks, quantize_weight, raised, reach
+from quantkit.numerics import quantize_weight
 from quantkit.ops import reference
 from quantkit.ops.gpu import configs, hopper, operators, order, rows
 from quantkit.ops.gpu.matmul import matmul
@@ -144,25 +144,24 @@ def check_segments() -> None:
             borders = [0, *sorted({b for b in inner if 0 < b < k}), k]
             groups = tuple(b - a for a, b in itertools.pairwise(borders))
             q, w, count = codes(m, k), codes(n, k), len(groups)
-            sx, sw = (raised(rand(rows, count).abs() / k, r) for rows, r in zip((m, n), reach(groups, not zeros), strict=True))
-            sw = raised(sw, reach(groups, False)[1])
+            sw, multiples = rand(n, 1)[:, 0].abs(), torch.randint(0, 20, (m, count), device=DEVICE, generator=random)
+            sx = torch.cat([rand(m, 1).abs() / k, 2.0 * multiples + 1], 1)
             zero = torch.randint(-128, 128, (m, count), device=DEVICE, generator=random, dtype=torch.int32) if zeros else None
             sums, side = reference.row_sums(w, groups), rand(m, 64).bfloat16()
             products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
             align = 16 if any(b % 128 for b in borders) else 128
             pack = {
-                "borders": torch.tensor(borders, device=DEVICE, dtype=torch.int32), "align": align, "zero": zero,
-                "wsum": sums, "peaks": peaks(groups, not zeros).to(DEVICE),
+                "borders": torch.tensor(borders, device=DEVICE, dtype=torch.int32), "align": align, "zero": zero, "wsum": sums,
             }  # fmt: skip
-            chain, acc = reference.chained(sw), reference.segment_sum(products, groups, sx, sw, zero, sums)
+            acc = reference.segment_sum(products, sx[:, 1:], zero, sums, (m, n))
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                wanted = reference.segment_epilogue(acc, sx, sw, None, None, dtype)
-                got = poisoned(lambda: operators.matmul(q, sx, w, chain, dtype, **pack), (m, n))  # noqa: B023
+                wanted = reference.epilogue(acc, sx[:, :1], sw, None, None, None, dtype)
+                got = poisoned(lambda: operators.matmul(q, sx, w, sw, dtype, **pack), (m, n))  # noqa: B023
                 assert same(got, wanted), f"segments {(m, n, k, borders, zeros, dtype)}"
             side_weight = rand(n, 64).bfloat16()
             extra = (side.double() @ side_weight.double().t()).float()
-            wanted = reference.segment_epilogue(acc, sx, sw, extra, None, torch.float32)
-            out = operators.matmul(q, sx, w, chain, torch.bfloat16, side=side, side_weight=side_weight, **pack)
+            wanted = reference.epilogue(acc, sx[:, :1], sw, None, None, extra, torch.float32)
+            out = operators.matmul(q, sx, w, sw, torch.bfloat16, side=side, side_weight=side_weight, **pack)
             assert relative(out, wanted) < 5e-3, f"segments and a side {(m, n, k, borders, zeros)} {relative(out, wanted)}"
 
 
@@ -304,7 +303,7 @@ def check_clusters() -> None:
         layer = layer_of(520, k, Transform(permutation=order, groups=groups))
         packed, gain = layer.packed, rand(k).bfloat16()
         where = {
-            "permutation": packed.permutation, "clusters": packed.clusters, "reach": packed.reach, "align": packed.align
+            "permutation": packed.permutation, "clusters": packed.clusters, "shares": packed.shares, "align": packed.align
         }  # fmt: skip
         assert packed.align == configs.BLOCK, f"clusters {k, groups}"
         for m in (1, 37, 3000):

@@ -53,7 +53,7 @@ FINENESS = 2.0**17
 
 
 def shared(scale: Tensor, shares: Tensor) -> Tensor:
-    """Scales ``[..., 1 + G]`` of clusters that need ``scale [..., G]``: a unit, and odd multiples of it, none below what it needs.
+    """Scales ``[..., 1 + G]`` of clusters that need ``scale [..., G]``: a unit, and odd multiples of it, none below the need.
 
     The unit is ``sum(scale * shares)``, the least that keeps sums in units within int32. Multiples are odd because odd numbers
     have an inverse modulo 2**32: one accumulator can then be multiplied from one cluster to the next.
@@ -149,8 +149,8 @@ def quantize_weight(
         weight: ``[N, K]``, any floating dtype.
         bits: 2 to 8.
         per_tensor: one scale for the whole weight (repeated over its rows) in place of one per row.
-        groups: sizes of G consecutive clusters of columns; with fewer than 8 bits each has a scale of its own, a multiple of its
-            row's (see :func:`weight_grid`), by which its codes are multiplied.
+        groups: sizes of G consecutive clusters of columns; with fewer than 8 bits each has a scale of its own, a multiple of
+            its row's (see :func:`weight_grid`), by which its codes are multiplied.
         clip: ``[N, 1]``, the share of its largest value that a row's grid spans; all of it if left out.
 
     Returns:
@@ -183,8 +183,8 @@ def weight_grid(absmax: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     is multiplied is the code times that multiple.
 
     Returns:
-        the grid's end and multiple, ``[N, G]`` float32, and scale ``[N, 1]`` float32 of codes times multiples. Rows of zeros keep
-        the scale 1, as every checkpoint format expects of them.
+        the grid's end and multiple, ``[N, G]`` float32, and scale ``[N, 1]`` float32 of codes times multiples. Rows of zeros
+        keep the scale 1, as every checkpoint format expects of them.
     """
     largest = absmax.float().amax(1, keepdim=True)
     top = 1 if absmax.shape[1] == 1 else 127 // qmax(bits)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +158,7 @@ class CPU(Plain):
     def segment_sum(self, layer: W8A8Linear, q: Tensor, multiples: Tensor, zero: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() or not _has_library() or not q.numel():
             return super().segment_sum(layer, q, multiples, zero)
-        return _segment_sum(layer.packed, q, multiples, zero)
+        return _segment_sum(layer.packed, self.segments(layer, q), multiples, zero)
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed = layer.packed
@@ -184,14 +184,15 @@ def _segments(packed: CPUPacked, q: Tensor) -> Iterator[Tensor]:
         yield product(part, high, low)
 
 
-def _segment_sum(packed: CPUPacked, q: Tensor, multiples: Tensor, zero: Tensor | None) -> Tensor:
+def _segment_sum(packed: CPUPacked, products: Iterable[Tensor], multiples: Tensor, zero: Tensor | None) -> Tensor:
     """:func:`quantkit.ops.reference.segment_sum`, one pass for each cluster; ``multiples`` are columns of a scale."""
-    lib, m, n, count = library(), len(q), len(packed.weight), len(packed.groups)
-    assert lib is not None and multiples.stride() == (1 + count, 1)
+    lib, m, n, count = library(), len(multiples), len(packed.weight), len(packed.groups)
+    assert lib is not None
+    assert multiples.stride() == (1 + count, 1)
     acc = torch.empty(m, n, dtype=torch.int32)
     zero = None if zero is None else zero.contiguous()
     threads = min(torch.get_num_threads(), 1 + m * n // ELEMENTS_PER_THREAD, m)
-    for g, product in enumerate(map(Tensor.contiguous, _segments(packed, q))):
+    for g, product in enumerate(map(Tensor.contiguous, products)):
         lib.quantkit_segment(
             acc.data_ptr(), product.data_ptr(), multiples.data_ptr() - 4, g, count,
             None if zero is None else zero.data_ptr() + 4 * g, count if zero is not None and zero.dim() > 1 else 0,
@@ -256,7 +257,7 @@ def _fused(packed: CPUPacked, x: Tensor) -> Tensor:
             q.data_ptr(), x_scale.data_ptr(), x.data_ptr(), how, clusters, m, k, packed.top, kind, threads
         )
         if packed.groups:
-            acc = _segment_sum(packed, q, x_scale[:, 1:], None)
+            acc = _segment_sum(packed, _segments(packed, q), x_scale[:, 1:], None)
             x_scale = x_scale[:, 0].contiguous()
         else:
             acc = int_matmul(q, packed.high, packed.low)

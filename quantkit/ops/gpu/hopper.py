@@ -311,8 +311,8 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                     mbarrier.arrive(empty.index(before), count=1)
             left, right = halves(acc, PART, last)
             for half in gl.static_range(2):
-                put(left if half == 0 else right, p * PART + half * WIDTH, row, first, end_sx, end_times, end_zero, columns, y_desc,
-                    staging, 2 * p + half, WIDTH, SLOTS, ZERO, BIAS, SIDES, SEGMENTS)  # fmt: skip
+                put(left if half == 0 else right, p * PART + half * WIDTH, row, first, end_sx, end_times, end_zero, columns,
+                    y_desc, staging, 2 * p + half, WIDTH, SLOTS, ZERO, BIAS, SIDES, SEGMENTS)  # fmt: skip
     tma.store_wait(0)
 
 

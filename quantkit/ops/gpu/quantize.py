@@ -312,7 +312,7 @@ def quantize(
         pre_scale: ``[K]`` float32, by which channels are multiplied, the signs of a rotation included.
         rotation: channels of a block; 0 for none.
         side_mask: ``[K]`` int8, 1 at the channels of ``side_index``, which are 0 in the codes.
-        in_scale, in_zero: static scale ``[1]`` (``[1 + G]``) and zero point ``[1]`` (``[G]``); left out, every token gets its own.
+        in_scale, in_zero: static scale ``[1]`` (``[1 + G]``) and zero point ``[1]`` (``[G]``); left out, a token gets its own.
         clusters, shares: with G > 1 clusters of channels, ``[P / 16]`` int32, to which of them each 16 of the P codes of a row
             belong, and ``[G]`` float32, :func:`quantkit.numerics.shares`. ``permutation`` is then ``[P]``, -1 where a code is
             padding.
@@ -321,10 +321,10 @@ def quantize(
         warps: of each program; 0 decides by K.
 
     Returns:
-        codes ``[M, padded(K)]`` or ``[M, P]`` int8 (the weight must be 0 where they are padding) and scale ``[M, 1]``
-        float32, or ``[M, 1 + G]``, :func:`quantkit.numerics.shared`; then, where asked for, zero ``[M, 1]`` (``[M, G]``) int32, side columns ``[M, padded_side(n)]`` and the sum ``x + x2`` ``[M, K]``,
-        both in the dtype of x, and ``[1 + K]`` int32, how many columns reached the threshold anywhere and which, ascending (see
-        :mod:`.columns`).
+        codes ``[M, padded(K)]`` or ``[M, P]`` int8 (the weight must be 0 where they are padding) and scale ``[M, 1]`` float32, or
+        ``[M, 1 + G]``, :func:`quantkit.numerics.shared`; then, where asked for, zero ``[M, 1]`` (``[M, G]``) int32, side columns
+        ``[M, padded_side(n)]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x, and ``[1 + K]`` int32, how many columns
+        reached the threshold anywhere and which, ascending (see :mod:`.columns`).
 
     Raises:
         ValueError: a source and side columns, which would be taken from before the norm or gate.
