@@ -331,17 +331,18 @@ def check_clusters() -> None:
 
 
 def check_order() -> None:
-    """Channels in another order, two rows at a time, as the portable kernel does it."""
+    """Channels in another order, two rows at a time and one, as the portable kernel does it."""
     for m, k in itertools.product((1, 2, 37, 3001), (512, 576, 1000, 4096, 8000)):
         x, y = rand(m, k).bfloat16(), rand(m, k).bfloat16()
         if m > 4:
             x[1], x[2, k // 2], x[3, 0] = 0, float("nan"), float("-inf")
         norm = {"source": "rms", "gain": rand(k).bfloat16(), "eps": 1e-6, "pre_scale": rand(k).abs() + 0.1}
-        for form in ({}, norm, norm | {"x2": y}):
+        for form, kernel in itertools.product(({}, norm, norm | {"x2": y}), (order, rows)):
             options = form | {"permutation": torch.randperm(k, device=DEVICE)}
-            assert order.takes(x, **options), f"order leaves {(m, k)} out"
-            got, wanted = poisoned(lambda: operators.quantize(x, **options), (m, k)), quantize(x, **options)  # noqa: B023
-            what = f"order {(m, k, *form)}"
+            assert m <= order.FEW or order.takes(x, **options), f"order leaves {(m, k)} out"
+            assert rows.takes(x, **options), f"rows leaves {(m, k)} out"
+            got, wanted = poisoned(lambda: kernel.quantize(x, **options), (m, k)), quantize(x, **options)  # noqa: B023
+            what = f"{kernel.__name__} {(m, k, *form)}"
             finite = wanted[1].isfinite()
             assert torch.equal(got[1].isfinite(), finite), f"{what}: finite rows"
             assert relative(got[1][finite], wanted[1][finite]) < 1e-5, f"{what}: scale"

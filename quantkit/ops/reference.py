@@ -45,15 +45,12 @@ def quantize_rows(
         scale, zero = range_scale(low, high, bits)
         return encode_asymmetric(x, scale, zero, bits), scale, zero
     assert shares is not None
-    if symmetric:
-        low, scale = None, absmax_scale(largest_of(x, groups), bits)
-    else:
-        ends = [part.float().aminmax(dim=1) for part in x.split(groups, dim=1)]
-        low, high = (torch.stack(values, 1) for values in zip(*ends, strict=True))
-        scale, _ = range_scale(low, high, bits)
+    ends = [part.float().aminmax(dim=1) for part in x.split(groups, dim=1)]
+    low, high = (torch.stack(values, 1) for values in zip(*ends, strict=True))
+    scale = absmax_scale(torch.maximum(-low, high), bits) if symmetric else range_scale(low, high, bits)[0]
     finite = scale.isfinite().all(dim=1, keepdim=True)  # where one cluster is not, none counts as such
     scale = shared(torch.where(finite, scale, 1.0), shares)
-    zero = None if low is None else zero_point(torch.where(finite, low.clamp_max(0), 0.0), of_clusters(scale), bits)
+    zero = None if symmetric else zero_point(torch.where(finite, low.clamp_max(0), 0.0), of_clusters(scale), bits)
     q = codes_of(x, of_clusters(scale), zero, groups, bits).masked_fill(~finite, 0)
     return q, poisoned(scale, finite), zero
 

@@ -131,7 +131,7 @@ def gathered() -> dict[str, Any]:
 
 
 def gemv(arch: int, k: int, given: bool, segments: int = 1) -> dict[str, Any]:
-    config = configs.in_segments(k, segments) if segments > 1 else configs.vector(k, given=given)
+    config = configs.vector(k, given=given)
     types = {"X": "*bf16", "W": "*i32", "Y": "*bf16", "SW": "*fp32", "N": "i32", "K": "i32", "K4": "i32"}
     types |= {"X": "*i32", "SX": "*fp32"} if given else {}
     types |= {"BORDERS": "*i32"} if segments > 1 else {}

@@ -156,15 +156,6 @@ def hopper(m: int, n: int, *, segments: bool = False) -> Gemm | Decode:
     return min(GEMMS, key=lambda c: -(-(-(-m // 128) * -(-n // c.columns)) // PROCESSORS) * (c.columns + 32))
 
 
-def in_segments(k: int, segments: int) -> Vector | None:
-    """The product with one token of ``k`` channels in ``segments``; None where :class:`Decode` has it sooner."""
-    if segments == 1:
-        return vector(k, given=True)
-    if segments > (2 if k <= 8192 else 4):
-        return None
-    return Vector(4, 1, 2) if k <= 8192 else Vector(1, 1, 8)
-
-
 def vector(k: int, *, given: bool = False) -> Vector:
     """The product with one token of ``k`` channels, quantized before (``given``) or on the way in."""
     if given:

@@ -80,8 +80,8 @@ def matmul(
     ``align`` is what all borders are multiples of.
     """
     (m, k), n = q.shape, len(weight)
-    vector = configs.in_segments(k, 1 if borders is None else len(borders) - 1)
-    if m == 1 and vector is not None and zero is None and side is None and k % 16 == 0:
+    if m == 1 and zero is None and side is None and k % 16 == 0:
+        vector = configs.vector(k, given=True)
         return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, borders=borders, config=vector)
     tma = hopper is not None and k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0
     tma = tma and (borders is None or align % configs.BLOCK == 0) and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))

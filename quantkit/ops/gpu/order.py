@@ -235,6 +235,10 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, SHARES, Q, S, SUM, M, K, padde
             word = words(x, y)
 
 
+FEW, FEW_IN_CLUSTERS = 32, 4
+"""So few rows are put in order sooner by :mod:`.rows`, each by a program of its own; measured on an H100."""
+
+
 def warps_of(block: int) -> int:
     """Of a program: one alone would gather without shared memory."""
     return max(block // 512, 2)
@@ -264,9 +268,11 @@ def takes(
         return False
     if clusters is not None and shares is not None and (align % LINE or len(shares) > MOST_CLUSTERS):
         return False
+    if x.shape[0] <= (FEW if clusters is None else FEW_IN_CLUSTERS):
+        return False
     places = x.shape[1] if clusters is None else 16 * len(clusters)
     fits = x.shape[1] >= LEAST and places <= IN_PAIRS
-    return source in ("", "rms") and fits and x.element_size() == 2 and x.stride(1) == 1 and x.shape[0] > 0
+    return source in ("", "rms") and fits and x.element_size() == 2 and x.stride(1) == 1
 
 
 def quantize(

@@ -321,10 +321,10 @@ def quantize(
         warps: of each program; 0 decides by K.
 
     Returns:
-        codes ``[M, padded(K)]`` or ``[M, P]`` int8 (the weight must be 0 where they are padding) and scale ``[M, 1]`` float32, or
-        ``[M, 1 + G]``, :func:`quantkit.numerics.shared`; then, where asked for, zero ``[M, 1]`` (``[M, G]``) int32, side columns
-        ``[M, padded_side(n)]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x, and ``[1 + K]`` int32, how many columns
-        reached the threshold anywhere and which, ascending (see :mod:`.columns`).
+        codes ``[M, padded(K)]`` or ``[M, P]`` int8 (the weight must be 0 where they are padding) and scale ``[M, 1]`` float32
+        (``[M, 1 + G]``, :func:`quantkit.numerics.shared`); then, where asked for, zero ``[M, 1]`` (``[M, G]``) int32, side
+        columns ``[M, padded_side(n)]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x, and ``[1 + K]`` int32, how
+        many columns reached the threshold anywhere and which, ascending (see :mod:`.columns`).
 
     Raises:
         ValueError: a source and side columns, which would be taken from before the norm or gate.
