@@ -144,8 +144,13 @@ def check_segments() -> None:
             borders = [0, *sorted({b for b in inner if 0 < b < k}), k]
             groups = tuple(b - a for a, b in itertools.pairwise(borders))
             q, w, count = codes(m, k), codes(n, k), len(groups)
-            sw, multiples = rand(n, 1)[:, 0].abs(), torch.randint(0, 20, (m, count), device=DEVICE, generator=random)
-            sx = torch.cat([rand(m, 1).abs() / k, 2.0 * multiples + 1], 1)
+            sx, sw = (
+                torch.cat(
+                    [rand(rows, 1).abs() / k, 2.0 * torch.randint(0, 4, (rows, count), device=DEVICE, generator=random) + 1], 1
+                )
+                for rows in (m, n)
+            )
+            packed = sw.t().contiguous()
             zero = torch.randint(-128, 128, (m, count), device=DEVICE, generator=random, dtype=torch.int32) if zeros else None
             sums, side = reference.row_sums(w, groups), rand(m, 64).bfloat16()
             products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
@@ -153,15 +158,15 @@ def check_segments() -> None:
             pack = {
                 "borders": torch.tensor(borders, device=DEVICE, dtype=torch.int32), "align": align, "zero": zero, "wsum": sums,
             }  # fmt: skip
-            acc = reference.segment_sum(products, sx[:, 1:], zero, sums, (m, n))
+            acc = reference.segment_sum(products, sx[:, 1:], sw[:, 1:], zero, sums)
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                wanted = reference.epilogue(acc, sx[:, :1], sw, None, None, None, dtype)
-                got = poisoned(lambda: operators.matmul(q, sx, w, sw, dtype, **pack), (m, n))  # noqa: B023
+                wanted = reference.epilogue(acc, sx[:, :1], sw[:, 0], None, None, None, dtype)
+                got = poisoned(lambda: operators.matmul(q, sx, w, packed, dtype, **pack), (m, n))  # noqa: B023
                 assert same(got, wanted), f"segments {(m, n, k, borders, zeros, dtype)}"
             side_weight = rand(n, 64).bfloat16()
             extra = (side.double() @ side_weight.double().t()).float()
-            wanted = reference.epilogue(acc, sx[:, :1], sw, None, None, extra, torch.float32)
-            out = operators.matmul(q, sx, w, sw, torch.bfloat16, side=side, side_weight=side_weight, **pack)
+            wanted = reference.epilogue(acc, sx[:, :1], sw[:, 0], None, None, extra, torch.float32)
+            out = operators.matmul(q, sx, w, packed, torch.bfloat16, side=side, side_weight=side_weight, **pack)
             assert relative(out, wanted) < 5e-3, f"segments and a side {(m, n, k, borders, zeros)} {relative(out, wanted)}"
 
 

@@ -170,7 +170,7 @@ def clusters(rounds: int) -> None:
             q = torch.randint(-127, 128, (m, k), dtype=torch.int8)
             products = list(cpu._segments(packed, q))
             sums = {
-                "PyTorch": lambda p=products, s=scale, m=m, n=n: segment_sum(p, s[:, 1:], None, None, (m, n)),
+                "PyTorch": lambda p=products, s=scale, w=layers[8].weight_scale[:, 1:]: segment_sum(p, s[:, 1:], w, None, None),
                 "C": lambda p=products, s=scale, packed=packed: cpu._segment_sum(packed, p, s[:, 1:], None),
             }
             rows.append(beside(f"borders of 8, {m} x {n}", {name: repeated(call) for name, call in sums.items()}, rounds))

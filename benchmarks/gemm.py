@@ -140,8 +140,13 @@ def ours_in_segments(count: int, padding: int = 0) -> Callable[[Inputs], Call | 
         borders = torch.tensor([0, *inner, wide], device=DEVICE, dtype=torch.int32)
         q, w = ([int8(rows, wide) for _ in range(a.copies)] for rows in (a.m, a.n))
         multiples = 2.0 * torch.randint(0, 100, (a.m, count), device=DEVICE) + 1
-        sx, more = torch.cat([a.sx, multiples], 1), {"borders": borders, "align": configs.BLOCK}
-        return lambda i: operators.matmul(at(q, i), sx, at(w, i), a.sw, torch.bfloat16, **more)
+        of_rows = 2.0 * torch.randint(0, 16, (count, a.n), device=DEVICE) + 1
+        sx, sw, more = (
+            torch.cat([a.sx, multiples], 1),
+            torch.cat([a.sw[None], of_rows]),
+            {"borders": borders, "align": configs.BLOCK},
+        )
+        return lambda i: operators.matmul(at(q, i), sx, at(w, i), sw, torch.bfloat16, **more)
 
     return candidate
 

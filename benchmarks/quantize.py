@@ -17,7 +17,7 @@ import torch
 from common import record
 from torch import Tensor
 
-from quantkit.numerics import shares
+from quantkit.numerics import quantize_weight, shares
 from quantkit.ops.gpu import configs, narrow, operators, places_of
 from quantkit.ops.gpu.tune import COLD_BYTES, graph_of, interleaved
 
@@ -34,7 +34,7 @@ def forms(k: int) -> dict[str, dict[str, Any]]:
         """As a layer packs clusters."""
         _, clusters, places = places_of(groups, configs.BLOCK, order, DEVICE)
         gathered = torch.full((16 * len(clusters),), -1, device=DEVICE).index_copy_(0, places, order)
-        of_each = shares(torch.randint(-127, 128, (64, k), device=DEVICE, dtype=torch.int8), groups, symmetric=True)
+        of_each = shares(*quantize_weight(torch.randn(64, k, device=DEVICE), groups=groups), groups, symmetric=True)
         return {"permutation": narrow(gathered, k), "clusters": clusters, "shares": of_each, "align": configs.BLOCK}
 
     ordered = {"permutation": narrow(order, k)}

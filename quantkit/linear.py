@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantkit import ops
 from quantkit.errors import MethodError, ModelError
 from quantkit.modules import applied_but_float32, weight_of
-from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, absmax_scale, range_scale
+from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, absmax_scale, of_clusters, range_scale, shares
 from quantkit.scheme import Scheme
 from quantkit.transform import Rotation, Transform, groups_fault
 
@@ -29,8 +29,7 @@ class W8A8Linear(nn.Linear):
         in_features, out_features: K and N.
         scheme: number formats.
         bias: whether there is one.
-        groups: sizes of G clusters of consecutive channels, each with a scale (and zero point) of its own for the activation;
-            none for one of all channels.
+        groups: sizes of G clusters of consecutive channels, each with scales of its own; none for one of all channels.
         device, dtype: of the bias and of the side product.
 
     Attributes:
@@ -39,7 +38,7 @@ class W8A8Linear(nn.Linear):
         groups: as given; never a single one.
 
     Buffers:
-        weight: ``[N, K]`` int8. weight_scale: ``[N, 1]`` float32.
+        weight: ``[N, K]`` int8. weight_scale: ``[N, 1]`` float32, ``[N, 1 + G]`` with groups, a unit and multiples of it.
         bias: ``[N]`` float or None.
         input_scale, input_zero_point: ``[1]`` (``[G]``) float32 and int32, static schemes only.
         pre_scale: ``[K]`` float32 or None, ``1 / s`` of a scale that no producer could take.
@@ -84,9 +83,9 @@ class W8A8Linear(nn.Linear):
         if fault:
             raise MethodError(f"W8A8Linear: {fault}")
         self.groups = tuple(groups) if len(groups) > 1 else ()
-        count = max(1, len(self.groups))
+        count, width = max(1, len(self.groups)), 1 + len(self.groups)
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device, dtype=torch.float32))
+        self.register_buffer("weight_scale", torch.ones(out_features, width, device=device, dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
         static = torch.ones(count, device=device, dtype=torch.float32) if scheme.is_static else None
         self.register_buffer("input_scale", static)
@@ -117,7 +116,7 @@ class W8A8Linear(nn.Linear):
         Args:
             linear: the ``nn.Linear`` or ``Conv1D`` to stand in for; gives dtype, device and sizes.
             scheme: number formats.
-            codes, weight_scale: ``[N, K]`` int8 and ``[N, 1]`` float32 of the transformed weight.
+            codes, weight_scale: ``[N, K]`` int8 and ``[N, 1]`` (``[N, 1 + G]``) float32 of the transformed weight.
             bias: ``[N]`` float32 or None, after the transformation.
             leftover: what is done to the activation at run time, and its clusters.
             outlier_weight: ``[N, n]``, with ``leftover.outliers``.
@@ -131,6 +130,8 @@ class W8A8Linear(nn.Linear):
         new.train(linear.training)
         new.weight.copy_(codes)
         new.weight_scale.copy_(weight_scale)
+        if new.groups:
+            shares(new.weight, new.weight_scale, new.groups, new.scheme.symmetric)  # whether sums fit
         if bias is not None and new.bias is not None:
             new.bias.copy_(bias)
         if new.scheme.is_static:
@@ -208,7 +209,10 @@ class W8A8Linear(nn.Linear):
 
     def dequantized_weight(self) -> Tensor:
         """``[N, K]`` float32: what the integers stand for, in the channels of the rewritten activation."""
-        return self.weight.float() * self.weight_scale
+        scale = of_clusters(self.weight_scale)
+        if self.groups:
+            scale = scale.repeat_interleave(torch.tensor(self.groups, device=scale.device), dim=1)
+        return self.weight.float() * scale
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The ``nn.Linear`` that computes the same but for the rounding of activations, in ``dtype`` (default: float32)."""

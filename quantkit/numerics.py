@@ -9,10 +9,9 @@ row of zeros           all codes 0; the output is exactly the bias
 NaN or Inf in a row    its scale is NaN, so that the whole output row is NaN, never a finite number; the same
                        with an asymmetric range ``high - low`` beyond float32
 accumulator            int32, exact while ``K <= MAX_EXACT_K``
-clusters of channels   each has a zero point of its own, and a scale that is an odd multiple of the token's unit, see
-                       :func:`shared`: int32 sums times these multiples are added up exactly, and the total is in units;
-                       weights have one scale for each row, and with fewer than 8 bits a multiple for each cluster in it,
-                       which the int8 codes contain
+clusters of channels   each has a zero point of its own, and scales that are odd multiples of a unit: of each token's, see
+                       :func:`shared`, and of each row's of the weight, see :func:`weight_grid`; int32 sums times both are
+                       added up exactly, and the total is in both units
 =====================  ==========================================================================
 
 -128 is left out of symmetric codes so that ``-q`` always exists and ``|acc| <= K * 127**2``.
@@ -20,6 +19,8 @@ clusters of channels   each has a zero point of its own, and a scale that is an 
 
 import torch
 from torch import Tensor
+
+from quantkit.errors import ModelError
 
 MAX_EXACT_K = (2**31 - 1) // 127**2
 """133,144: the longest dot product of codes in [-127, 127] that an int32 accumulator holds exactly."""
@@ -31,19 +32,39 @@ ABSMAX_FLOOR = 2.0**-96
 """Smallest absmax used for a scale: a row of zeros gets finite scales, and ``qmax / absmax`` never overflows."""
 
 
-def shares(codes: Tensor, groups: tuple[int, ...], symmetric: bool) -> Tensor:
-    """How much of the int32 range a product with ``codes [N, K]`` int8 takes up in each of G clusters: ``[G]`` float32.
+def shares(codes: Tensor, scale: Tensor, groups: tuple[int, ...], symmetric: bool) -> Tensor:
+    """How much of the int32 range a product with a weight takes up in each of G clusters: ``[G]`` float32.
 
-    With these, :func:`shared` finds scales whose sums fit. Clusters whose multiples could not all be 3 share one scale.
+    With these, :func:`shared` finds scales of tokens whose sums fit.
+
+    Args:
+        codes, scale: ``[N, K]`` int8 and ``[N, 1 + G]`` of the weight.
+        groups: sizes of the clusters.
+        symmetric: whether codes of activations have no zero point.
+
+    Raises:
+        ModelError: no sum of that many channels would fit for certain.
     """
-    rows = max(1, PIECE // max(codes.shape[1], 1))
-    parts = [torch.stack([c.abs().sum(1, dtype=torch.int32) for c in part.split(groups, 1)]) for part in codes.split(rows)]
-    if not parts:
-        return torch.ones(len(groups), device=codes.device)
-    most = torch.cat(parts, 1).amax(1).double() * (127 if symmetric else 255)
-    free = 2.0**31 * (1 - 2.0**-10) - 2 * most.sum()  # rounding up to odd numbers adds less than 2 to each
-    return torch.where(free > 0, (most / free).clamp(LEAST_SHARE, 1.0), 1.0).float()
+    most = loudest(codes, scale, groups).double() * (127 if symmetric else 255)
+    free = ROOM - 2 * most.sum()  # rounding up to odd numbers adds less than 2 to each
+    if bool(free <= 0):
+        if bool((scale[:, 1:] > 1).any()):
+            raise ModelError(f"the weight's codes in clusters {groups} add up to {float(most.sum()):.3g}, too much for int32")
+        return torch.ones(len(groups), device=codes.device)  # one scale for all clusters, as without them
+    return (most / free).clamp(LEAST_SHARE, 1.0).float()
 
+
+def loudest(codes: Tensor, scale: Tensor, groups: tuple[int, ...]) -> Tensor:
+    """The largest sum of absolute codes times the cluster's multiple in any row of a weight, ``[G]`` int64."""
+    rows, found = max(1, PIECE // max(codes.shape[1], 1)), torch.zeros(len(groups), dtype=torch.int64, device=codes.device)
+    for part, multiple in zip(codes.split(rows), scale[:, 1:].split(rows), strict=True):
+        sums = torch.stack([c.abs().sum(1, dtype=torch.int64) for c in part.split(groups, 1)], 1) * multiple.long()
+        found = torch.maximum(found, sums.amax(0)) if len(sums) else found
+    return found
+
+
+ROOM = 2.0**31 * (1 - 2.0**-10)
+"""What float32 arithmetic on shares keeps within int32."""
 
 LEAST_SHARE = 2.0**-20
 """Of a cluster whose weights are all 0; bounds multiples."""
@@ -149,12 +170,11 @@ def quantize_weight(
         weight: ``[N, K]``, any floating dtype.
         bits: 2 to 8.
         per_tensor: one scale for the whole weight (repeated over its rows) in place of one per row.
-        groups: sizes of G consecutive clusters of columns; with fewer than 8 bits each has a scale of its own, a multiple of
-            its row's (see :func:`weight_grid`), by which its codes are multiplied.
+        groups: sizes of G consecutive clusters of columns, each with a scale of its own.
         clip: ``[N, 1]``, the share of its largest value that a row's grid spans; all of it if left out.
 
     Returns:
-        codes ``[N, K]`` int8 and scale ``[N, 1]`` float32.
+        codes ``[N, K]`` int8 and scale ``[N, 1]`` (``[N, 1 + G]`` with groups, see :func:`weight_grid`) float32.
     """
     # A few rows at a time: float32 copies of a whole weight would be the peak of memory while a model is loaded.
     rows = max(1, PIECE // max(weight.shape[1], 1))
@@ -167,31 +187,51 @@ def quantize_weight(
         absmax = absmax.amax(0).expand_as(absmax).contiguous()
     if clip is not None:
         absmax = absmax * clip
-    grid, multiple, scale = weight_grid(absmax, bits)
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for first in range(0, len(weight), rows):
-        part = slice(first, first + rows)
-        codes[part] = encode_clusters(weight[part], grid[part], sizes, bits, multiple[part])
+    for steps in (steps_of(weight.shape[1], bits), 1):
+        grid, scale = weight_grid(absmax, bits, steps)
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for first in range(0, len(weight), rows):
+            part = slice(first, first + rows)
+            codes[part] = encode_clusters(weight[part], grid[part], sizes, bits)
+        if not groups or fits(codes, scale, groups):
+            break
     return codes, scale
 
 
-def weight_grid(absmax: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+def steps_of(channels: int, bits: int) -> int:
+    """In how many steps the scale of a row's loudest cluster is counted: an odd number up to 31.
+
+    What sums of K channels usually leave of int32 is shared out between weights and tokens, whose errors are then coarser by as
+    much, at 576 channels by 10 % each. Rows so long that few steps are left keep one scale: 8 bits from 7,000 channels on.
+    """
+    room = 2.0**31 / (127 * max(channels, 1) * qmax(bits) / 4)
+    steps = min(2 * int(0.3 * room**0.5) + 1, 31)
+    return steps if steps >= 5 else 1
+
+
+def fits(codes: Tensor, scale: Tensor, groups: tuple[int, ...]) -> bool:
+    """Whether a weight's sums in clusters leave room in int32 for multiples of tokens, whatever their codes."""
+    return float(loudest(codes, scale, groups).sum()) * 255 * 2 < ROOM
+
+
+def weight_grid(absmax: Tensor, bits: int = 8, steps: int = 1) -> tuple[Tensor, Tensor]:
     """The grid of rows of a weight, with largest values ``absmax [N, G]`` in G clusters of its columns.
 
-    One INT8 product needs one scale in each row. With fewer than 8 bits, int8 has room for more than a code: a cluster's grid
-    ends at ``multiple / top`` of its row's largest value, the next of ``top = 127 // qmax`` such steps (18 of 4 bits), and what
-    is multiplied is the code times that multiple.
-
     Returns:
-        the grid's end and multiple, ``[N, G]`` float32, and scale ``[N, 1]`` float32 of codes times multiples. Rows of zeros
-        keep the scale 1, as every checkpoint format expects of them.
+        where each cluster's grid ends ``[N, G]``, and scale ``[N, 1]``, or of more than one cluster ``[N, 1 + G]``: a unit, of
+        which the loudest has ``steps``, and odd multiples. Rows of zeros keep the scale 1, as checkpoint formats expect of them.
     """
     largest = absmax.float().amax(1, keepdim=True)
-    top = 1 if absmax.shape[1] == 1 else 127 // qmax(bits)
-    multiple = torch.ceil(absmax / largest.clamp_min(ABSMAX_FLOOR) * top).clamp(1, top)
-    step = divided(largest, top)
-    scale = torch.where(largest == 0, torch.ones_like(largest), absmax_scale(step, bits))
-    return step * multiple, multiple, scale
+    empty, scale = largest == 0, absmax_scale(largest, bits)
+    if absmax.shape[1] == 1:
+        return absmax, torch.where(empty, torch.ones_like(scale), scale)
+    share = absmax / largest.clamp_min(ABSMAX_FLOOR) * steps
+    multiple = (2 * torch.ceil((share - 1) * 0.5) + 1).clamp(1, steps)
+    unit = divided(scale, steps)
+    scale = torch.cat(
+        [torch.where(empty, torch.ones_like(unit), unit), torch.where(empty, torch.ones_like(multiple), multiple)], 1
+    )
+    return of_clusters(scale) * qmax(bits), scale
 
 
 def largest_of(x: Tensor, groups: tuple[int, ...]) -> Tensor:
@@ -199,10 +239,10 @@ def largest_of(x: Tensor, groups: tuple[int, ...]) -> Tensor:
     return torch.stack([part.float().abs().amax(dim=1) for part in x.split(groups, dim=1)], 1)
 
 
-def encode_clusters(x: Tensor, grid: Tensor, groups: tuple[int, ...], bits: int, multiple: Tensor) -> Tensor:
-    """Symmetric codes of ``x [M, K]`` whose grid ends at ``grid [M, G]`` in clusters of its columns, times their multiples."""
-    parts = zip(x.split(groups, dim=1), grid.split(1, dim=1), multiple.to(torch.int8).split(1, dim=1), strict=True)
-    return torch.cat([encode(part, end, bits) * times for part, end, times in parts], 1)
+def encode_clusters(x: Tensor, grid: Tensor, groups: tuple[int, ...], bits: int = 8) -> Tensor:
+    """Symmetric codes of ``x [M, K]`` whose grid ends at ``grid [M, G]`` in clusters of its columns."""
+    parts = zip(x.split(groups, dim=1), grid.split(1, dim=1), strict=True)
+    return torch.cat([encode(part, end, bits) for part, end in parts], 1)
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:

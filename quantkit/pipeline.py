@@ -454,15 +454,20 @@ def _transform_fault(transform: Transform, view: SiteView, stage: Stage) -> str 
 def _codes_fault(codes: Codes, view: SiteView, linear: str) -> str | None:
     if not isinstance(codes, Codes):
         return f"{_kind(codes)} is no quantkit.Codes"
-    (rows, channels), device = weight_of(view.linears[linear]).shape, view.device
-    top = qmax(8 if view.transform.groups else view.scheme.weight_bits)  # codes of clusters are times their multiples
-    return _tensor_fault(
+    (rows, channels), top, device = weight_of(view.linears[linear]).shape, qmax(view.scheme.weight_bits), view.device
+    count = len(view.transform.groups or ())
+    fault = _tensor_fault(
         "codes",
         codes.codes,
         f"[{rows}, {channels}] torch.int8 on {device}",
         lambda q: (q >= -top) & (q <= top),
         f"-{top} to {top}",
-    ) or _tensor_fault("scale", codes.scale, f"[{rows}, 1] torch.float32 on {device}", _invertible, "positive and finite")
+    ) or _tensor_fault(
+        "scale", codes.scale, f"[{rows}, {1 + count}] torch.float32 on {device}", _invertible, "positive and finite"
+    )
+    if fault is None and bool((codes.scale[:, 1:] % 2 != 1).any()):
+        return "scale holds multiples of its first column that are no odd numbers: quantize_weight(groups=) makes them"
+    return fault
 
 
 def _tensor_fault(what: str, value: Any, wanted: str, holds: Callable[[Tensor], Tensor], rule: str) -> str | None:
@@ -677,7 +682,7 @@ def _to_int8(
     if rows is not None:  # a row factor only moves the scale of the row: the codes stay
         n = len(weight) - len(rows.factor)
         factor = torch.cat([rows.factor, rows.factor.new_ones(n)])
-        scale = scale * factor[:, None]
+        scale = torch.cat([scale[:, :1] * factor[:, None], scale[:, 1:]], 1)
         bias = None if bias is None else (bias - torch.cat([rows.shift, rows.shift.new_zeros(n)])) * factor
         side = None if side is None else side * factor[:, None]
     return W8A8Linear.from_float(

@@ -13,7 +13,7 @@ from torch import Tensor
 from quantkit.calibrators.base import Codes, Plan, SiteView, Stage, View
 from quantkit.calibrators.noise import best_clip
 from quantkit.errors import MethodError
-from quantkit.numerics import decode, encode, quantize_weight, weight_grid
+from quantkit.numerics import decode, encode, fits, of_clusters, quantize_weight, steps_of, weight_grid
 from quantkit.ops.reference import quantize_rows
 from quantkit.scheme import Scheme
 from quantkit.statistics import Statistic, TokenSample
@@ -146,9 +146,10 @@ class GPTQ:
             found = round_columns(weight, absmax, factor, order, bits, groups)
             wanted = tokens @ weight.T
             before, after = (
-                float(counts @ (rounded @ decode(c.codes, c.scale).T - wanted).pow(2).sum(1)) for c in (nearest, found)
+                float(counts @ (rounded @ decode(c.codes, spread(of_clusters(c.scale), groups)).T - wanted).pow(2).sum(1))
+                for c in (nearest, found)
             )
-            if after < before:
+            if after < before and (len(groups) == 1 or fits(found.codes, found.scale, groups)):
                 codes[name] = found
                 shares.append(after / before)
             else:
@@ -235,8 +236,8 @@ def round_columns(weight: Tensor, absmax: Tensor, factor: Tensor, order: Tensor,
         groups: sizes of the G clusters; K for one of all columns.
     """
     rows, channels = weight.shape
-    grid, multiple, scale = weight_grid(absmax, bits)
-    grids, multiples = spread(grid, groups), spread(multiple, groups).to(torch.int8)
+    grid, scale = weight_grid(absmax, bits, steps_of(channels, bits))
+    grids, scales = spread(grid, groups), spread(of_clusters(scale), groups)
     left = weight[:, order].T.contiguous()  # [K, N]: a column at a time is a row of memory
     codes = torch.empty(channels, rows, dtype=torch.int8, device=weight.device)
     for first in range(0, channels, BLOCK):
@@ -244,8 +245,8 @@ def round_columns(weight: Tensor, absmax: Tensor, factor: Tensor, order: Tensor,
         errors = torch.empty(last - first, rows, device=weight.device)
         for i in range(first, last):
             j = order[i]
-            codes[i] = encode(left[i], grids[:, j], bits) * multiples[:, j]
-            errors[i - first] = (left[i] - decode(codes[i], scale[:, 0])) / factor[i, i]
+            codes[i] = encode(left[i], grids[:, j], bits)
+            errors[i - first] = (left[i] - decode(codes[i], scales[:, j])) / factor[i, i]
             left[i + 1 : last].addr_(factor[i, i + 1 : last], errors[i - first], alpha=-1)
         left[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
     natural = torch.empty_like(codes)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from quantkit.calibrators.base import PerSite, SiteView, Stage
 from quantkit.errors import MethodError
-from quantkit.numerics import ABSMAX_FLOOR, largest_of
 from quantkit.statistics import Range, Statistic, TokenSample
 from quantkit.transform import Transform
 
@@ -29,10 +28,9 @@ WORTH_PADDING = 1.25
 class RPTQ(PerSite):
     """Put the channels of each site in clusters by their maximum and minimum over the calibration data.
 
-    Each cluster has a scale (and zero point) of its own, static or per token as the scheme says. Weights have one scale for each
-    row, times a factor for each cluster where the producer can take that for free, and with fewer than 8 bits times a whole
-    number for each row and cluster. Channels are reordered, so that a cluster is one run of them: in the rows of the linears
-    that write them where that is proven to be free, else while the activation is quantized. The report says which.
+    Each cluster has a scale (and zero point) of its own, static or per token as the scheme says, and weights have one for each
+    row and cluster. Channels are reordered, so that a cluster is one run of them: in the rows of the linears that write them
+    where that is proven to be free, else while the activation is quantized. The report says which.
 
     ``"kmeans"`` is the paper's way. Its clusters have any size, and a matrix product that works on tiles pays for that in
     padding. ``"tiles"`` sorts channels by range and cuts, by dynamic programming, between tiles only, but for a first cluster
@@ -92,10 +90,9 @@ class RPTQ(PerSite):
         permutation = (torch.cat(order)[:, None] * unit + torch.arange(unit)).flatten()
         if len(groups) == 1:
             return Transform(), {"clusters": 1}
-        natural, permutation = torch.equal(permutation, torch.arange(k)), permutation.to(site.device)
-        scale = None if site.site.producer is None else balance(site, permutation, tuple(groups))
+        natural = torch.equal(permutation, torch.arange(k))
         return (
-            Transform(scale=scale, permutation=None if natural else permutation, groups=tuple(groups)),
+            Transform(permutation=None if natural else permutation.to(site.device), groups=tuple(groups)),
             {"clusters": len(groups)},
         )
 
@@ -141,20 +138,6 @@ def _channels(site: SiteView) -> tuple[Tensor, Tensor, Tensor, int]:
         weight += (w if rotation is None else rotation.apply(w)).square().sum(0)
     low, high = low.clamp_max(0), high.clamp_min(0)  # 0 has a code in any case
     return low.view(-1, unit).amin(1), high.view(-1, unit).amax(1), weight.view(-1, unit).sum(1), unit
-
-
-def balance(site: SiteView, permutation: Tensor, groups: tuple[int, ...]) -> Tensor:
-    """A scale ``[K]`` of channels, the same within each cluster, with which weights of all clusters are equally large.
-
-    Rows have one scale for all clusters: those with smaller weights would get fewer codes, and where the loudest channels have
-    the smallest weights, as behind a norm, that is what the error is made of.
-    """
-    rotation = site.rotation_ahead
-    ordered = torch.cat([w for _, w in site.weights()])[:, permutation]
-    largest = largest_of(ordered if rotation is None else rotation.apply(ordered), groups)
-    share = (largest / largest.amax(1, keepdim=True).clamp_min(ABSMAX_FLOOR)).mean(0)
-    scale = torch.where(share > 0, 1 / share, 1.0).repeat_interleave(torch.tensor(groups, device=share.device))
-    return site.site.tie(torch.empty_like(scale).index_copy_(0, permutation, scale))
 
 
 def points_of(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,6 +82,8 @@ class CPUPacked:
     fused: bool
     groups: tuple[int, ...] = ()
     shares: Tensor | None = None
+    of_rows: Tensor | None = None
+    """Multiples of the weight's rows ``[G, N]`` int32."""
 
     @functools.cached_property
     def sizes(self) -> Tensor:
@@ -89,7 +91,8 @@ class CPUPacked:
 
     @functools.cached_property
     def clusters(self) -> Clusters | None:
-        return Clusters(len(self.groups), _address(self.sizes), _address(self.shares)) if self.groups else None
+        vectors = map(_address, (self.sizes, self.shares, self.of_rows))
+        return Clusters(len(self.groups), *vectors) if self.groups else None
 
     @functools.cached_property
     def rewrite(self) -> Rewrite:
@@ -139,11 +142,11 @@ class CPU(Plain):
             factors = torch.nn.functional.pad(factors, (0, -len(factors) % TILE))
         return CPUPacked(
             self, layer.weight.device, layer.weight, high, low,
-            row_sums(weight, layer.groups), layer.weight_scale.reshape(-1).float().contiguous(),
+            row_sums(weight, layer.groups), layer.weight_scale.float()[:, 0].contiguous(),
             None if layer.bias is None else layer.bias.float().contiguous(),
             None if order is None else order.to(torch.int32), ordered(layer.shift), ordered(layer.pre_scale), factors, block,
             float(qmax(layer.scheme.activation_bits)), fused and _has_library(),
-            layer.groups, shares_of(layer),
+            layer.groups, shares_of(layer), layer.weight_scale[:, 1:].t().to(torch.int32).contiguous(),
         )  # fmt: skip
 
     def matmul(self, layer: W8A8Linear, q: Tensor) -> Tensor:
@@ -194,7 +197,7 @@ def _segment_sum(packed: CPUPacked, products: Iterable[Tensor], multiples: Tenso
     threads = min(torch.get_num_threads(), 1 + m * n // ELEMENTS_PER_THREAD, m)
     for g, product in enumerate(map(Tensor.contiguous, products)):
         lib.quantkit_segment(
-            acc.data_ptr(), product.data_ptr(), multiples.data_ptr() - 4, g, count,
+            acc.data_ptr(), product.data_ptr(), multiples.data_ptr() - 4, packed.pointers[-1], g,
             None if zero is None else zero.data_ptr() + 4 * g, count if zero is not None and zero.dim() > 1 else 0,
             packed.sums[g].data_ptr(), m, n, threads,
         )  # fmt: skip

@@ -99,7 +99,8 @@ static inline void load_row(float *restrict out, const void *x, int64_t row, int
 struct clusters {
     int64_t count;
     const int64_t *sizes;
-    const float *shares; /* numerics.shares */
+    const float *shares;    /* numerics.shares */
+    const int32_t *of_rows; /* [count, n]: how often a cluster counts in rows of the weight */
 };
 
 /* Largest absolute value, as bits: those are in the order of the values, and Inf and NaN come last. */
@@ -187,18 +188,19 @@ int quantkit_quantize(int8_t *q, float *scale, const void *x, const struct rewri
     return 0;
 }
 
-/* acc [m, n] = what it was, but for the first cluster, + multiple * (product [m, n] - zero[m] * sums[n]) of cluster g, where
- * scale is [m, 1 + count]. zero has the given stride, and may be a null pointer. */
-void quantkit_segment(int32_t *acc, const int32_t *product, const float *scale, int64_t g, int64_t count, const int32_t *zero,
-                      int64_t zero_stride, const int32_t *sums, int64_t m, int64_t n, int threads) {
+/* acc [m, n] = what it was, but for the first cluster, + (product [m, n] - zero[m] * sums[n]) of cluster g as often as that counts
+ * in tokens, whose scale is [m, 1 + count], and in rows. zero has the given stride, and may be a null pointer. */
+void quantkit_segment(int32_t *acc, const int32_t *product, const float *scale, const struct clusters *c, int64_t g,
+                      const int32_t *zero, int64_t zero_stride, const int32_t *sums, int64_t m, int64_t n, int threads) {
+    const int32_t *of_rows = c->of_rows + g * n;
     #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < m; i++) {
-        int32_t multiple = (int32_t)scale[i * (1 + count) + 1 + g];
+        int32_t multiple = (int32_t)scale[i * (1 + c->count) + 1 + g];
         int32_t *row = acc + i * n;
         const int32_t *more = product + i * n;
         if (g == 0) memset(row, 0, (size_t)n * 4);
-        if (zero) for (int64_t j = 0; j < n; j++) row[j] += multiple * (more[j] - zero[i * zero_stride] * sums[j]);
-        else for (int64_t j = 0; j < n; j++) row[j] += multiple * more[j];
+        if (zero) for (int64_t j = 0; j < n; j++) row[j] += multiple * of_rows[j] * (more[j] - zero[i * zero_stride] * sums[j]);
+        else for (int64_t j = 0; j < n; j++) row[j] += multiple * of_rows[j] * more[j];
     }
 }
 
@@ -269,7 +271,7 @@ static inline void token_rows(void *y, const int8_t *q, const float *sx, const i
         if (rows == ROWS) dot_rows(more, q + from, at, k, size, sums + g * n + j);
         else for (int64_t r = 0; r < rows; r++) more[r] = dot(q + from, at + r * k, size);
         int32_t multiple = c ? (int32_t)sx[1 + g] : 1;
-        for (int64_t r = 0; r < rows; r++) acc[r] += multiple * more[r];
+        for (int64_t r = 0; r < rows; r++) acc[r] += multiple * (c ? c->of_rows[g * n + j + r] : 1) * more[r];
         from += size;
     }
     finish_row((char *)y + j * (type == F32 ? 4 : 2), acc, sx[0], sw + j, bias ? bias + j : 0, rows, type);

@@ -52,7 +52,7 @@ class Plain:
     def segment_sum(self, layer: W8A8Linear, q: Tensor, multiples: Tensor, zero: Tensor | None) -> Tensor:
         """:func:`quantkit.ops.reference.segment_sum` of the clusters of ``layer``."""
         products, sums = self.segments(layer, q), None if zero is None else layer.packed.sums
-        return reference.segment_sum(products, multiples, zero, sums, (len(q), layer.out_features))
+        return reference.segment_sum(products, multiples, layer.weight_scale[:, 1:], zero, sums)
 
     def codes(self, layer: W8A8Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes ``[M, K]`` int8, scale ``[M, 1]`` (or ``[M, 1 + G]``) float32 and zero point of the rewritten activation."""
@@ -86,12 +86,14 @@ class Plain:
             acc = self.matmul(layer, q)
         if product is not None:
             extra = product if extra is None else product + extra.float()
-        return reference.epilogue(acc, scale[:, :1], layer.weight_scale.view(-1), zero, sums, extra, dtype)
+        return reference.epilogue(acc, scale[:, :1], layer.weight_scale[:, 0], zero, sums, extra, dtype)
 
 
 def shares_of(layer: W8A8Linear) -> Tensor | None:
     """:func:`quantkit.numerics.shares` of the clusters of ``layer``."""
-    return shares(layer.weight, layer.groups, layer.scheme.symmetric) if layer.groups else None
+    if not layer.groups:
+        return None
+    return shares(layer.weight, layer.weight_scale, layer.groups, layer.scheme.symmetric)
 
 
 # One operator, since how many columns there are is known only at run time.

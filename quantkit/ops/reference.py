@@ -42,8 +42,8 @@ def quantize_rows(
             absmax = largest_of(x, (x.shape[1],))
             return encode(x, absmax, bits), absmax_scale(absmax, bits), None
         low, high = x.float().aminmax(dim=1, keepdim=True)
-        scale, zero = range_scale(low, high, bits)
-        return encode_asymmetric(x, scale, zero, bits), scale, zero
+        scale, lowest = range_scale(low, high, bits)
+        return encode_asymmetric(x, scale, lowest, bits), scale, lowest
     assert shares is not None
     ends = [part.float().aminmax(dim=1) for part in x.split(groups, dim=1)]
     low, high = (torch.stack(values, 1) for values in zip(*ends, strict=True))
@@ -151,20 +151,20 @@ def row_sums(weight: Tensor, groups: tuple[int, ...] = ()) -> Tensor:
 
 
 def segment_sum(
-    products: Iterable[Tensor], multiples: Tensor, zero: Tensor | None, weight_sum: Tensor | None, shape: tuple[int, int]
+    products: Iterable[Tensor], multiples: Tensor, of_rows: Tensor, zero: Tensor | None, weight_sum: Tensor | None
 ) -> Tensor:
-    """``[M, N]`` int32 of clusters of channels, in units: the sum of ``multiple_g * (acc_g - zero_g * weight_sum_g)``, exact.
+    """``[M, N]`` int32 of clusters of channels, in units: the sum of ``multiple_g of_row_g (acc_g - zero_g weight_sum_g)``, exact.
 
     Args:
         products: of each of G clusters, ``[M, N]`` int32.
-        multiples: ``[M, G]``, whole numbers, see :func:`quantkit.numerics.shared`.
+        multiples, of_rows: ``[M, G]`` and ``[N, G]``, whole numbers, of tokens and rows of the weight.
         zero, weight_sum: ``[M, G]`` (or ``[G]``) and ``[G, N]`` int32, for asymmetric activations.
-        shape: M and N.
     """
-    acc = torch.zeros(shape, dtype=torch.int32, device=multiples.device)
-    for g, (product, multiple) in enumerate(zip(products, multiples.to(torch.int32).split(1, dim=1), strict=True)):
+    acc = torch.zeros(len(multiples), len(of_rows), dtype=torch.int32, device=multiples.device)
+    both = multiples.to(torch.int32).split(1, dim=1), of_rows.to(torch.int32).t()
+    for g, (product, multiple, of_row) in enumerate(zip(products, *both, strict=True)):
         if zero is not None:
             assert weight_sum is not None
             product = product - zero[..., g : g + 1] * weight_sum[g]
-        acc += product * multiple
+        acc += product * multiple * of_row
     return acc

@@ -330,7 +330,8 @@ def test_clusters_share_an_accumulator(backend: str, scheme: str) -> None:
     zero = torch.zeros(17, 3, dtype=torch.int32) if zero is None else zero.expand(17, 3)
     acc = torch.zeros(17, 19, dtype=torch.int64)
     for g, (a, b) in enumerate(zip(q.split(module.groups, 1), module.weight.split(module.groups, 1), strict=True)):
-        acc += scale[:, 1 + g : 2 + g].long() * ((a.long() - zero[:, g : g + 1]) @ b.long().t())
+        both = scale[:, 1 + g : 2 + g].long() * module.weight_scale[:, 1 + g].long()
+        acc += both * ((a.long() - zero[:, g : g + 1]) @ b.long().t())
     assert acc.abs().max() < 2**31
     assert_same(module(x), acc.float() * scale[:, :1] * module.weight_scale[:, 0] + module.bias)
 

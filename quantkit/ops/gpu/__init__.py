@@ -30,8 +30,8 @@ class GPUPacked:
 
     With clusters of channels, each starts at a multiple of 16 of the P places in a row: ``permutation [P]`` says which channel
     is where, -1 where none is, ``borders [G + 1]`` int32 where clusters begin, all at multiples of ``align``, and ``clusters
-    [P / 16]`` int32 whose 16 places are, with their ``shares [G]``; a static scale ``in_scale`` is then ``[1 + G]``.
-    ``permutation`` is always as :func:`narrow` makes it.
+    [P / 16]`` int32 whose 16 places are, with their ``shares [G]``; ``in_scale``, if static, is then ``[1 + G]``, and
+    ``scale`` is ``[1 + G, N]``. ``permutation`` is always as :func:`narrow` makes it.
     """
 
     backend: Any
@@ -78,6 +78,7 @@ class GPU(Plain):
         k = layer.in_features
         weight, permutation = layer.weight.contiguous(), layer.permutation
         borders = clusters = None
+        scale = (layer.weight_scale.t() if layer.groups else layer.weight_scale.view(-1)).contiguous()
         shares, in_scale = shares_of(layer), layer.input_scale
         align = _align(layer.groups, layer.weight.device)
         if layer.groups:
@@ -102,7 +103,7 @@ class GPU(Plain):
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block and not layer.groups
         sums = None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups)
         return GPUPacked(
-            self, layer.weight.device, layer.weight, weight, layer.weight_scale.view(-1).contiguous(), sums,
+            self, layer.weight.device, layer.weight, weight, scale, sums,
             side, mask, _signed_scale(layer), permutation, borders, clusters, shares, in_scale, align,
             vector and not layer.threshold and all(v is None for v in rest),
         )  # fmt: skip

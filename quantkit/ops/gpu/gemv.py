@@ -49,6 +49,19 @@ def _scale_and_bias(SW, BIAS, n, N):
 
 
 @triton.jit
+def _of_rows(SW, BORDERS, n, k, N, SEGMENTS: tl.constexpr):
+    """How often each word ``k`` of rows ``n`` of the weight counts, ``[ROWS, B4]``."""
+    borders, given = tl.tuple(()), tl.tuple(())
+    for g in tl.static_range(SEGMENTS):
+        borders += (tl.load(BORDERS + g),)
+        given += (tl.load(SW + (1 + g) * N + tl.minimum(n, N - 1)).to(tl.int32),)
+    times = tl.zeros([n.shape[0], k.shape[0]], tl.int32) + given[0][:, None]
+    for g in tl.static_range(1, SEGMENTS):
+        times = tl.where((4 * k < borders[g])[None, :], times, given[g][:, None])
+    return times
+
+
+@triton.jit
 def _multiples(SX, BORDERS, k, SEGMENTS: tl.constexpr):
     """How often each word ``k`` of the token counts; segments begin at multiples of 4 words."""
     borders, given = tl.tuple(()), tl.tuple(())
@@ -102,7 +115,7 @@ def gemv_kernel(
             ahead_sw, ahead_bias = _scale_and_bias(SW, BIAS, n + ROWS, N)
         products = _dot4(w, xq, NATIVE)
         if SEGMENTS > 1:
-            products *= times
+            products *= times * _of_rows(SW, BORDERS, n, k, N, SEGMENTS)
         acc = tl.sum(products, 1)
         y = acc.to(tl.float32) * sx * sw
         if BIAS is not None:
@@ -130,7 +143,7 @@ def gemv(
 
     Args:
         sx: ``[1, 1]``, with codes ``x [1, padded(K)]`` in place of floats; the result is then of ``dtype``.
-        borders: with ``sx [1, 1 + G]``, of segments of K, see :func:`quantkit.ops.gpu.matmul.matmul`.
+        borders: with ``sx [1, 1 + G]`` and ``sw [1 + G, N]``, of segments of K, see :func:`quantkit.ops.gpu.matmul.matmul`.
     """
     n, words, rows = len(weight), weight.shape[1] // 4, config.rows * config.groups
     x, y = reachable(x), x.new_empty((1, n), dtype=dtype)

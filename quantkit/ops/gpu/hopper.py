@@ -130,22 +130,23 @@ def centred(acc, column: gl.constexpr, zero, columns, ZERO: gl.constexpr):
 
 
 @gluon.jit
-def rescaled(acc, column: gl.constexpr, sx, times, zero, columns, ZERO: gl.constexpr, SEGMENTS: gl.constexpr):
+def rescaled(acc, column: gl.constexpr, sx, times, zero, columns, last, ZERO: gl.constexpr, SEGMENTS: gl.constexpr):
     """``acc [64, n]``, which starts at ``column`` of the tile, in float32."""
     acc = centred(acc, column, zero, columns, ZERO)
     if SEGMENTS > 1:
-        acc = acc * times[:, None]
+        of_rows = last.slice(column, acc.shape[1]).load(gl.SliceLayout(0, acc.type.layout))
+        acc = acc * times[:, None] * of_rows.to(gl.int32)[None, :]
     sw = columns.index(0).slice(column, acc.shape[1]).load(gl.SliceLayout(0, acc.type.layout))
     return acc.to(gl.float32) * sx[:, None] * sw[None, :]
 
 
 @gluon.jit
-def put(y, column: gl.constexpr, row, first, sx, times, zero, columns, y_desc, staging, slot: gl.constexpr,
+def put(y, column: gl.constexpr, row, first, sx, times, zero, columns, last, y_desc, staging, slot: gl.constexpr,
         WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr, SIDES: gl.constexpr,
         SEGMENTS: gl.constexpr):  # fmt: skip
     """Finish ``y [64, WIDTH]``, which starts at ``column`` of the tile, and send it out through a staging tile."""
     if SIDES == 0:
-        y = rescaled(y, column, sx, times, zero, columns, ZERO, SEGMENTS)
+        y = rescaled(y, column, sx, times, zero, columns, last, ZERO, SEGMENTS)
     if BIAS:
         y = y + columns.index(1).slice(column, WIDTH).load(gl.SliceLayout(0, y.type.layout))[None, :]
     tma.store_wait(SLOTS - 1)  # until this staging tile is free again
@@ -201,8 +202,14 @@ def multiple_of(SX, m, g, M, SEGMENTS: gl.constexpr):
 
 
 @gluon.jit
-def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, staging, columns, y_desc, SX, SW, ZP,
-                  WSUM, B, ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr,
+def of_row(SW, n, g, N, SEGMENTS: gl.constexpr):
+    """How often segment ``g``, or the last one, counts for rows ``n`` of the weight."""
+    return gl.load(SW + (1 + gl.minimum(g, SEGMENTS - 1)) * N + n, mask=n < N, other=1.0).to(gl.int32)
+
+
+@gluon.jit
+def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, staging, columns, of_last, y_desc, SX, SW,
+                  ZP, WSUM, B, ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr,
                   BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr,
                   BIAS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr):  # fmt: skip
     PART: gl.constexpr = 2 * WIDTH
@@ -226,6 +233,7 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
             # what a border needs is on its way before the segment is multiplied: the first one may be short
             times, next_times = multiple_of(SX, m, 0, M, SEGMENTS), multiple_of(SX, m, 1, M, SEGMENTS)
             steps = gl.load(BORDERS + 1) // BK
+            of_rows, next_of_rows = of_row(SW, n, 0, N, SEGMENTS), of_row(SW, n, 1, N, SEGMENTS)
             if ZERO:
                 next_sums = gl.load(WSUM + N + n, mask=n < N, other=0)
         accs = gl.tuple(())
@@ -235,7 +243,10 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
         accs = multiplied(accs, q_ring.index(stage * 2 + c), w_ring, stage, False, PARTS)
         if BIAS:
             columns.index(1).store(gl.load(B + n, mask=n < N, other=0.0).to(gl.float32))
-        columns.index(0).store(sw)
+        if SEGMENTS > 1:
+            columns.index(0).store((of_rows * inverse(next_of_rows)).to(gl.float32, bitcast=True))
+        else:
+            columns.index(0).store(sw)
         if ZERO:
             columns.index(2).store(sums.to(gl.float32, bitcast=True))
         before = stage
@@ -260,7 +271,8 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                     acc = warpgroup_mma_wait(p, deps=[accs[p]])
                     if p == 0:
                         mbarrier.arrive(empty.index(before), count=1)
-                    acc = warpgroup_mma_init(centred(acc, p * PART, zero, columns, ZERO) * step[:, None])
+                    ratios = columns.index(0).slice(p * PART, PART).load(gl.SliceLayout(0, layout)).to(gl.int32, bitcast=True)
+                    acc = warpgroup_mma_init(centred(acc, p * PART, zero, columns, ZERO) * step[:, None] * ratios[None, :])
                     w = w_ring.index(stage * PARTS + p).permute((1, 0))
                     rescaled_accs += (warpgroup_mma(q_ring.index(stage * 2 + c), w, acc, is_async=True),)
                 accs = rescaled_accs
@@ -268,9 +280,13 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                 stage, phase = following(stage, phase, STAGES)
                 steps = (gl.load(BORDERS + g + 2) - gl.load(BORDERS + g + 1)) // BK
                 next_times = multiple_of(SX, m, g + 2, M, SEGMENTS)
+                of_rows, next_of_rows = next_of_rows, of_row(SW, n, g + 2, N, SEGMENTS)
+                columns.index(0).store((of_rows * inverse(next_of_rows)).to(gl.float32, bitcast=True))
                 if ZERO:
                     columns.index(2).store(next_sums.to(gl.float32, bitcast=True))
                     next_sums = gl.load(WSUM + gl.minimum(g + 2, SEGMENTS - 1) * N + n, mask=n < N, other=0)
+            columns.index(0).store(sw)
+            of_last.store(of_rows.to(gl.int8))
         for _ in range(1, steps):
             mbarrier.wait(full.index(stage), phase)
             accs = until(multiplied(accs, q_ring.index(stage * 2 + c), w_ring, stage, True, PARTS), PARTS, PARTS)
@@ -285,7 +301,9 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
             mbarrier.arrive(empty.index(before), count=1)
             floats = gl.tuple(())
             for p in gl.static_range(PARTS):
-                acc = rescaled(warpgroup_mma_wait(0, deps=[accs[p]]), p * PART, sx, times, zero, columns, ZERO, SEGMENTS)
+                acc = rescaled(
+                    warpgroup_mma_wait(0, deps=[accs[p]]), p * PART, sx, times, zero, columns, of_last, ZERO, SEGMENTS
+                )
                 floats += (warpgroup_mma_init(gl.convert_layout(acc, wide)),)
             sides = SIDES
             if ACTIVE is not None:
@@ -312,7 +330,7 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
             left, right = halves(acc, PART, last)
             for half in gl.static_range(2):
                 put(left if half == 0 else right, p * PART + half * WIDTH, row, first, end_sx, end_times, end_zero, columns,
-                    y_desc, staging, 2 * p + half, WIDTH, SLOTS, ZERO, BIAS, SIDES, SEGMENTS)  # fmt: skip
+                    of_last, y_desc, staging, 2 * p + half, WIDTH, SLOTS, ZERO, BIAS, SIDES, SEGMENTS)  # fmt: skip
     tma.store_wait(0)
 
 
@@ -339,16 +357,19 @@ def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACT
     kinds: gl.constexpr = 3 if ZERO else (2 if BIAS else 1)
     columns0 = gl.allocate_shared_memory(gl.float32, [kinds, BN], fours)
     columns1 = gl.allocate_shared_memory(gl.float32, [kinds, BN], fours)
+    # in bytes: the widest tile leaves no room for more
+    last0 = gl.allocate_shared_memory(gl.int8, [BN if SEGMENTS > 1 else 16], fours if SEGMENTS > 1 else by_fours(16))
+    last1 = gl.allocate_shared_memory(gl.int8, [BN if SEGMENTS > 1 else 16], fours if SEGMENTS > 1 else by_fours(16))
     KT = gl.cdiv(K, BK)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     gl.warp_specialize([
-        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B,
-                         ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
+        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, last0, y_desc, SX, SW, ZP, WSUM,
+                         B, ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
                          SEGMENTS)),
-        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B,
-                         ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
+        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, last1, y_desc, SX, SW, ZP, WSUM,
+                         B, ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
                          SEGMENTS)),
         (gemm_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, GROUP, BN, BK, STAGES,
                          WIDTH, SIDES)),
@@ -405,10 +426,14 @@ def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty,
 
 
 @gluon.jit
-def scales_of(SW, tile, N, layout: gl.constexpr):
-    """Scales of the weight rows of a tile."""
+def scales_of(SW, tile, N, layout: gl.constexpr, SEGMENTS: gl.constexpr):
+    """Scales of the weight rows of a tile, and how often each segment counts there."""
     n = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    return gl.load(SW + n, mask=n < N, other=0.0)
+    of_rows = gl.tuple(())
+    if SEGMENTS > 1:
+        for g in gl.static_range(SEGMENTS):
+            of_rows += (of_row(SW, n, g, N, SEGMENTS),)
+    return gl.load(SW + n, mask=n < N, other=0.0), of_rows
 
 
 @gluon.jit
@@ -438,7 +463,8 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
     stage, phase = 0, 0
     # What the ends of segments need is on its way before the tokens are there, all of it if there are registers.
     AHEAD: gl.constexpr = SEGMENTS * TOKENS <= 128
-    sw, ends, multiples = scales_of(SW, gl.program_id(1), N, layout), gl.tuple(()), gl.tuple(())
+    sw, of_rows = scales_of(SW, gl.program_id(1), N, layout, SEGMENTS)
+    ends, multiples = gl.tuple(()), gl.tuple(())
     if AHEAD:
         for g in gl.static_range(SEGMENTS - 1):
             ends += (end_of(g, BORDERS, KT, PIECES, SEGMENTS),)
@@ -490,12 +516,13 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
             if ZP is not None:
                 total = total - sums[:, None] * zero[None, :]
             if g < SEGMENTS - 1:
-                acc = warpgroup_mma_init(total * (times * inverse(next_times))[None, :])
+                ratio = of_rows[g] * inverse(of_rows[g + 1])
+                acc = warpgroup_mma_init(total * (times * inverse(next_times))[None, :] * ratio[:, None])
                 start, times = upto, next_times
         if SEGMENTS > 1:
-            total = total * times[None, :]
+            total = total * times[None, :] * of_rows[SEGMENTS - 1][:, None]
         y = (total.to(gl.float32) * sx[None, :]) * sw[:, None]
-        sw = scales_of(SW, t + gl.num_programs(1), N, layout)  # of the next tile
+        sw, of_rows = scales_of(SW, t + gl.num_programs(1), N, layout, SEGMENTS)  # of the next tile
         if SIDES > 0:
             y = gl.convert_layout(y, wide)
             sides = SIDES

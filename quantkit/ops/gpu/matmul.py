@@ -1,7 +1,7 @@
 """INT8 matrix product for any shape on any GPU that Triton knows: pointers, masks, ``tl.dot``.
 
 ``y = (acc - zero * wsum) * sx * sw + side sidew^T + bias``, in that order, in float32. With K in segments, each of which counts
-so many times, acc is what :func:`quantkit.ops.reference.segment_sum` adds up. Active columns (see :mod:`.columns`) are gathered
+so many times for each token and row, acc is what :func:`quantkit.ops.reference.segment_sum` adds up. Active columns (see :mod:`.columns`) are gathered
 on the way.
 """
 
@@ -59,7 +59,8 @@ def multiply_tile(
             if ZERO is not None:
                 zero = tl.load(ZERO + row * zero_stride + g)
                 own -= zero[:, None] * tl.load(WSUM + g * N + column)[None, :]
-            acc += own * tl.load(SX + row * (1 + SEGMENTS) + 1 + g).to(tl.int32)[:, None]
+            times = tl.load(SX + row * (1 + SEGMENTS) + 1 + g).to(tl.int32)
+            acc += own * times[:, None] * tl.load(SW + (1 + g) * N + column).to(tl.int32)[None, :]
     WIDTH: tl.constexpr = 1 if SEGMENTS == 1 else 1 + SEGMENTS
     y = acc.to(tl.float32) * tl.load(SX + row * WIDTH)[:, None] * tl.load(SW + column)[None, :]
     j = tl.arange(0, 16)
@@ -126,7 +127,7 @@ def matmul(
     Args:
         q, weight: ``[M, K]`` and ``[N, K]`` int8, contiguous.
         sx: ``[M, 1]`` float32, or for G segments of K ``[M, 1 + G]``, :func:`quantkit.numerics.shared`.
-        sw: ``[N]`` float32.
+        sw: ``[N]`` float32, or of segments ``[1 + G, N]``, a unit and multiples as well.
         zero, wsum: ``[M, G]`` (or ``[G]``, static) and ``[G, N]`` int32: zero points, and sums over segments of the weight.
         bias: ``[N]`` float.
         side, side_weight: ``[M, n]`` and ``[N, n]`` in one float dtype: columns multiplied without rounding.
