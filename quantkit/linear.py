@@ -121,6 +121,9 @@ class W8A8Linear(nn.Linear):
             leftover: what is done to the activation at run time, and its clusters.
             outlier_weight: ``[N, n]``, with ``leftover.outliers``.
             input_range: for static schemes, minimum and maximum of the transformed activation, or of each cluster ``[G]``.
+
+        Raises:
+            MethodError: sums of clusters may leave int32.
         """
         rows, channels = weight_of(linear).shape
         like = weight_of(linear)
@@ -130,8 +133,10 @@ class W8A8Linear(nn.Linear):
         new.train(linear.training)
         new.weight.copy_(codes)
         new.weight_scale.copy_(weight_scale)
-        if new.groups:
-            shares(new.weight, new.weight_scale, new.groups, new.scheme.symmetric)  # whether sums fit
+        if new.groups and bool(shares(new.weight, new.weight_scale, new.groups, new.scheme.symmetric).isnan().any()):
+            raise MethodError(
+                f"W8A8Linear: codes in clusters of {new.groups} and their multiples add up to more than int32 holds"
+            )
         if bias is not None and new.bias is not None:
             new.bias.copy_(bias)
         if new.scheme.is_static:

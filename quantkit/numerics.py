@@ -20,8 +20,6 @@ clusters of channels   each has a zero point of its own, and scales that are odd
 import torch
 from torch import Tensor
 
-from quantkit.errors import ModelError
-
 MAX_EXACT_K = (2**31 - 1) // 127**2
 """133,144: the longest dot product of codes in [-127, 127] that an int32 accumulator holds exactly."""
 
@@ -42,16 +40,13 @@ def shares(codes: Tensor, scale: Tensor, groups: tuple[int, ...], symmetric: boo
         groups: sizes of the clusters.
         symmetric: whether codes of activations have no zero point.
 
-    Raises:
-        ModelError: no sum of that many channels would fit for certain.
+    Returns:
+        NaN where no sum of that many channels would fit for certain, so that nothing looks like a result.
     """
     most = loudest(codes, scale, groups).double() * (127 if symmetric else 255)
     free = ROOM - 2 * most.sum()  # rounding up to odd numbers adds less than 2 to each
-    if bool(free <= 0):
-        if bool((scale[:, 1:] > 1).any()):
-            raise ModelError(f"the weight's codes in clusters {groups} add up to {float(most.sum()):.3g}, too much for int32")
-        return torch.ones(len(groups), device=codes.device)  # one scale for all clusters, as without them
-    return (most / free).clamp(LEAST_SHARE, 1.0).float()
+    alone = torch.where((scale[:, 1:] > 1).any(), torch.nan, 1.0)  # one scale for all clusters, as without them
+    return torch.where(free > 0, (most / free).clamp(LEAST_SHARE, 1.0), alone).float()
 
 
 def loudest(codes: Tensor, scale: Tensor, groups: tuple[int, ...]) -> Tensor:

@@ -26,7 +26,6 @@ from quantkit import (
     Hadamard,
     LLMInt8,
     MethodError,
-    ModelError,
     PerSite,
     Plan,
     Range,
@@ -634,9 +633,8 @@ def test_no_sum_leaves_int32(groups: list[int], symmetric: bool, code: int, data
     codes[1, groups[0] :] = 0
     rows = torch.tensor([[data.draw(st.sampled_from([1.0, 3.0, 31.0])) for _ in groups] for _ in range(2)])
     scale = torch.tensor([[data.draw(st.floats(2.0**-100, 2.0**100, width=32)) for _ in groups] for _ in range(3)])
-    try:
-        share = shares(codes, torch.cat([torch.ones(2, 1), rows], 1), tuple(groups), symmetric)
-    except ModelError:
+    share = shares(codes, torch.cat([torch.ones(2, 1), rows], 1), tuple(groups), symmetric)
+    if bool(share.isnan().any()):
         worst = sum(int(part.long().abs().sum(1).max()) * 31 for part in codes.split(groups, 1)) * 255
         assert worst * 2 > 2**31 * (1 - 2.0**-10)
         return

@@ -153,7 +153,7 @@ def row_sums(weight: Tensor, groups: tuple[int, ...] = ()) -> Tensor:
 def segment_sum(
     products: Iterable[Tensor], multiples: Tensor, of_rows: Tensor, zero: Tensor | None, weight_sum: Tensor | None
 ) -> Tensor:
-    """``[M, N]`` int32 of clusters of channels, in units: the sum of ``multiple_g of_row_g (acc_g - zero_g weight_sum_g)``, exact.
+    """``[M, N]`` int32 of clusters of channels, in units: the sum of ``multiple_g of_row_g (acc_g - zero_g weight_sum_g)``.
 
     Args:
         products: of each of G clusters, ``[M, N]`` int32.

@@ -49,28 +49,24 @@ def _scale_and_bias(SW, BIAS, n, N):
 
 
 @triton.jit
-def _of_rows(SW, BORDERS, n, k, N, SEGMENTS: tl.constexpr):
-    """How often each word ``k`` of rows ``n`` of the weight counts, ``[ROWS, B4]``."""
-    borders, given = tl.tuple(()), tl.tuple(())
-    for g in tl.static_range(SEGMENTS):
+def _of_segments(SW, BORDERS, n, N, SEGMENTS: tl.constexpr):
+    """Where segments begin, and how often each counts in rows ``n`` of the weight."""
+    borders, of_rows = tl.tuple(()), tl.tuple(())
+    for g in tl.static_range(SEGMENTS):  # all on their way at once
         borders += (tl.load(BORDERS + g),)
-        given += (tl.load(SW + (1 + g) * N + tl.minimum(n, N - 1)).to(tl.int32),)
-    times = tl.zeros([n.shape[0], k.shape[0]], tl.int32) + given[0][:, None]
-    for g in tl.static_range(1, SEGMENTS):
-        times = tl.where((4 * k < borders[g])[None, :], times, given[g][:, None])
-    return times
+        of_rows += (tl.load(SW + (1 + g) * N + tl.minimum(n, N - 1)).to(tl.int32),)
+    return borders, of_rows
 
 
 @triton.jit
-def _multiples(SX, BORDERS, k, SEGMENTS: tl.constexpr):
-    """How often each word ``k`` of the token counts; segments begin at multiples of 4 words."""
-    borders, given = tl.tuple(()), tl.tuple(())
-    for g in tl.static_range(SEGMENTS):  # all on their way at once
-        borders += (tl.load(BORDERS + g),)
-        given += (tl.load(SX + 1 + g),)
-    times = tl.zeros(k.shape, tl.int32) + given[0].to(tl.int32)
+def _multiples(SX, borders, of_rows, k, SEGMENTS: tl.constexpr):
+    """How often words ``k`` count, ``[ROWS, B4]``; segments begin at multiples of 4 words."""
+    given = tl.tuple(())
+    for g in tl.static_range(SEGMENTS):
+        given += (tl.load(SX + 1 + g).to(tl.int32),)
+    times = tl.zeros([of_rows[0].shape[0], k.shape[0]], tl.int32) + (of_rows[0] * given[0])[:, None]
     for g in tl.static_range(1, SEGMENTS):
-        times = tl.where(4 * k < borders[g], times, given[g].to(tl.int32))
+        times = tl.where((4 * k < borders[g])[None, :], times, (of_rows[g] * given[g])[:, None])
     return times
 
 
@@ -87,6 +83,9 @@ def gemv_kernel(
     # The weight does not depend on the kernel before: its first part is on the way while that one ends.
     w = _weights(W, n, k, inside, N, K4, EVEN_N, EVEN_K)
     sw, bias = _scale_and_bias(SW, BIAS, n, N)
+    if SEGMENTS > 1:
+        tl.static_assert(GROUPS == 1)
+        borders, of_rows = _of_segments(SW, BORDERS, n, N, SEGMENTS)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -94,7 +93,7 @@ def gemv_kernel(
         xq = tl.load(X + k, mask=inside, other=0)
         sx = tl.load(SX)
         if SEGMENTS > 1:
-            times = tl.broadcast_to(_multiples(SX, BORDERS, k, SEGMENTS)[None, :], (ROWS, B4))
+            times = _multiples(SX, borders, of_rows, k, SEGMENTS)
     else:
         j = tl.arange(0, 4)
         source = k[:, None] * 4 + j[None, :]
@@ -115,7 +114,7 @@ def gemv_kernel(
             ahead_sw, ahead_bias = _scale_and_bias(SW, BIAS, n + ROWS, N)
         products = _dot4(w, xq, NATIVE)
         if SEGMENTS > 1:
-            products *= times * _of_rows(SW, BORDERS, n, k, N, SEGMENTS)
+            products *= times
         acc = tl.sum(products, 1)
         y = acc.to(tl.float32) * sx * sw
         if BIAS is not None:

@@ -226,7 +226,9 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
         m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         n = first + gl.arange(0, BN, flat)
         sx, zero = gl.load(SX + m * (1 if SEGMENTS == 1 else 1 + SEGMENTS), mask=m < M, other=0.0), m
-        sw, times, steps = gl.load(SW + n, mask=n < N, other=0.0), m, KT
+        times, steps = m, KT
+        if SEGMENTS == 1:
+            sw = gl.load(SW + n, mask=n < N, other=0.0)
         if ZERO:
             sums = gl.load(WSUM + n, mask=n < N, other=0)
         if SEGMENTS > 1:
@@ -234,8 +236,6 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
             times, next_times = multiple_of(SX, m, 0, M, SEGMENTS), multiple_of(SX, m, 1, M, SEGMENTS)
             steps = gl.load(BORDERS + 1) // BK
             of_rows, next_of_rows = of_row(SW, n, 0, N, SEGMENTS), of_row(SW, n, 1, N, SEGMENTS)
-            if ZERO:
-                next_sums = gl.load(WSUM + N + n, mask=n < N, other=0)
         accs = gl.tuple(())
         for _part in gl.static_range(PARTS):
             accs += (gl.zeros([ROWS, PART], gl.int32, layout),)
@@ -283,9 +283,9 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                 of_rows, next_of_rows = next_of_rows, of_row(SW, n, g + 2, N, SEGMENTS)
                 columns.index(0).store((of_rows * inverse(next_of_rows)).to(gl.float32, bitcast=True))
                 if ZERO:
-                    columns.index(2).store(next_sums.to(gl.float32, bitcast=True))
-                    next_sums = gl.load(WSUM + gl.minimum(g + 2, SEGMENTS - 1) * N + n, mask=n < N, other=0)
-            columns.index(0).store(sw)
+                    sums = gl.load(WSUM + (g + 1) * N + n, mask=n < N, other=0)
+                    columns.index(2).store(sums.to(gl.float32, bitcast=True))
+            columns.index(0).store(gl.load(SW + n, mask=n < N, other=0.0))
             of_last.store(of_rows.to(gl.int8))
         for _ in range(1, steps):
             mbarrier.wait(full.index(stage), phase)
