@@ -214,7 +214,7 @@ def weight_grid(absmax: Tensor, bits: int = 8, steps: int = 1) -> tuple[Tensor, 
 
     Returns:
         where each cluster's grid ends ``[N, G]``, and scale ``[N, 1]``, or of more than one cluster ``[N, 1 + G]``: a unit, of
-        which the loudest has ``steps``, and odd multiples. Rows of zeros keep the scale 1, as checkpoint formats expect of them.
+        which the loudest has ``steps``, and odd multiples. Rows of zeros keep the scale 1, as checkpoint formats expect it.
     """
     largest = absmax.float().amax(1, keepdim=True)
     empty, scale = largest == 0, absmax_scale(largest, bits)

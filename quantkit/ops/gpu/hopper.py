@@ -271,8 +271,9 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                     acc = warpgroup_mma_wait(p, deps=[accs[p]])
                     if p == 0:
                         mbarrier.arrive(empty.index(before), count=1)
+                    acc = centred(acc, p * PART, zero, columns, ZERO) * step[:, None]
                     ratios = columns.index(0).slice(p * PART, PART).load(gl.SliceLayout(0, layout)).to(gl.int32, bitcast=True)
-                    acc = warpgroup_mma_init(centred(acc, p * PART, zero, columns, ZERO) * step[:, None] * ratios[None, :])
+                    acc = warpgroup_mma_init(acc * ratios[None, :])
                     w = w_ring.index(stage * PARTS + p).permute((1, 0))
                     rescaled_accs += (warpgroup_mma(q_ring.index(stage * 2 + c), w, acc, is_async=True),)
                 accs = rescaled_accs

@@ -1,8 +1,8 @@
 """INT8 matrix product for any shape on any GPU that Triton knows: pointers, masks, ``tl.dot``.
 
 ``y = (acc - zero * wsum) * sx * sw + side sidew^T + bias``, in that order, in float32. With K in segments, each of which counts
-so many times for each token and row, acc is what :func:`quantkit.ops.reference.segment_sum` adds up. Active columns (see :mod:`.columns`) are gathered
-on the way.
+so many times for each token and row, acc is what :func:`quantkit.ops.reference.segment_sum` adds up. Active columns (see
+:mod:`.columns`) are gathered on the way.
 """
 
 from __future__ import annotations
