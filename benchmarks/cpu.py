@@ -166,11 +166,12 @@ def clusters(rounds: int) -> None:
                 calls[str(count)] = repeated(lambda layer=layer, x=x: layer(x))
             name = f"layer {n} x {k}, {'1 token' if m == 1 else f'{m} tokens'}"
             rows.append(beside(name, calls, rounds))
-            groups, packed, scale = layers[8].groups, layers[8].packed, torch.rand(m, 8) + 0.5
-            products = [torch.randint(-(2**20), 2**20, (m, n), dtype=torch.int32) for _ in groups]
+            packed, scale = layers[8].packed, torch.ones(m, 9)
+            q = torch.randint(-127, 128, (m, k), dtype=torch.int8)
+            products = list(cpu._segments(packed, q))
             sums = {
-                "PyTorch": lambda p=products, s=scale, g=groups, w=layers[8].weight_scale: segment_sum(p, g, s, w, None, None),
-                "C": lambda p=products, s=scale, packed=packed: cpu._segment_sum(packed, iter([p[0].clone(), *p[1:]]), s, None),
+                "PyTorch": lambda p=products, s=scale, w=layers[8].weight_scale[:, 1:]: segment_sum(p, s[:, 1:], w, None, None),
+                "C": lambda p=products, s=scale, packed=packed: cpu._segment_sum(packed, p, s[:, 1:], None),
             }
             rows.append(beside(f"borders of 8, {m} x {n}", {name: repeated(call) for name, call in sums.items()}, rounds))
             print("written", record("cpu-clusters", rows), flush=True)

@@ -28,7 +28,7 @@ from common import record
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit import numerics
+from quantkit.numerics import steps_of
 from quantkit.ops.gpu import configs, hopper, operators, tune
 from quantkit.ops.gpu.gemv import gemv
 from quantkit.ops.gpu.tune import COLD_BYTES, Call, graph_of, interleaved, seconds
@@ -130,7 +130,7 @@ def ours_with_columns(n: int) -> Callable[[Inputs], Call | None]:
 
 
 def ours_in_segments(count: int, padding: int = 0) -> Callable[[Inputs], Call | None]:
-    """K in segments with scales of their own, as RPTQ leaves it: the hottest channels in a tile, with ``padding`` zeros."""
+    """K in segments that count multiples, as RPTQ leaves it: the hottest channels in a tile, with ``padding`` zeros."""
 
     def candidate(a: Inputs) -> Call | None:
         wide = a.k + padding
@@ -140,9 +140,10 @@ def ours_in_segments(count: int, padding: int = 0) -> Callable[[Inputs], Call | 
         ]
         borders = torch.tensor([0, *inner, wide], device=DEVICE, dtype=torch.int32)
         q, w = ([int8(rows, wide) for _ in range(a.copies)] for rows in (a.m, a.n))
-        sx, sw = torch.rand(a.m, count, device=DEVICE) / a.k, torch.rand(count, a.n, device=DEVICE) + 1
-        most = numerics.peaks(tuple(borders.diff().tolist()), symmetric=True).to(DEVICE)
-        more = {"borders": borders, "peaks": most, "align": configs.BLOCK}
+        multiples = 2.0 * torch.randint(0, 100, (a.m, count), device=DEVICE) + 1
+        sx, sw, more = torch.cat([a.sx, multiples], 1), a.sw, {"borders": borders, "align": configs.BLOCK}
+        if (steps := steps_of(a.k, 8)) > 1:
+            sw = torch.cat([sw[None], 2.0 * torch.randint(0, steps // 2 + 1, (count, a.n), device=DEVICE) + 1])
         return lambda i: operators.matmul(at(q, i), sx, at(w, i), sw, torch.bfloat16, **more)
 
     return candidate

@@ -17,7 +17,7 @@ import torch
 from common import record
 from torch import Tensor
 
-from quantkit.numerics import reach
+from quantkit.numerics import quantize_weight, shares
 from quantkit.ops.gpu import configs, narrow, operators, places_of
 from quantkit.ops.gpu.tune import COLD_BYTES, graph_of, interleaved
 
@@ -34,8 +34,8 @@ def forms(k: int) -> dict[str, dict[str, Any]]:
         """As a layer packs clusters."""
         _, clusters, places = places_of(groups, configs.BLOCK, order, DEVICE)
         gathered = torch.full((16 * len(clusters),), -1, device=DEVICE).index_copy_(0, places, order)
-        ranges = reach(groups, symmetric=True)[0].to(DEVICE)
-        return {"permutation": narrow(gathered, k), "clusters": clusters, "reach": ranges, "align": configs.BLOCK}
+        of_each = shares(*quantize_weight(torch.randn(64, k, device=DEVICE), groups=groups), groups, symmetric=True)
+        return {"permutation": narrow(gathered, k), "clusters": clusters, "shares": of_each, "align": configs.BLOCK}
 
     ordered = {"permutation": narrow(order, k)}
     eight, ragged = clustered((k // 8,) * 8), clustered((20, *(k // 8,) * 6, k - 20 - k // 8 * 6))

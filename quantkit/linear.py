@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantkit import ops
 from quantkit.errors import MethodError, ModelError
 from quantkit.modules import applied_but_float32, weight_of
-from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, absmax_scale, raised, range_scale, reach
+from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, absmax_scale, of_clusters, range_scale, shares
 from quantkit.scheme import Scheme
 from quantkit.transform import Rotation, Transform, groups_fault
 
@@ -38,7 +38,7 @@ class W8A8Linear(nn.Linear):
         groups: as given; never a single one.
 
     Buffers:
-        weight: ``[N, K]`` int8. weight_scale: ``[N, 1]`` float32, ``[N, G]`` with groups.
+        weight: ``[N, K]`` int8. weight_scale: ``[N, 1]`` float32, ``[N, 1 + G]`` with groups, a unit and multiples of it.
         bias: ``[N]`` float or None.
         input_scale, input_zero_point: ``[1]`` (``[G]``) float32 and int32, static schemes only.
         pre_scale: ``[K]`` float32 or None, ``1 / s`` of a scale that no producer could take.
@@ -83,9 +83,9 @@ class W8A8Linear(nn.Linear):
         if fault:
             raise MethodError(f"W8A8Linear: {fault}")
         self.groups = tuple(groups) if len(groups) > 1 else ()
-        count = max(1, len(self.groups))
+        count, width = max(1, len(self.groups)), 1 + len(self.groups)
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("weight_scale", torch.ones(out_features, count, device=device, dtype=torch.float32))
+        self.register_buffer("weight_scale", torch.ones(out_features, width, device=device, dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(out_features, device=device, dtype=dtype) if bias else None)
         static = torch.ones(count, device=device, dtype=torch.float32) if scheme.is_static else None
         self.register_buffer("input_scale", static)
@@ -116,11 +116,14 @@ class W8A8Linear(nn.Linear):
         Args:
             linear: the ``nn.Linear`` or ``Conv1D`` to stand in for; gives dtype, device and sizes.
             scheme: number formats.
-            codes, weight_scale: ``[N, K]`` int8 and ``[N, 1]`` (``[N, G]``) float32 of the transformed weight.
+            codes, weight_scale: ``[N, K]`` int8 and ``[N, 1]`` (``[N, 1 + G]``) float32 of the transformed weight.
             bias: ``[N]`` float32 or None, after the transformation.
             leftover: what is done to the activation at run time, and its clusters.
             outlier_weight: ``[N, n]``, with ``leftover.outliers``.
             input_range: for static schemes, minimum and maximum of the transformed activation, or of each cluster ``[G]``.
+
+        Raises:
+            MethodError: sums of clusters may leave int32.
         """
         rows, channels = weight_of(linear).shape
         like = weight_of(linear)
@@ -130,6 +133,10 @@ class W8A8Linear(nn.Linear):
         new.train(linear.training)
         new.weight.copy_(codes)
         new.weight_scale.copy_(weight_scale)
+        if new.groups and bool(shares(new.weight, new.weight_scale, new.groups, new.scheme.symmetric).isnan().any()):
+            raise MethodError(
+                f"W8A8Linear: codes in clusters of {new.groups} and their multiples add up to more than int32 holds"
+            )
         if bias is not None and new.bias is not None:
             new.bias.copy_(bias)
         if new.scheme.is_static:
@@ -140,12 +147,11 @@ class W8A8Linear(nn.Linear):
 
     def _set_static_range(self, low: Tensor, high: Tensor) -> None:
         assert self.input_scale is not None
-        reached = reach(self.groups or (self.in_features,), self.scheme.symmetric)[0]
         if self.input_zero_point is None:
-            absmax = raised(torch.maximum(-low, high).view(-1), reached)
+            absmax = torch.maximum(-low, high).view(-1)
             self.input_scale.copy_(absmax_scale(absmax, self.scheme.activation_bits))
         else:
-            scale, zero = range_scale(low.view(-1), high.view(-1), self.scheme.activation_bits, reached)
+            scale, zero = range_scale(low.view(-1), high.view(-1), self.scheme.activation_bits)
             self.input_scale.copy_(scale)
             self.input_zero_point.copy_(zero)
 
@@ -208,7 +214,7 @@ class W8A8Linear(nn.Linear):
 
     def dequantized_weight(self) -> Tensor:
         """``[N, K]`` float32: what the integers stand for, in the channels of the rewritten activation."""
-        scale = self.weight_scale
+        scale = of_clusters(self.weight_scale)
         if self.groups:
             scale = scale.repeat_interleave(torch.tensor(self.groups, device=scale.device), dim=1)
         return self.weight.float() * scale

@@ -9,15 +9,13 @@ row of zeros           all codes 0; the output is exactly the bias
 NaN or Inf in a row    its scale is NaN, so that the whole output row is NaN, never a finite number; the same
                        with an asymmetric range ``high - low`` beyond float32
 accumulator            int32, exact while ``K <= MAX_EXACT_K``
-clusters of channels   each has a scale and zero point of its own, but :func:`raised`; from one cluster to the next the int32
-                       sum is multiplied by the quotient of their scales and rounded (:func:`on_grid`), so that one
-                       accumulator serves all
+clusters of channels   each has a zero point of its own, and scales that are odd multiples of a unit: of each token's, see
+                       :func:`shared`, and of each row's of the weight, see :func:`weight_grid`; int32 sums times both are
+                       added up exactly, and the total is in both units
 =====================  ==========================================================================
 
 -128 is left out of symmetric codes so that ``-q`` always exists and ``|acc| <= K * 127**2``.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -32,59 +30,62 @@ ABSMAX_FLOOR = 2.0**-96
 """Smallest absmax used for a scale: a row of zeros gets finite scales, and ``qmax / absmax`` never overflows."""
 
 
-WIDEST = 2.0
-"""How many times smaller than an earlier cluster's scale that of a later one may be, in a weight."""
+def shares(codes: Tensor, scale: Tensor, groups: tuple[int, ...], symmetric: bool) -> Tensor:
+    """How much of the int32 range a product with a weight takes up in each of G clusters: ``[G]`` float32.
 
+    With these, :func:`shared` finds scales of tokens whose sums fit.
 
-def reach(groups: tuple[int, ...], symmetric: bool) -> tuple[Tensor, Tensor]:
-    """By how much the scales after each of G clusters may be smaller than its own: ``[G]`` float32, activations and weights.
+    Args:
+        codes, scale: ``[N, K]`` int8 and ``[N, 1 + G]`` of the weight.
+        groups: sizes of the clusters.
+        symmetric: whether codes of activations have no zero point.
 
-    Sums of earlier clusters grow by both quotients, and with all that follows they have to stay within int32. What K leaves of
-    its 31 bits is shared out, most of it to the smallest clusters: 16 outlier channels of 4096 may be 4,000 times louder than
-    the rest, the first half of 4096 channels 32 times (and each twice that, for their weights).
+    Returns:
+        NaN where no sum of that many channels would fit for certain, so that nothing looks like a result.
     """
-    spare = (MAX_EXACT_K if symmetric else MAX_EXACT_K_ASYMMETRIC) * (1 - 2.0**-8) - sum(groups)
-    share = max(spare, 0.0) / max(len(groups) - 1, 1)
-    both = [1 + share / max(size, 1) for size in groups]
-    weights = torch.tensor([min(math.sqrt(b), WIDEST) for b in both])
-    return torch.tensor(both) / weights, weights
+    most = loudest(codes, scale, groups).double() * (127 if symmetric else 255)
+    free = ROOM - 2 * most.sum()  # rounding up to odd numbers adds less than 2 to each
+    alone = torch.where((scale[:, 1:] > 1).any(), torch.nan, 1.0)  # one scale for all clusters, as without them
+    return torch.where(free > 0, (most / free).clamp(LEAST_SHARE, 1.0), alone).float()
 
 
-SLACK = 1 + 2.0**-10
-"""More than rounding at a border adds to sums."""
+def loudest(codes: Tensor, scale: Tensor, groups: tuple[int, ...]) -> Tensor:
+    """The largest sum of absolute codes times the cluster's multiple in any row of a weight, ``[G]`` int64."""
+    rows, found = max(1, PIECE // max(codes.shape[1], 1)), torch.zeros(len(groups), dtype=torch.int64, device=codes.device)
+    for part, multiple in zip(codes.split(rows), scale[:, 1:].split(rows), strict=True):
+        sums = torch.stack([c.abs().sum(1, dtype=torch.int64) for c in part.split(groups, 1)], 1) * multiple.long()
+        found = torch.maximum(found, sums.amax(0)) if len(sums) else found
+    return found
 
 
-def peaks(groups: tuple[int, ...], symmetric: bool) -> Tensor:
-    """The largest sum that each cluster's products can have, as large as steps of weights can ever make it: ``[G]`` float32.
+ROOM = 2.0**31 * (1 - 2.0**-10)
+"""What float32 arithmetic on shares keeps within int32."""
 
-    From cluster i to any later j these steps are ``scale_i / scale_j`` together, which is within its reach, at most ``WIDEST``.
+LEAST_SHARE = 2.0**-20
+"""Of a cluster whose weights are all 0; bounds multiples."""
+
+FINENESS = 2.0**17
+"""Parts of the largest term that :func:`shared` counts in whole numbers: their sum is the same in any order."""
+
+
+def shared(scale: Tensor, shares: Tensor) -> Tensor:
+    """Scales ``[..., 1 + G]`` of clusters that need ``scale [..., G]``: a unit, and odd multiples of it, none below the need.
+
+    The unit is ``sum(scale * shares)``, the least that keeps sums in units within int32. Multiples are odd because odd numbers
+    have an inverse modulo 2**32: one accumulator can then be multiplied from one cluster to the next.
     """
-    return torch.tensor([WIDEST * size * (127**2 if symmetric else 255 * 127) for size in groups])
+    shares = shares.to(scale.device)
+    terms = scale * shares
+    top = terms.amax(-1, keepdim=True)
+    count = torch.ceil(terms / top * FINENESS).sum(-1, keepdim=True, dtype=torch.float64).float()
+    unit = count * (1 / FINENESS) * top
+    multiples = (2 * torch.ceil((scale / unit - 1) * 0.5) + 1).clamp_min(1.0)
+    return torch.cat([unit, multiples], -1)
 
 
-def on_grid(a: Tensor, b: Tensor, peak: Tensor) -> Tensor:
-    """``a * b`` as int32, rounded once, half to even, to a multiple of the least ``2**e >= 1`` with ``peak < 2**(22 + e)``.
-
-    ``a [M, N]`` and ``b [N]`` are float32, of which float64 holds the product exactly.
-
-    ``peak [M, 1]`` float32 bounds a token's sums. A grid of 2**23 points across them is far finer than the noise of rounding,
-    and a kernel gets there by adding a number and reading the bits, in half the time that conversions take.
-    """
-    grid = torch.exp2(((peak.view(torch.int32) >> 23) - 148).clamp_min(0).double())
-    return (torch.round(a.double() * b.double() / grid) * grid).to(torch.int32)
-
-
-def within(values: Tensor, reach: Tensor) -> Tensor:
-    """Which of ``values [..., G]`` :func:`raised` would leave, but for rounding; bool."""
-    return values * (1 + 2.0**-16) >= raised(values, reach)
-
-
-def raised(values: Tensor, reach: Tensor) -> Tensor:
-    """Ranges or scales ``[..., G]`` of clusters, none below an earlier one over its ``reach [G]``."""
-    if values.shape[-1] < 2:
-        return values
-    floors = (values * (1.0 / reach).to(values.device)).cummax(-1).values
-    return torch.cat([values[..., :1], torch.maximum(values[..., 1:], floors[..., :-1])], -1)
+def of_clusters(scale: Tensor) -> Tensor:
+    """``[..., G]`` scales from a unit and multiples ``[..., 1 + G]``; those of all channels ``[..., 1]`` are what they are."""
+    return scale if scale.shape[-1] == 1 else scale[..., :1] * scale[..., 1:]
 
 
 def qmax(bits: int) -> int:
@@ -108,18 +109,19 @@ def absmax_scale(absmax: Tensor, bits: int = 8) -> Tensor:
     return divided(absmax.clamp_min(ABSMAX_FLOOR), qmax(bits)) + poison(absmax)
 
 
-def range_scale(low: Tensor, high: Tensor, bits: int = 8, reach: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def range_scale(low: Tensor, high: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Asymmetric ``(scale, zero)`` of a range, extended to hold 0 so that 0 is a code.
 
-    ``zero`` is an int32 tensor in ``[-qmax - 1, qmax]``. The scale is NaN where an end, or their distance, is not finite. With
-    ``reach [G]`` ranges ``[..., G]`` are those of clusters, and where one is not finite none of its neighbours counts as such.
+    ``zero`` is an int32 tensor in ``[-qmax - 1, qmax]``. The scale is NaN where an end, or their distance, is not finite.
     """
     low, high = low.float().clamp_max(0), high.float().clamp_min(0)
-    scale, bad = divided((high - low).clamp_min(ABSMAX_FLOOR), 2**bits - 1), poison(high - low)
-    if reach is not None:
-        scale, bad = raised(scale, reach), bad.sum(-1, keepdim=True)
-    zero = torch.round(-(qmax(bits) + 1) - low / scale).nan_to_num(0.0)
-    return scale + bad, zero.to(torch.int32)
+    scale = divided((high - low).clamp_min(ABSMAX_FLOOR), 2**bits - 1)
+    return scale + poison(high - low), zero_point(low, scale, bits)
+
+
+def zero_point(low: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
+    """The code of 0, int32, where the least value ``low``, not above 0, has the least code."""
+    return torch.round(-(qmax(bits) + 1) - low / scale).nan_to_num(0.0).to(torch.int32)
 
 
 def encode(x: Tensor, absmax: Tensor, bits: int = 8) -> Tensor:
@@ -163,11 +165,11 @@ def quantize_weight(
         weight: ``[N, K]``, any floating dtype.
         bits: 2 to 8.
         per_tensor: one scale for the whole weight (repeated over its rows) in place of one per row.
-        groups: sizes of G consecutive clusters of columns, each with a scale of its own, within :func:`reach`.
+        groups: sizes of G consecutive clusters of columns, each with a scale of its own.
         clip: ``[N, 1]``, the share of its largest value that a row's grid spans; all of it if left out.
 
     Returns:
-        codes ``[N, K]`` int8 and scale ``[N, 1]`` (``[N, G]`` with groups) float32.
+        codes ``[N, K]`` int8 and scale ``[N, 1]`` (``[N, 1 + G]`` with groups, see :func:`weight_grid`) float32.
     """
     # A few rows at a time: float32 copies of a whole weight would be the peak of memory while a model is loaded.
     rows = max(1, PIECE // max(weight.shape[1], 1))
@@ -180,18 +182,52 @@ def quantize_weight(
         absmax = absmax.amax(0).expand_as(absmax).contiguous()
     if clip is not None:
         absmax = absmax * clip
-    absmax = raised(absmax, reach(sizes, False)[1])
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for first in range(0, len(weight), rows):
-        part = slice(first, first + rows)
-        codes[part] = encode_clusters(weight[part], absmax[part], sizes, bits)
-    return codes, weight_scale(absmax, bits)
+    for steps in (steps_of(weight.shape[1], bits), 1):
+        grid, scale = weight_grid(absmax, bits, steps)
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for first in range(0, len(weight), rows):
+            part = slice(first, first + rows)
+            codes[part] = encode_clusters(weight[part], grid[part], sizes, bits)
+        if not groups or fits(codes, scale, groups):
+            break
+    return codes, scale
 
 
-def weight_scale(absmax: Tensor, bits: int = 8) -> Tensor:
-    """Scales ``[N, G]`` of rows of a weight: those of zeros keep 1, as every checkpoint format expects of an empty row."""
-    empty = (absmax == 0).all(dim=1, keepdim=True)
-    return torch.where(empty, torch.ones_like(absmax), absmax_scale(absmax, bits))
+def steps_of(channels: int, bits: int) -> int:
+    """In how many steps the scale of a row's loudest cluster is counted: an odd number up to 31.
+
+    What sums of K channels usually leave of int32 is shared out between weights and tokens, whose errors are then coarser by as
+    much, at 576 channels by 10 % each. Rows so long that few steps are left keep one scale, 8 bits from 3,000 channels on:
+    kernels are then spared a multiplication of each sum for each cluster.
+    """
+    room = 2.0**31 / (127 * max(channels, 1) * qmax(bits) / 4)
+    steps = min(2 * int(0.3 * room**0.5) + 1, 31)
+    return steps if steps >= 9 else 1
+
+
+def fits(codes: Tensor, scale: Tensor, groups: tuple[int, ...]) -> bool:
+    """Whether a weight's sums in clusters leave room in int32 for multiples of tokens, whatever their codes."""
+    return float(loudest(codes, scale, groups).sum()) * 255 * 2 < ROOM
+
+
+def weight_grid(absmax: Tensor, bits: int = 8, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """The grid of rows of a weight, with largest values ``absmax [N, G]`` in G clusters of its columns.
+
+    Returns:
+        where each cluster's grid ends ``[N, G]``, and scale ``[N, 1]``, or of more than one cluster ``[N, 1 + G]``: a unit, of
+        which the loudest has ``steps``, and odd multiples. Rows of zeros keep the scale 1, as checkpoint formats expect it.
+    """
+    largest = absmax.float().amax(1, keepdim=True)
+    empty, scale = largest == 0, absmax_scale(largest, bits)
+    if absmax.shape[1] == 1:
+        return absmax, torch.where(empty, torch.ones_like(scale), scale)
+    share = absmax / largest.clamp_min(ABSMAX_FLOOR) * steps
+    multiple = (2 * torch.ceil((share - 1) * 0.5) + 1).clamp(1, steps)
+    unit = divided(scale, steps)
+    scale = torch.cat(
+        [torch.where(empty, torch.ones_like(unit), unit), torch.where(empty, torch.ones_like(multiple), multiple)], 1
+    )
+    return of_clusters(scale) * qmax(bits), scale
 
 
 def largest_of(x: Tensor, groups: tuple[int, ...]) -> Tensor:
@@ -199,10 +235,10 @@ def largest_of(x: Tensor, groups: tuple[int, ...]) -> Tensor:
     return torch.stack([part.float().abs().amax(dim=1) for part in x.split(groups, dim=1)], 1)
 
 
-def encode_clusters(x: Tensor, absmax: Tensor, groups: tuple[int, ...], bits: int = 8) -> Tensor:
-    """Symmetric codes of ``x [M, K]`` for ``absmax [M, G]`` of clusters of its columns."""
-    parts = zip(x.split(groups, dim=1), absmax.split(1, dim=1), strict=True)
-    return torch.cat([encode(part, top, bits) for part, top in parts], 1)
+def encode_clusters(x: Tensor, grid: Tensor, groups: tuple[int, ...], bits: int = 8) -> Tensor:
+    """Symmetric codes of ``x [M, K]`` whose grid ends at ``grid [M, G]`` in clusters of its columns."""
+    parts = zip(x.split(groups, dim=1), grid.split(1, dim=1), strict=True)
+    return torch.cat([encode(part, end, bits) for part, end in parts], 1)
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:

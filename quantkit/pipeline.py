@@ -38,7 +38,7 @@ from quantkit.fold import (
 )
 from quantkit.linear import W8A8Linear, check_exact
 from quantkit.modules import linears_of, replace_module, weight_of
-from quantkit.numerics import qmax, quantize_weight, reach, sqnr_db, within
+from quantkit.numerics import qmax, quantize_weight, sqnr_db
 from quantkit.observe import SiteStatistics, observe
 from quantkit.recipe import Recipe
 from quantkit.report import LayerRecord, Report, attach
@@ -455,7 +455,7 @@ def _codes_fault(codes: Codes, view: SiteView, linear: str) -> str | None:
     if not isinstance(codes, Codes):
         return f"{_kind(codes)} is no quantkit.Codes"
     (rows, channels), top, device = weight_of(view.linears[linear]).shape, qmax(view.scheme.weight_bits), view.device
-    groups = view.transform.groups or (channels,)
+    count = len(view.transform.groups or ())
     fault = _tensor_fault(
         "codes",
         codes.codes,
@@ -463,12 +463,10 @@ def _codes_fault(codes: Codes, view: SiteView, linear: str) -> str | None:
         lambda q: (q >= -top) & (q <= top),
         f"-{top} to {top}",
     ) or _tensor_fault(
-        "scale", codes.scale, f"[{rows}, {len(groups)}] torch.float32 on {device}", _invertible, "positive and finite"
+        "scale", codes.scale, f"[{rows}, {1 + count}] torch.float32 on {device}", _invertible, "positive and finite"
     )
-    if fault is None and not bool(within(codes.scale, reach(groups, False)[1]).all()):
-        return (
-            "scale falls too far from one cluster to a later one for one int32 sum: quantize_weight(groups=) keeps it in reach"
-        )
+    if fault is None and bool((codes.scale[:, 1:] % 2 != 1).any()):
+        return "scale holds multiples of its first column that are no odd numbers: quantize_weight(groups=) makes them"
     return fault
 
 
@@ -684,7 +682,7 @@ def _to_int8(
     if rows is not None:  # a row factor only moves the scale of the row: the codes stay
         n = len(weight) - len(rows.factor)
         factor = torch.cat([rows.factor, rows.factor.new_ones(n)])
-        scale = scale * factor[:, None]
+        scale = torch.cat([scale[:, :1] * factor[:, None], scale[:, 1:]], 1)
         bias = None if bias is None else (bias - torch.cat([rows.shift, rows.shift.new_zeros(n)])) * factor
         side = None if side is None else side * factor[:, None]
     return W8A8Linear.from_float(

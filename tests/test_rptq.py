@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,9 @@ from quantkit.discovery.verify import outputs_of, relative_error
 from quantkit.numerics import (
     MAX_EXACT_K,
     MAX_EXACT_K_ASYMMETRIC,
-    SLACK,
-    on_grid,
-    peaks,
     quantize_weight,
-    raised,
-    reach,
-    within,
+    shared,
+    shares,
 )
 from quantkit.ops import reference, use_backend
 
@@ -470,27 +465,27 @@ def test_version_2_is_read_and_bad_groups_are_refused(tmp_path: Path) -> None:
         quantkit.load(tmp_path / "m", model=mlp())
 
 
-def test_rounding_by_row_and_cluster() -> None:
-    """Codes of a calibrator after it have a scale for each; anything else is refused."""
+def test_rounding_after_it() -> None:
+    """Codes of a calibrator after it have a unit and multiples for each row; anything else is refused."""
 
     class Round:
         name, stage, statistics = "round", Stage.ROUND, (Range,)
-        wrong = False
+        wrong = 0
 
         def plan(self, view: Any) -> Plan:
             plan = Plan()
             for site in view.sites:
                 for name, weight in site.weights():
                     codes, scale = quantize_weight(weight, groups=site.transform.groups or ())
-                    plan.codes[name] = Codes(codes, scale[:, :1].clone() if self.wrong else scale)
+                    plan.codes[name] = Codes(codes, {0: scale, 1: scale[:, 1:], 2: 2 * scale}[self.wrong].contiguous())
             return plan
 
     model, rounder = mlp(outliers=True), Round()
     plain, ours = (quantized(model, [RPTQ(4, tile=4), *more]) for more in ([], [rounder]))
     assert_same(ours.state_dict(), plain.state_dict())
-    rounder.wrong = True
-    with pytest.raises(MethodError, match=r"scale is \[24, 1\]"):
-        quantized(model, [RPTQ(4, tile=4), rounder])
+    for rounder.wrong, why in ((1, r"scale is \[24, 4\]"), (2, "no odd numbers")):
+        with pytest.raises(MethodError, match=why):
+            quantized(model, [RPTQ(4, tile=4), rounder])
 
 
 def blocks_apart() -> tuple[nn.Sequential, Tensor]:
@@ -599,79 +594,99 @@ def test_segments_against_int64(data: st.DataObject) -> None:
     k, random = sum(groups), torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     q, w = (torch.randint(-127, 128, (rows, k), generator=random, dtype=torch.int8) for rows in (m, n))
     zero = torch.randint(-128, 128, (m, g), generator=random, dtype=torch.int32)
-    sx, sw = torch.rand(m, g, generator=random), torch.rand(n, g, generator=random)
-    sx, sw = (raised(s, r) for s, r in zip((sx, sw), reach(groups, False), strict=True))
+    tokens, rows = (2 * torch.randint(0, 16, (count, g), generator=random) + 1 for count in (m, n))
     accs = [a.long() @ b.long().t() for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
     sums = torch.stack([b.long().sum(1) for b in w.split(groups, 1)])
     assert_same(reference.row_sums(w, groups), sums.int())
-    side, bias = torch.rand(m, n, generator=random), torch.rand(n, generator=random)
     for zeros in (zero, None):
-        total, peak = torch.zeros(m, n, dtype=torch.int64), torch.zeros(m)
-        for i, acc in enumerate(accs):
-            if i:
-                step = sx[:, i - 1] / sx[:, i]
-                factor = (total.float() * step[:, None]).double() * (sw[:, i - 1] / sw[:, i]).double()
-                peak = peak * (step * (1 + 2.0**-10))
-                grid = torch.tensor([2.0 ** max(0, math.frexp(float(p))[1] - 22) for p in peak], dtype=torch.float64)[:, None]
-                total = ((factor / grid).round() * grid).long()
-            peak = peak + 2 * groups[i] * 127 * (127 if zeros is None else 255)
-            assert bool((total.abs() <= peak[:, None]).all())
-            total = total + acc - (0 if zeros is None else zeros[:, i : i + 1] * sums[i])
-            assert total.abs().max() < 2**31
-        wanted = total.float() * sx[:, -1:] * sw[:, -1]
-        got = reference.segment_epilogue(
-            reference.segment_sum((a.int() for a in accs), groups, sx, sw, zeros, sums.int()), sx, sw, side, bias, torch.float32
-        )
-        assert_same(got, wanted + side + bias)
+        parts = [acc if zeros is None else acc - zeros[:, i : i + 1] * sums[i] for i, acc in enumerate(accs)]
+        wanted = sum(part * tokens[:, i : i + 1] * rows[:, i] for i, part in enumerate(parts))
+        assert wanted.abs().max() < 2**31
+        got = reference.segment_sum((a.int() for a in accs), tokens.float(), rows.float(), zeros, sums.int())
+        assert_same(got, wanted.int())
+        # as on tensor cores: one accumulator, multiplied from segment to segment by what undoes the next multiples modulo 2**32
+        acc = torch.zeros(m, n, dtype=torch.int64)
+        for i, part in enumerate(parts):
+            acc = modular(acc + part, tokens[:, i : i + 1], rows[:, i])
+            if i + 1 < g:
+                acc = modular(acc, undone(tokens[:, i + 1])[:, None], undone(rows[:, i + 1]))
+        assert_same(acc.to(torch.int32), wanted.int())
 
 
-@given(st.lists(st.integers(1, 40_000), min_size=1, max_size=12), st.booleans(), st.data())
-def test_no_sum_leaves_int32(groups: list[int], symmetric: bool, data: st.DataObject) -> None:
-    """All codes at their largest and of one sign, and scales that fall from cluster to cluster as fast as they may."""
+def undone(odd: Tensor) -> Tensor:
+    return torch.tensor([pow(int(v), -1, 2**32) for v in odd])
+
+
+def modular(x: Tensor, *factors: Tensor) -> Tensor:
+    """Product modulo 2**32, as a signed number: int64 itself wraps at 2**64."""
+    for factor in factors:
+        x = x * factor & 0xFFFFFFFF
+    return torch.where(x >= 2**31, x - 2**32, x)
+
+
+@given(st.lists(st.integers(1, 40_000), min_size=2, max_size=12), st.booleans(), st.sampled_from([127, 40, 1, 0]), st.data())
+def test_no_sum_leaves_int32(groups: list[int], symmetric: bool, code: int, data: st.DataObject) -> None:
+    """All codes of activations at their largest, of one sign, and clusters of any loudness; or sums are refused."""
     assume(sum(groups) <= (MAX_EXACT_K if symmetric else MAX_EXACT_K_ASYMMETRIC))
-    reached = reach(tuple(groups), symmetric)
-    drop = torch.tensor([data.draw(st.sampled_from([1e-6, 0.3, 1.0, 5.0])) for _ in groups]).cumprod(0)
-    sx, sw = (raised(drop, r) for r in reached)
-    assert bool(within(sx, reached[0]).all())
-    total = torch.zeros((), dtype=torch.int64)
-    peak = torch.zeros(1)
-    for i, (size, most) in enumerate(zip(groups, peaks(tuple(groups), symmetric), strict=True)):
-        if i:
-            peak = peak * ((sx[i - 1] / sx[i]) * SLACK)
-            y, step = (total.float() * (sx[i - 1] / sx[i])).view(1), sw[i - 1] / sw[i]
-            assert y.double() * step < 2**31
-            total = on_grid(y, step, peak)[0].long()
-        total += size * 127 * (127 if symmetric else 255)
-        peak = peak + most
-        assert total < 2**31
-        assert total <= peak * (1 + 2.0**-20)
+    codes = torch.full((2, sum(groups)), code, dtype=torch.int8)
+    codes[1, : groups[0]] = -127  # the loudest row of the first cluster is not that of the others
+    codes[1, groups[0] :] = 0
+    rows = torch.tensor([[data.draw(st.sampled_from([1.0, 3.0, 31.0])) for _ in groups] for _ in range(2)])
+    scale = torch.tensor([[data.draw(st.floats(2.0**-100, 2.0**100, width=32)) for _ in groups] for _ in range(3)])
+    share = shares(codes, torch.cat([torch.ones(2, 1), rows], 1), tuple(groups), symmetric)
+    if bool(share.isnan().any()):
+        worst = sum(int(part.long().abs().sum(1).max()) * 31 for part in codes.split(groups, 1)) * 255
+        assert worst * 2 > 2**31 * (1 - 2.0**-10)
+        return
+    unit, multiple = shared(scale, share).split([1, len(groups)], 1)
+    assert bool((multiple % 2 == 1).all())
+    assert bool((multiple >= 1).all())
+    assert bool((unit * multiple >= scale * (1 - 2.0**-20)).all())
+    most = 127 if symmetric else 255
+    for row, times in zip(codes, rows, strict=True):
+        sums = torch.stack([part.long().abs().sum() for part in row.split(groups)]) * times.long()
+        assert bool((multiple.long() @ sums * most < 2**31).all())
 
 
-@given(st.floats(-1, 1, width=32), st.floats(1, 2.0**31, width=32))
-def test_sums_on_a_grid(share: float, peak: float) -> None:
-    """To the nearest of at least 2**22 steps up to the peak; as bits of a float32 sum, which is how kernels get there."""
-    y, top = torch.tensor([share]) * peak, torch.tensor([peak])
-    e = max(0, math.frexp(peak)[1] - 22)
-    got = on_grid(y, torch.ones(1), top)
-    assert abs(int(got) - float(y)) <= 2.0 ** (e - 1)
-    assert int(got) % 2**e == 0
-    magic = torch.tensor([1.5 * 2.0 ** (23 + e)])
-    assert int(got) == ((y + magic).view(torch.int32) - magic.view(torch.int32)).item() << e
+@pytest.mark.parametrize("codes", [torch.full((3, 6800), 127), torch.randn(3, 6800)], ids=["largest", "any"])
+def test_weights_leave_room_for_tokens(codes: Tensor) -> None:
+    """Where rows are so full that multiples would not fit, all clusters of a weight share its row's scale."""
+    weight = codes.float()
+    weight[:, :9] /= 100
+    _, scale = quantize_weight(weight, groups=(9, weight.shape[1] - 9))
+    assert bool((scale[:, 1:] == 1).all()) == (len(codes.unique()) < 3)
 
 
-def test_codes_out_of_reach_are_refused() -> None:
-    class Steep:
-        name, stage, statistics = "steep", quantkit.Stage.ROUND, ()
+@pytest.mark.parametrize(
+    ("k", "steps", "rows", "tokens"), [(576, 19, 1.12, 1.11), (1536, 11, 1.18, 1.16), (14_336, 1, 1.45, 1.09)]
+)
+def test_what_units_cost(k: int, steps: int, rows: float, tokens: float) -> None:
+    """By how much squares of scales grow, of a weight's rows and of tokens, at lengths of rows that models have."""
+    torch.manual_seed(0)
+    groups = (k // 16, k // 4 - k // 16, k // 4, k // 2)
+    weight = torch.randn(64, k)
+    codes, scale = quantize_weight(weight, groups=groups)
+    assert scale[:, 1:].max() == steps
+    needed = torch.stack([part.abs().amax(1) for part in weight.split(groups, 1)], 1) / 127
+    assert float(((scale[:, :1] * scale[:, 1:]).square().mean(0) / needed.square().mean(0)).mean()) < rows
+    needed = (torch.rand(200, 4) + 0.5) * torch.logspace(1.3, 0, 4)
+    given = shared(needed, shares(codes, scale, groups, True))
+    assert float(((given[:, :1] * given[:, 1:]).square().mean(0) / needed.square().mean(0)).mean()) < tokens
 
-        def plan(self, view: quantkit.View) -> quantkit.Plan:
-            plan = quantkit.Plan()
-            for site in view.sites:
-                for name, weight in site.weights():
-                    codes, scale = quantize_weight(weight, groups=site.transform.groups or ())
-                    scale[:, 1:] /= 1000
-                    plan.codes[name] = quantkit.Codes(codes, scale)
-            return plan
 
-    model, x = mlp(outliers=True), X
-    with pytest.raises(MethodError, match="reach"):
-        quantkit.quantize(copy.deepcopy(model), [RPTQ(2, tile=8), Steep()], calibration=[x], progress=False)
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_weights_have_a_grid_for_each_cluster(bits: int) -> None:
+    groups, most = (3, 16, 45), 2 ** (bits - 1) - 1
+    weight = torch.randn(9, 64)
+    weight[:, :3] *= 30
+    weight[4] = 0
+    codes, scale = quantize_weight(weight, bits, groups=groups)
+    assert_same(codes[4], torch.zeros(64, dtype=torch.int8))
+    assert_same(scale[4], torch.ones(4))
+    assert bool((scale[:, 1:] % 2 == 1).all())
+    assert int(codes.abs().max()) == most
+    for g, (part, mine) in enumerate(zip(codes.split(groups, 1), weight.split(groups, 1), strict=True)):
+        own = scale[:, :1] * scale[:, 1 + g : 2 + g]
+        assert bool(((part * own - mine).abs() <= own / 2 * (1 + 1e-5)).all())
+        needed = mine.abs().amax(1, keepdim=True) / most
+        assert bool((own <= (needed + 2 * scale[:, :1]) * (1 + 1e-5)).all())

@@ -36,7 +36,10 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Codes:
-    """The integers of one linear: ``codes [N, K]`` int8 and ``scale [N, 1]`` float32, for the transformed weight."""
+    """The integers of one linear: ``codes [N, K]`` int8 and ``scale [N, 1]`` float32, for the transformed weight.
+
+    With clusters of channels ``scale`` is ``[N, 1 + G]``, see :func:`quantkit.numerics.weight_grid`.
+    """
 
     codes: Tensor
     scale: Tensor

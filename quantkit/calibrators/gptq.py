@@ -13,7 +13,7 @@ from torch import Tensor
 from quantkit.calibrators.base import Codes, Plan, SiteView, Stage, View
 from quantkit.calibrators.noise import best_clip
 from quantkit.errors import MethodError
-from quantkit.numerics import decode, encode, quantize_weight, raised, reach, weight_scale
+from quantkit.numerics import decode, encode, fits, of_clusters, quantize_weight, steps_of, weight_grid
 from quantkit.ops.reference import quantize_rows
 from quantkit.scheme import Scheme
 from quantkit.statistics import Statistic, TokenSample
@@ -142,14 +142,14 @@ class GPTQ:
             bits, groups = site.scheme.weight_bits, site.transform.groups or (weight.shape[1],)
             nearest = Codes(*quantize_weight(weight, bits, per_tensor=per_tensor, groups=groups, clip=learned))
             parts = zip(weight.split(groups, 1), moment.diagonal().split(groups), strict=True)
-            absmax = raised(torch.cat([self._grid(site, name, *part) for part in parts], 1), reach(groups, False)[1])
+            absmax = torch.cat([self._grid(site, name, *part) for part in parts], 1)
             found = round_columns(weight, absmax, factor, order, bits, groups)
             wanted = tokens @ weight.T
             before, after = (
-                float(counts @ (rounded @ decode(c.codes, spread(c.scale, groups)).T - wanted).pow(2).sum(1))
+                float(counts @ (rounded @ decode(c.codes, spread(of_clusters(c.scale), groups)).T - wanted).pow(2).sum(1))
                 for c in (nearest, found)
             )
-            if after < before:
+            if after < before and (len(groups) == 1 or fits(found.codes, found.scale, groups)):
                 codes[name] = found
                 shares.append(after / before)
             else:
@@ -236,8 +236,8 @@ def round_columns(weight: Tensor, absmax: Tensor, factor: Tensor, order: Tensor,
         groups: sizes of the G clusters; K for one of all columns.
     """
     rows, channels = weight.shape
-    scale = weight_scale(absmax, bits)
-    grids, scales = spread(absmax, groups), spread(scale, groups)
+    grid, scale = weight_grid(absmax, bits, steps_of(channels, bits))
+    grids, scales = spread(grid, groups), spread(of_clusters(scale), groups)
     left = weight[:, order].T.contiguous()  # [K, N]: a column at a time is a row of memory
     codes = torch.empty(channels, rows, dtype=torch.int8, device=weight.device)
     for first in range(0, channels, BLOCK):

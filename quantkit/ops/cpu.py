@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from quantkit.numerics import peaks, qmax, reach
+from quantkit.numerics import qmax
 from quantkit.ops.native import TILE, Clusters, Rewrite, library
-from quantkit.ops.plain import Plain
-from quantkit.ops.reference import row_sums, steps
+from quantkit.ops.plain import Plain, shares_of
+from quantkit.ops.reference import row_sums
 from quantkit.transform import Rotation
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class CPUPacked:
     """A weight ready to run.
 
     ``fused`` says whether the C passes apply. ``low`` is None where int_mm is exact; elsewhere
-    ``weight = high + low``, with halves too small to saturate. ``scale`` is that of the last cluster of channels. ``order`` to
-    ``block`` rewrite the input, as :class:`Rewrite` says, with vectors in the channels of the result.
+    ``weight = high + low``, with halves too small to saturate. ``order`` to ``block`` rewrite the input, as :class:`Rewrite`
+    says, with vectors in the channels of the result.
     """
 
     backend: Any
@@ -81,12 +81,18 @@ class CPUPacked:
     top: float
     fused: bool
     groups: tuple[int, ...] = ()
-    vectors: tuple[Tensor, ...] = ()
-    """Of clusters, what :class:`Clusters` wants."""
+    shares: Tensor | None = None
+    of_rows: Tensor | None = None
+    """Multiples of the weight's rows ``[G, N]`` int32."""
+
+    @functools.cached_property
+    def sizes(self) -> Tensor:
+        return torch.tensor(self.groups)
 
     @functools.cached_property
     def clusters(self) -> Clusters | None:
-        return Clusters(len(self.groups), *map(_address, self.vectors)) if self.groups else None
+        vectors = map(_address, (self.sizes, self.shares, self.of_rows))
+        return Clusters(len(self.groups), *vectors) if self.groups else None
 
     @functools.cached_property
     def rewrite(self) -> Rewrite:
@@ -136,11 +142,11 @@ class CPU(Plain):
             factors = torch.nn.functional.pad(factors, (0, -len(factors) % TILE))
         return CPUPacked(
             self, layer.weight.device, layer.weight, high, low,
-            row_sums(weight, layer.groups), layer.weight_scale.float()[:, -1].contiguous(),
+            row_sums(weight, layer.groups), layer.weight_scale.float()[:, 0].contiguous(),
             None if layer.bias is None else layer.bias.float().contiguous(),
             None if order is None else order.to(torch.int32), ordered(layer.shift), ordered(layer.pre_scale), factors, block,
             float(qmax(layer.scheme.activation_bits)), fused and _has_library(),
-            layer.groups, _of_clusters(layer) if layer.groups else (),
+            layer.groups, shares_of(layer), layer.weight_scale[:, 1:].t().to(torch.int32).contiguous(),
         )  # fmt: skip
 
     def matmul(self, layer: W8A8Linear, q: Tensor) -> Tensor:
@@ -152,10 +158,10 @@ class CPU(Plain):
     def segments(self, layer: W8A8Linear, q: Tensor) -> Iterator[Tensor]:
         return _segments(layer.packed, q)
 
-    def segment_sum(self, layer: W8A8Linear, q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    def segment_sum(self, layer: W8A8Linear, q: Tensor, multiples: Tensor, zero: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() or not _has_library() or not q.numel():
-            return super().segment_sum(layer, q, scale, zero)
-        return _segment_sum(layer.packed, self.segments(layer, q), scale, zero)
+            return super().segment_sum(layer, q, multiples, zero)
+        return _segment_sum(layer.packed, self.segments(layer, q), multiples, zero)
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed = layer.packed
@@ -181,28 +187,19 @@ def _segments(packed: CPUPacked, q: Tensor) -> Iterator[Tensor]:
         yield product(part, high, low)
 
 
-def _of_clusters(layer: W8A8Linear) -> tuple[Tensor, ...]:
-    """What :class:`Clusters` points to."""
-    groups, symmetric = layer.groups, layer.scheme.symmetric
-    return (
-        torch.tensor(groups), 1.0 / reach(groups, symmetric)[0], peaks(groups, symmetric),
-        steps(layer.weight_scale.float()).t().contiguous(),
-    )  # fmt: skip
-
-
-def _segment_sum(packed: CPUPacked, products: Iterator[Tensor], scale: Tensor, zero: Tensor | None) -> Tensor:
-    """:func:`quantkit.ops.reference.segment_sum`, one pass for each border."""
-    lib, acc, peak = library(), next(products).contiguous(), torch.zeros(len(scale))
+def _segment_sum(packed: CPUPacked, products: Iterable[Tensor], multiples: Tensor, zero: Tensor | None) -> Tensor:
+    """:func:`quantkit.ops.reference.segment_sum`, one pass for each cluster; ``multiples`` are columns of a scale."""
+    lib, m, n, count = library(), len(multiples), len(packed.weight), len(packed.groups)
     assert lib is not None
-    (m, n), count, scale = acc.shape, len(packed.groups), scale.contiguous()
-    if zero is not None:
-        acc, zero = acc - zero[..., :1] * packed.sums[0], zero.contiguous()
+    assert multiples.stride() == (1 + count, 1)
+    acc = torch.empty(m, n, dtype=torch.int32)
+    zero = None if zero is None else zero.contiguous()
     threads = min(torch.get_num_threads(), 1 + m * n // ELEMENTS_PER_THREAD, m)
     for g, product in enumerate(map(Tensor.contiguous, products)):
-        offset = None if zero is None else zero.data_ptr() + 4 * (g + 1)
-        lib.quantkit_border(
-            acc.data_ptr(), peak.data_ptr(), product.data_ptr(), scale.data_ptr(), packed.pointers[-1], g,
-            offset, count if zero is not None and zero.dim() > 1 else 0, packed.sums[g + 1].data_ptr(), m, n, threads,
+        lib.quantkit_segment(
+            acc.data_ptr(), product.data_ptr(), multiples.data_ptr() - 4, packed.pointers[-1], g,
+            None if zero is None else zero.data_ptr() + 4 * g, count if zero is not None and zero.dim() > 1 else 0,
+            packed.sums[g].data_ptr(), m, n, threads,
         )  # fmt: skip
     return acc
 
@@ -257,14 +254,14 @@ def _fused(packed: CPUPacked, x: Tensor) -> Tensor:
         threads = min(pool, 1 + n * k // (8 * ELEMENTS_PER_THREAD))
         failed = lib.quantkit_token(y.data_ptr(), x.data_ptr(), how, *weight, clusters, n, k, packed.top, kind, threads)
     else:
-        q, x_scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m, max(len(packed.groups), 1))
+        q, x_scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m, 1 + len(packed.groups))
         threads = min(pool, 1 + m * k // ELEMENTS_PER_THREAD, m)
         failed = lib.quantkit_quantize(
             q.data_ptr(), x_scale.data_ptr(), x.data_ptr(), how, clusters, m, k, packed.top, kind, threads
         )
         if packed.groups:
-            acc = _segment_sum(packed, _segments(packed, q), x_scale, None)
-            x_scale = x_scale[:, -1].contiguous()
+            acc = _segment_sum(packed, _segments(packed, q), x_scale[:, 1:], None)
+            x_scale = x_scale[:, 0].contiguous()
         else:
             acc = int_matmul(q, packed.high, packed.low)
         # float32 results take the place of the sums they come from

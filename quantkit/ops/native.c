@@ -3,6 +3,7 @@
  * Semantics are those of quantkit/numerics.py, bit for bit: build with -ffp-contract=off, so that a product is rounded
  * before it is rounded to an integer. Rows are independent, so threads share nothing.
  */
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -98,12 +99,9 @@ static inline void load_row(float *restrict out, const void *x, int64_t row, int
 struct clusters {
     int64_t count;
     const int64_t *sizes;
-    const float *nearness; /* 1 / reach */
-    const float *peaks;
-    const float *steps;    /* [count - 1, n]: by how much the scale of a weight's row is larger than in the next cluster */
+    const float *shares;    /* numerics.shares */
+    const int32_t *of_rows; /* [count, n]: how often a cluster counts in rows of the weight */
 };
-
-#define SLACK 0x1.004p0f /* numerics.SLACK */
 
 /* Largest absolute value, as bits: those are in the order of the values, and Inf and NaN come last. */
 static inline uint32_t largest(const float *x, int64_t k) {
@@ -115,7 +113,26 @@ static inline uint32_t largest(const float *x, int64_t k) {
     return top;
 }
 
-/* Codes of one row of k values, and the scale of each cluster: NaN, with codes 0, if any value is NaN or Inf. */
+/* numerics.shared: scale [count] becomes a unit and multiples of it, scale [1 + count]. */
+static inline void share(float *scale, const struct clusters *c) {
+    const float fineness = 0x1p17f;
+    float top = 0;
+    double parts = 0; /* whole numbers */
+    for (int64_t g = 0; g < c->count; g++) {
+        float term = scale[g] * c->shares[g];
+        top = term > top ? term : top;
+    }
+    for (int64_t g = 0; g < c->count; g++) parts += ceilf(scale[g] * c->shares[g] / top * fineness);
+    float unit = (float)parts * (1 / fineness) * top;
+    for (int64_t g = c->count; g > 0; g--) {
+        float multiple = 2 * ceilf((scale[g - 1] / unit - 1) * 0.5f) + 1;
+        scale[g] = multiple > 1 ? multiple : 1;
+    }
+    scale[0] = unit;
+}
+
+/* Codes of one row of k values, and its scale, with clusters a unit and multiples: NaN first, and codes 0, if any value is NaN
+ * or Inf. */
 static inline void quantize_row(int8_t *restrict q, float *restrict scale, const float *restrict x, int64_t k,
                                 const struct clusters *c, float qmax) {
     int64_t count = c ? c->count : 1, from = 0;
@@ -124,31 +141,32 @@ static inline void quantize_row(int8_t *restrict q, float *restrict scale, const
         int64_t size = c ? c->sizes[g] : k;
         uint32_t top = largest(x + from, size);
         finite &= top < 0x7f800000;
-        scale[g] = from_bits(top);
+        scale[g] = from_bits(top) > ABSMAX_FLOOR ? from_bits(top) : ABSMAX_FLOOR;
         from += size;
     }
     if (!finite) {
         memset(q, 0, (size_t)k);
-        for (int64_t g = 0; g < count; g++) scale[g] = from_bits(0x7fc00000);
+        for (int64_t g = 0; g <= count; g++) if (g < count || c) scale[g] = 1;
+        scale[0] = from_bits(0x7fc00000);
         return;
     }
-    float least = ABSMAX_FLOOR; /* numerics.raised */
+    if (!c) {
+        float inverse = qmax / scale[0];
+        for (int64_t i = 0; i < k; i++) q[i] = (int8_t)(to_bits(x[i] * inverse + ROUND) & 0xff);
+        scale[0] = scale[0] / qmax;
+        return;
+    }
+    for (int64_t g = 0; g < count; g++) scale[g] = scale[g] / qmax;
+    share(scale, c);
     from = 0;
     for (int64_t g = 0; g < count; g++) {
-        int64_t size = c ? c->sizes[g] : k;
-        float absmax = scale[g] > least ? scale[g] : least;
-        if (c) {
-            float near = scale[g] * c->nearness[g];
-            least = near > least ? near : least;
-        }
-        float inverse = qmax / absmax;
-        for (int64_t i = from; i < from + size; i++) q[i] = (int8_t)(to_bits(x[i] * inverse + ROUND) & 0xff);
-        scale[g] = absmax / qmax;
-        from += size;
+        float inverse = 1 / (scale[0] * scale[1 + g]);
+        for (int64_t i = from; i < from + c->sizes[g]; i++) q[i] = (int8_t)(to_bits(x[i] * inverse + ROUND) & 0xff);
+        from += c->sizes[g];
     }
 }
 
-/* x [m, k] of `type` -> q [m, k], scale [m] (with clusters [m, count]). Returns 0, or 1 without memory. */
+/* x [m, k] of `type` -> q [m, k], scale [m] (with clusters [m, 1 + count]). Returns 0, or 1 without memory. */
 int quantkit_quantize(int8_t *q, float *scale, const void *x, const struct rewrite *how, const struct clusters *c,
                       int64_t m, int64_t k, float qmax, int type, int threads) {
     int convert = type != F32 || how;
@@ -163,44 +181,26 @@ int quantkit_quantize(int8_t *q, float *scale, const void *x, const struct rewri
                 load_row(scratch + t * room, x, i, k, how, type);
                 row = scratch + t * room;
             }
-            quantize_row(q + i * k, scale + i * (c ? c->count : 1), row, k, c, qmax);
+            quantize_row(q + i * k, scale + i * (c ? 1 + c->count : 1), row, k, c, qmax);
         }
     }
     free(scratch);
     return 0;
 }
 
-/* From cluster g to the next: what a token's sums are multiplied by, and in `peak` what they can be then at most. */
-static inline float border(float *peak, const float *sx, const struct clusters *c, int64_t g) {
-    float step = sx[g] / sx[g + 1];
-    step = step == step ? step : 0; /* of a row that becomes NaN */
-    *peak = (*peak + c->peaks[g]) * (step * SLACK);
-    return step;
-}
-
-/* n sums in the scales of the next cluster: numerics.on_grid. */
-static inline void rescale_row(int32_t *restrict acc, float step, const float *restrict steps, float peak, int64_t n) {
-    int32_t e = (int32_t)(to_bits(peak) >> 23) - 148;
-    e = e > 0 ? e : 0;
-    uint32_t magic = ((uint32_t)(e + 150) << 23) | 0x400000;
-    float offset = from_bits(magic);
-    for (int64_t j = 0; j < n; j++)
-        acc[j] = (int32_t)((to_bits(__builtin_fmaf((float)acc[j] * step, steps[j], offset)) - magic) << e);
-}
-
-/* acc [m, n], in the scales of cluster g, becomes the sum with what cluster g + 1 adds: product [m, n] - zero[m] * sums[n].
- * Of each row peak [m] is kept up to date, and begins with 0. zero has the given stride, and may be a null pointer. */
-void quantkit_border(int32_t *acc, float *peak, const int32_t *product, const float *sx, const struct clusters *c, int64_t g,
-                     const int32_t *zero, int64_t zero_stride, const int32_t *sums, int64_t m, int64_t n, int threads) {
+/* acc [m, n] = what it was, but for the first cluster, + (product [m, n] - zero[m] * sums[n]) of cluster g as often as that counts
+ * in tokens, whose scale is [m, 1 + count], and in rows. zero has the given stride, and may be a null pointer. */
+void quantkit_segment(int32_t *acc, const int32_t *product, const float *scale, const struct clusters *c, int64_t g,
+                      const int32_t *zero, int64_t zero_stride, const int32_t *sums, int64_t m, int64_t n, int threads) {
+    const int32_t *of_rows = c->of_rows + g * n;
     #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < m; i++) {
-        float step = border(peak + i, sx + i * c->count, c, g);
+        int32_t multiple = (int32_t)scale[i * (1 + c->count) + 1 + g];
         int32_t *row = acc + i * n;
         const int32_t *more = product + i * n;
-        rescale_row(row, step, c->steps + g * n, peak[i], n);
-        /* the difference first: only with it does the sum stay within int32 */
-        if (zero) for (int64_t j = 0; j < n; j++) row[j] += more[j] - zero[i * zero_stride] * sums[j];
-        else for (int64_t j = 0; j < n; j++) row[j] += more[j];
+        if (g == 0) memset(row, 0, (size_t)n * 4);
+        if (zero) for (int64_t j = 0; j < n; j++) row[j] += multiple * of_rows[j] * (more[j] - zero[i * zero_stride] * sums[j]);
+        else for (int64_t j = 0; j < n; j++) row[j] += multiple * of_rows[j] * more[j];
     }
 }
 
@@ -263,34 +263,30 @@ static inline int32_t dot(const int8_t *restrict q, const int8_t *restrict w, in
 /* ROWS (or fewer) outputs of one token, whose codes are q. */
 static inline void token_rows(void *y, const int8_t *q, const float *sx, const int8_t *w, const int32_t *sums, const float *sw,
                               const float *bias, int64_t j, int64_t rows, int64_t n, int64_t k, const struct clusters *c, int type) {
-    int32_t acc[ROWS], more[ROWS];
+    int32_t acc[ROWS] = {0}, more[ROWS];
     int64_t count = c ? c->count : 1, from = 0;
-    float peak = 0;
     for (int64_t g = 0; g < count; g++) {
         int64_t size = c ? c->sizes[g] : k;
         const int8_t *at = w + j * k + from;
         if (rows == ROWS) dot_rows(more, q + from, at, k, size, sums + g * n + j);
         else for (int64_t r = 0; r < rows; r++) more[r] = dot(q + from, at + r * k, size);
-        if (g) {
-            float step = border(&peak, sx, c, g - 1);
-            rescale_row(acc, step, c->steps + (g - 1) * n + j, peak, rows);
-            for (int64_t r = 0; r < rows; r++) acc[r] += more[r];
-        } else for (int64_t r = 0; r < rows; r++) acc[r] = more[r];
+        int32_t multiple = c ? (int32_t)sx[1 + g] : 1;
+        for (int64_t r = 0; r < rows; r++) acc[r] += multiple * (c ? c->of_rows[g * n + j + r] : 1) * more[r];
         from += size;
     }
-    finish_row((char *)y + j * (type == F32 ? 4 : 2), acc, sx[count - 1], sw + j, bias ? bias + j : 0, rows, type);
+    finish_row((char *)y + j * (type == F32 ? 4 : 2), acc, sx[0], sw + j, bias ? bias + j : 0, rows, type);
 }
 
-/* The whole of one token: x [k] -> y [n], with w [n, k], sums [n] (of each cluster) of its rows, sw [n] (of the last cluster),
- * bias [n] or 0. Returns 0, or 1 without memory. */
+/* The whole of one token: x [k] -> y [n], with w [n, k], sums [n] (of each cluster) of its rows, sw [n], bias [n] or 0.
+ * Returns 0, or 1 without memory. */
 int quantkit_token(void *y, const void *x, const struct rewrite *how, const int8_t *w, const int32_t *sums, const float *sw,
                    const float *bias, const struct clusters *c, int64_t n, int64_t k, float qmax, int type, int threads) {
     int convert = type != F32 || how;
     int64_t room = convert ? tiled(k) : 0, count = c ? c->count : 1;
-    float *scratch = malloc((size_t)((room + count) * 4 + k)); /* floats, if needed, then scales, then k codes */
+    float *scratch = malloc((size_t)((room + 1 + count) * 4 + k)); /* floats, if needed, then scales, then k codes */
     if (!scratch) return 1;
     float *sx = scratch + room;
-    int8_t *q = (int8_t *)(sx + count);
+    int8_t *q = (int8_t *)(sx + 1 + count);
     const float *row = (const float *)x;
     if (convert) {
         load_row(scratch, x, 0, k, how, type);

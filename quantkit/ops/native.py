@@ -27,7 +27,7 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "quantkit_quantize": (POINTER, POINTER, POINTER, POINTER, POINTER, LONG, LONG, FLOAT, INT, INT),
-    "quantkit_border": (*[POINTER] * 5, LONG, POINTER, LONG, POINTER, LONG, LONG, INT),
+    "quantkit_segment": (*[POINTER] * 4, LONG, POINTER, LONG, POINTER, LONG, LONG, INT),
     "quantkit_finish": (POINTER, POINTER, POINTER, POINTER, POINTER, LONG, LONG, INT, INT),
     "quantkit_token": (*[POINTER] * 8, LONG, LONG, FLOAT, INT, INT),
 }
@@ -44,9 +44,9 @@ class Rewrite(ctypes.Structure):
 
 
 class Clusters(ctypes.Structure):
-    """``struct clusters``: addresses of sizes int64, nearness and peaks ``[G]``, and of steps ``[G - 1, N]`` float32."""
+    """``struct clusters``: addresses of sizes int64 and shares float32, ``[G]``, and of multiples of rows ``[G, N]`` int32."""
 
-    _fields_ = (("count", LONG), ("sizes", POINTER), ("nearness", POINTER), ("peaks", POINTER), ("steps", POINTER))
+    _fields_ = (("count", LONG), ("sizes", POINTER), ("shares", POINTER), ("of_rows", POINTER))
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL | None:
 def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     for name, types in SIGNATURES.items():
         getattr(lib, name).argtypes = types
-        getattr(lib, name).restype = None if name in ("quantkit_finish", "quantkit_border") else INT
+        getattr(lib, name).restype = None if name in ("quantkit_finish", "quantkit_segment") else INT
     return lib
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quantkit.numerics import shares
 from quantkit.ops import reference
 from quantkit.transform import Rotation
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class PlainPacked:
-    """Only the sums of the weight's rows, for zero points; ``[G, N]`` with clusters of channels."""
+    """Only the sums of the weight's rows, for zero points; with clusters of channels ``[G, N]``, and their ``shares [G]``."""
 
     backend: Any
     device: torch.device
     weight: Tensor
     sums: Tensor
+    shares: Tensor | None
 
 
 class Plain:
@@ -35,7 +37,8 @@ class Plain:
         return None
 
     def pack(self, layer: W8A8Linear) -> Any:
-        return PlainPacked(self, layer.weight.device, layer.weight, reference.row_sums(layer.weight, layer.groups))
+        sums = reference.row_sums(layer.weight, layer.groups)
+        return PlainPacked(self, layer.weight.device, layer.weight, sums, shares_of(layer))
 
     def matmul(self, layer: W8A8Linear, q: Tensor) -> Tensor:
         """``q [M, K] @ weight [N, K]^T`` to int32, exact."""
@@ -46,17 +49,18 @@ class Plain:
         for part, weight in zip(q.split(layer.groups, dim=1), layer.weight.split(layer.groups, dim=1), strict=True):
             yield reference.int_matmul(part, weight)
 
-    def segment_sum(self, layer: W8A8Linear, q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    def segment_sum(self, layer: W8A8Linear, q: Tensor, multiples: Tensor, zero: Tensor | None) -> Tensor:
         """:func:`quantkit.ops.reference.segment_sum` of the clusters of ``layer``."""
         products, sums = self.segments(layer, q), None if zero is None else layer.packed.sums
-        return reference.segment_sum(products, layer.groups, scale, layer.weight_scale, zero, sums)
+        return reference.segment_sum(products, multiples, layer.weight_scale[:, 1:], zero, sums)
 
     def codes(self, layer: W8A8Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes ``[M, K]`` int8, scale ``[M, 1]`` (or ``[M, G]``) float32 and zero point of the rewritten activation."""
-        scheme, zero, groups = layer.scheme, layer.input_zero_point, layer.groups
+        """Codes ``[M, K]`` int8, scale ``[M, 1]`` (or ``[M, 1 + G]``) float32 and zero point of the rewritten activation."""
+        scheme, zero = layer.scheme, layer.input_zero_point
+        clusters = {"groups": layer.groups, "shares": layer.packed.shares}
         if layer.input_scale is None:
-            return reference.quantize_rows(x, bits=scheme.activation_bits, symmetric=scheme.symmetric, groups=groups)
-        return *reference.quantize_static(x, layer.input_scale, zero, bits=scheme.activation_bits, groups=groups), zero
+            return reference.quantize_rows(x, bits=scheme.activation_bits, symmetric=scheme.symmetric, **clusters)
+        return *reference.quantize_static(x, layer.input_scale, zero, bits=scheme.activation_bits, **clusters), zero
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         dtype = x.dtype
@@ -77,12 +81,19 @@ class Plain:
             product = (side.double() @ layer.outlier_weight.double().t()).float()
         sums = None if zero is None else layer.packed.sums
         if layer.groups:
-            acc = self.segment_sum(layer, q, scale, zero)
-            return reference.segment_epilogue(acc, scale, layer.weight_scale, product, layer.bias, dtype)
+            acc, zero = self.segment_sum(layer, q, scale[:, 1:], zero), None
+        else:
+            acc = self.matmul(layer, q)
         if product is not None:
             extra = product if extra is None else product + extra.float()
-        acc = self.matmul(layer, q)
-        return reference.epilogue(acc, scale, layer.weight_scale.view(-1), zero, sums, extra, dtype)
+        return reference.epilogue(acc, scale[:, :1], layer.weight_scale[:, 0], zero, sums, extra, dtype)
+
+
+def shares_of(layer: W8A8Linear) -> Tensor | None:
+    """:func:`quantkit.numerics.shares` of the clusters of ``layer``."""
+    if not layer.groups:
+        return None
+    return shares(layer.weight, layer.weight_scale, layer.groups, layer.scheme.symmetric)
 
 
 # One operator, since how many columns there are is known only at run time.

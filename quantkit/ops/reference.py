@@ -8,67 +8,92 @@ import torch
 from torch import Tensor
 
 from quantkit.numerics import (
-    SLACK,
     absmax_scale,
+    encode,
     encode_asymmetric,
-    encode_clusters,
     largest_of,
-    on_grid,
-    peaks,
-    raised,
+    of_clusters,
+    qmax,
     range_scale,
-    reach,
+    shared,
+    zero_point,
 )
 
 
 def quantize_rows(
-    x: Tensor, *, bits: int = 8, symmetric: bool = True, groups: tuple[int, ...] = ()
+    x: Tensor, *, bits: int = 8, symmetric: bool = True, groups: tuple[int, ...] = (), shares: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Dynamic per-token codes of ``x [M, K]``.
 
     Args:
         x: float.
         bits, symmetric: number format.
-        groups: sizes of G consecutive clusters of channels, each with a scale of its own; none is one of all.
+        groups, shares: sizes of G consecutive clusters of channels, each with a scale of its own, and
+            :func:`quantkit.numerics.shares` of what they are multiplied by; none is one of all.
 
     Returns:
-        codes ``[M, K]`` int8, scale ``[M, G]`` float32, and zero ``[M, G]`` int32 or None when symmetric.
+        codes ``[M, K]`` int8, scale ``[M, 1]`` float32 (with groups ``[M, 1 + G]``, :func:`quantkit.numerics.shared`), and zero
+        ``[M, 1]`` (``[M, G]``) int32 or None when symmetric.
     """
     if not x.shape[1]:
         return x.to(torch.int8), x.new_ones(len(x), 1, dtype=torch.float32), None
-    sizes = groups or (x.shape[1],)
-    if symmetric:
-        absmax = largest_of(x, sizes)
-        finite = absmax.isfinite().all(dim=1, keepdim=True)
-        absmax = torch.where(finite, raised(absmax, reach(sizes, True)[0]), torch.nan)
-        return encode_clusters(x, absmax, sizes, bits), absmax_scale(absmax, bits), None
-    ends = [part.float().aminmax(dim=1) for part in x.split(sizes, dim=1)]
+    if not groups:
+        if symmetric:
+            absmax = largest_of(x, (x.shape[1],))
+            return encode(x, absmax, bits), absmax_scale(absmax, bits), None
+        low, high = x.float().aminmax(dim=1, keepdim=True)
+        scale, lowest = range_scale(low, high, bits)
+        return encode_asymmetric(x, scale, lowest, bits), scale, lowest
+    assert shares is not None
+    ends = [part.float().aminmax(dim=1) for part in x.split(groups, dim=1)]
     low, high = (torch.stack(values, 1) for values in zip(*ends, strict=True))
-    scale, zero = range_scale(low, high, bits, reach(sizes, False)[0])
-    parts = zip(x.split(sizes, dim=1), scale.split(1, dim=1), zero.split(1, dim=1), strict=True)
-    return torch.cat([encode_asymmetric(*part, bits) for part in parts], 1), scale, zero
+    scale = absmax_scale(torch.maximum(-low, high), bits) if symmetric else range_scale(low, high, bits)[0]
+    finite = scale.isfinite().all(dim=1, keepdim=True)  # where one cluster is not, none counts as such
+    scale = shared(torch.where(finite, scale, 1.0), shares)
+    zero = None if symmetric else zero_point(torch.where(finite, low.clamp_max(0), 0.0), of_clusters(scale), bits)
+    q = codes_of(x, of_clusters(scale), zero, groups, bits).masked_fill(~finite, 0)
+    return q, poisoned(scale, finite), zero
 
 
 def quantize_static(
-    x: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int = 8, groups: tuple[int, ...] = ()
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    bits: int = 8,
+    groups: tuple[int, ...] = (),
+    shares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Static codes of ``x [M, K]`` for ``scale [G]`` and ``zero [G]``, G clusters or one; values outside saturate.
 
     Returns:
-        codes ``[M, K]`` int8 and scale ``[M, G]`` float32: the given one, NaN for rows that are not finite.
+        codes ``[M, K]`` int8 and scale ``[M, 1]`` or, with groups, ``[M, 1 + G]`` float32 (:func:`quantkit.numerics.shared`, of
+        which codes are), NaN for rows that are not finite.
     """
     finite = x.isfinite().all(dim=1, keepdim=True)
     if groups:
-        zeros = [None] * len(groups) if zero is None else zero.split(1)
-        columns = x.split(groups, dim=1)
-        parts = [quantize_static(*part, bits=bits)[0] for part in zip(columns, scale.split(1), zeros, strict=True)]
-        return torch.cat(parts, 1).masked_fill(~finite, 0), torch.where(finite, scale, torch.nan)
-    top = 2 ** (bits - 1) - 1
-    if zero is None:
-        q = torch.round(x.float() * (1.0 / scale)).clamp(-top, top).nan_to_num(0.0).to(torch.int8)
-    else:
-        q = encode_asymmetric(x, scale, zero, bits)
-    return q, torch.where(finite, scale, torch.nan)
+        assert shares is not None
+        scale = shared(scale, shares)
+    q = codes_of(x, of_clusters(scale), zero, groups or (x.shape[1],), bits).masked_fill(~finite, 0)
+    return q, poisoned(scale.expand(len(x), -1), finite)
+
+
+def codes_of(x: Tensor, scale: Tensor, zero: Tensor | None, groups: tuple[int, ...], bits: int) -> Tensor:
+    """Codes of ``x [M, K]`` for ``scale`` and ``zero [..., G]`` of clusters of its columns; values outside saturate."""
+    top = qmax(bits)
+    codes = []
+    for g, part in enumerate(x.split(groups, dim=1)):
+        at = (..., slice(g, g + 1))
+        if zero is None:
+            codes.append(torch.round(part.float() * (1.0 / scale[at])).clamp(-top, top).nan_to_num(0.0).to(torch.int8))
+        else:
+            codes.append(encode_asymmetric(part, scale[at], zero[at], bits))
+    return torch.cat(codes, 1)
+
+
+def poisoned(scale: Tensor, finite: Tensor) -> Tensor:
+    """``scale [M, 1]`` or ``[M, 1 + G]`` with NaN, and multiples of it that are 1, for rows that are not finite."""
+    return torch.cat([torch.where(finite, scale[:, :1], torch.nan), torch.where(finite, scale[:, 1:], 1.0)], 1)
 
 
 def reaching(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -125,64 +150,21 @@ def row_sums(weight: Tensor, groups: tuple[int, ...] = ()) -> Tensor:
     return torch.stack([part.sum(dim=1, dtype=torch.int32) for part in weight.split(groups, dim=1)])
 
 
-def steps(scale: Tensor) -> Tensor:
-    """``[..., G - 1]``: by how much the scale of each of G clusters is larger than that of the next."""
-    return scale[..., :-1] / scale[..., 1:]
-
-
-def chained(scale: Tensor) -> Tensor:
-    """``[G, N]`` from the scales ``[N, G]`` of clusters: :func:`steps` from each to the next, and at last those of the last."""
-    return torch.cat([steps(scale), scale[:, -1:]], 1).t().contiguous()
-
-
 def segment_sum(
-    products: Iterable[Tensor],
-    groups: tuple[int, ...],
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    zero: Tensor | None,
-    weight_sum: Tensor | None,
+    products: Iterable[Tensor], multiples: Tensor, of_rows: Tensor, zero: Tensor | None, weight_sum: Tensor | None
 ) -> Tensor:
-    """``[M, N]`` int32 of clusters of channels, in the scales of the last one.
-
-    From cluster g to the next, ``acc`` becomes ``acc * (x_scale_g / x_scale_g+1) * (weight_scale_g / weight_scale_g+1)``, the
-    first product in float32, the second rounded once, :func:`quantkit.numerics.on_grid`; each cluster adds
-    ``acc_g - zero_g * weight_sum_g``.
+    """``[M, N]`` int32 of clusters of channels, in units: the sum of ``multiple_g of_row_g (acc_g - zero_g weight_sum_g)``.
 
     Args:
         products: of each of G clusters, ``[M, N]`` int32.
-        groups: their sizes.
-        x_scale, weight_scale: ``[M, G]`` and ``[N, G]`` float32.
+        multiples, of_rows: ``[M, G]`` and ``[N, G]``, whole numbers, of tokens and rows of the weight.
         zero, weight_sum: ``[M, G]`` (or ``[G]``) and ``[G, N]`` int32, for asymmetric activations.
     """
-    acc = torch.zeros(len(x_scale), len(weight_scale), dtype=torch.int32, device=x_scale.device)
-    x_steps, weight_steps = steps(x_scale).nan_to_num(0.0), steps(weight_scale)
-    peak = torch.zeros_like(x_scale[:, :1])
-    for g, (product, most) in enumerate(zip(products, peaks(groups, zero is None).to(peak.device), strict=True)):
-        if g:
-            x_step = x_steps[:, g - 1 : g]
-            peak = peak * (x_step * SLACK)
-            acc = on_grid(acc.float() * x_step, weight_steps[:, g - 1], peak)
-        peak = peak + most
+    acc = torch.zeros(len(multiples), len(of_rows), dtype=torch.int32, device=multiples.device)
+    both = multiples.to(torch.int32).split(1, dim=1), of_rows.to(torch.int32).t()
+    for g, (product, multiple, of_row) in enumerate(zip(products, *both, strict=True)):
         if zero is not None:
             assert weight_sum is not None
             product = product - zero[..., g : g + 1] * weight_sum[g]
-        acc = acc + product
+        acc += product * multiple * of_row
     return acc
-
-
-def segment_epilogue(
-    acc: Tensor, x_scale: Tensor, weight_scale: Tensor, side: Tensor | None, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """``acc * x_scale * weight_scale + side + bias`` of a :func:`segment_sum`, with the scales of the last cluster, cast last.
-
-    Args:
-        acc: ``[M, N]`` int32.
-        x_scale, weight_scale: ``[M, G]`` and ``[N, G]`` float32.
-        side, bias: ``[M, N]`` and ``[N]``, float.
-        dtype: of the result.
-    """
-    y = acc.float() * x_scale[:, -1:] * weight_scale[:, -1]
-    for extra in (side, bias):
-        y = y if extra is None else y + extra.float()
-    return y.to(dtype)

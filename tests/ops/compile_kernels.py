@@ -112,7 +112,7 @@ def matmul(arch: int, tile: configs.Tile, **features: str | int) -> dict[str, An
     types = dict.fromkeys(("M", "N", "K", "zero_stride", "side_count", "side_m"), "i32")
     types |= {"Q": "*i8", "W": "*i8", "Y": "*bf16", "SX": "*fp32", "SW": "*fp32"}
     types |= {n: t for n, t in features.items() if isinstance(t, str)}
-    constants = {"SEGMENTS": 1, "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "EVEN_K": True}
+    constants = {"SEGMENTS": 1, "BY_ROW": False, "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "EVEN_K": True}
     constants |= {"side_k": 1, "ROOM": 0}
     constants |= {n: v for n, v in features.items() if isinstance(v, int)}
     return compiled(matmul_kernel, arch, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
@@ -130,15 +130,16 @@ def gathered() -> dict[str, Any]:
     return compiled(columns.gather_kernel, 90, types, constants, {"num_warps": 4})
 
 
-def gemv(arch: int, k: int, given: bool, segments: int = 1) -> dict[str, Any]:
-    config = configs.in_segments(k, segments) if segments > 1 else configs.vector(k, given=given)
+def gemv(arch: int, k: int, given: bool, segments: int = 1, by_row: bool = False) -> dict[str, Any]:
+    config = configs.vector(k, given=given, segments=segments > 1)
     types = {"X": "*bf16", "W": "*i32", "Y": "*bf16", "SW": "*fp32", "N": "i32", "K": "i32", "K4": "i32"}
     types |= {"X": "*i32", "SX": "*fp32"} if given else {}
-    types |= {"BORDERS": "*i32", "PEAKS": "*fp32"} if segments > 1 else {}
+    types |= {"BORDERS": "*i32"} if segments > 1 else {}
     block = triton.next_power_of_2(k // 4)
     constants = {
         "stride_xk": 1,
         "SEGMENTS": segments,
+        "BY_ROW": by_row,
         "QMAX": 127,
         "ROWS": config.rows,
         "GROUPS": config.groups,
@@ -158,6 +159,7 @@ def gluon(
     dtype: torch.dtype = torch.bfloat16,
     sides: int = 0,
     segments: int = 1,
+    by_row: bool = False,
     **extra: str,
 ) -> dict[str, Any]:
     types = dict.fromkeys(("M", "N", "K", "zero_stride"), "i32") | {"SX": "*fp32", "SW": "*fp32"} | extra
@@ -176,6 +178,7 @@ def gluon(
             "SLOTS": 1 if extra.keys() & {"ZP", "B"} else 2,
             "SIDES": sides,
             "SEGMENTS": segments,
+            "BY_ROW": by_row,
             "PDL": config.early,
         }
         return compiled(hopper.gemm_kernel, 90, types, constants, options)
@@ -185,7 +188,7 @@ def gluon(
         "Y": f"*{NAMES[dtype]}",
     } | ({"y_desc": described(config.tokens, 64, dtype)} if config.staged else {})
     constants = {"TOKENS": config.tokens, "BK": config.block_k, "STAGES": config.stages, "SIDES": sides, "PDL": config.early}
-    constants["SEGMENTS"] = segments
+    constants |= {"SEGMENTS": segments, "BY_ROW": by_row}
     return compiled(hopper.decode_kernel, 90, types, constants, options | {"maxnreg": config.registers(segments)})
 
 
@@ -209,7 +212,7 @@ def main() -> None:
         out[f"rows rotate {arch}"] = one_row(arch, 14336, **rotated)
         out[f"rows norm rotate {arch}"] = one_row(arch, 4096, **norm, **rotated)
         out[f"rows gate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16")
-        clustered = {"PERM": "*i16", "CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8}
+        clustered = {"PERM": "*i16", "CLUSTER": "*i32", "SHARES": "*fp32", "CLUSTERS": 8}
         out[f"rows norm clusters {arch}"] = one_row(arch, 4096, places=4224, SOURCE="rms", GAIN="*bf16", **clustered)
         out[f"rows gate rotate few {arch}"] = one_row(arch, 14336, 16, SOURCE="silu", X2="*bf16", **rotated)
         for k in (512, 4096, 8192) if arch == 90 else (8192,):
@@ -220,28 +223,28 @@ def main() -> None:
             out[f"rows gate clusters {arch}"] = one_row(arch, 8192, SOURCE="silu", X2="*bf16", **clustered)
             out[f"rows gate rotate {arch}"] = one_row(arch, 14336, SOURCE="silu", X2="*bf16", PRE="*fp32", **rotated)
         out[f"quantize asymmetric {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32")
-        clusters = {"CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8, "COUNT": 8}
+        clusters = {"CLUSTER": "*i32", "SHARES": "*fp32", "CLUSTERS": 8, "COUNT": 8}
         out[f"quantize clusters {arch}"] = quantize(arch, PERM="*i16", **clusters)
         out[f"quantize asymmetric clusters {arch}"] = quantize(arch, SYMMETRIC=False, Z="*i32", **clusters)
         out[f"quantize threshold {arch}"] = quantize(arch, REACHED="*i32")
         out[f"columns list {arch}"] = listed(arch)
         for k, given in itertools.product((4096, 14336), (False, True)):
             out[f"gemv {k} {given} {arch}"] = gemv(arch, k, given)
-        for k, segments in ((4096, 2), (14336, 4)):
-            out[f"gemv {k} {segments} segments {arch}"] = gemv(arch, k, True, segments)
+        for k, by_row in itertools.product((4096, 14336), (False, True)):
+            out[f"gemv {k} segments {by_row} {arch}"] = gemv(arch, k, True, 4, by_row)
         tiles = sorted({configs.portable(arch, m, n) for m in (1, 32, 64, 128, 256, 8192) for n in (4096, 28672)}, key=astuple)
         for tile in tiles:
             out[f"matmul {arch} {tile}"] = matmul(arch, tile)
         for tile in (tiles[0], configs.portable(arch, 8192, 4096, segments=True)):
             out[f"matmul {arch} {tile} zero bias"] = matmul(arch, tile, **zero, **bias)
-            out[f"matmul {arch} {tile} segments"] = matmul(arch, tile, BORDERS="*i32", PEAKS="*fp32", SEGMENTS=4)
+            out[f"matmul {arch} {tile} segments"] = matmul(arch, tile, BORDERS="*i32", SEGMENTS=4, BY_ROW=True)
         for tile in tiles:
             out[f"matmul {arch} {tile} side"] = matmul(arch, tile, SIDE="*bf16", SIDEW="*bf16")
             out[f"matmul {arch} {tile} threshold"] = matmul(arch, tile, SIDE="*bf16", ACTIVE="*i32")
     for k, block, m in itertools.product((576, 4096, 14336, 28672), (0, 64, 256), (16, 8192)):
         out[f"rows {k} {block} {m} 90"] = one_row(90, k, m, ROTATION=block, **({"MATRIX": "*bf16"} if block else {}))
     out["rows layer norm rotate 90"] = one_row(90, 8192, **norm | rotated | {"SOURCE": "layer"}, BIAS="*bf16")
-    clustered = {"PERM": "*i16", "CLUSTER": "*i32", "REACH": "*fp32", "CLUSTERS": 8}
+    clustered = {"PERM": "*i16", "CLUSTER": "*i32", "SHARES": "*fp32", "CLUSTERS": 8}
     for m in (16, 8192):
         out[f"rows gate clusters 14336 {m} 90"] = one_row(90, 14336, m, SOURCE="silu", X2="*bf16", **clustered)
     out["rows norm permuted 90"] = one_row(90, 4096, **norm, PERM="*i16")
@@ -250,10 +253,11 @@ def main() -> None:
         tile = configs.portable(90, m, 28672, segments=True)
         out[f"matmul 90 {tile} more"] = matmul(90, tile, SIDE="*bf16", ACTIVE="*i32", ROOM=columns.ROOM)
     for config in chosen(segments=True):
-        clusters = {"BORDERS": "*i32", "PEAKS": "*fp32"}
+        clusters = {"BORDERS": "*i32"}
         out[f"hopper 90 {config} segments"] = gluon(config, segments=4, **clusters)
-        zeros = {"ZP": "*i32", "WSUM": "*i32", "B": "*bf16"}
-        out[f"hopper 90 {config} segments side zero bias"] = gluon(config, sides=1, segments=2, **clusters, **zeros)
+        out[f"hopper 90 {config} segments by row"] = gluon(config, segments=4, by_row=True, **clusters)
+        zeros = {"ZP": "*i32", "WSUM": "*i32", "B": "*bf16"} | clusters
+        out[f"hopper 90 {config} segments side zero bias"] = gluon(config, sides=1, segments=2, by_row=True, **zeros)
     for config in chosen():
         out[f"hopper 90 {config}"] = gluon(config)
         out[f"hopper 90 {config} zero bias"] = gluon(config, torch.float16, ZP="*i32", WSUM="*i32", B="*fp32")

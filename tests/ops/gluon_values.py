@@ -155,6 +155,10 @@ class Program:
         self.max = lambda value, axis: Value(value.of.amax(axis))
         self.abs, self.sqrt_rn = (lambda value: Value(value.of.abs())), (lambda value: Value(value.of.sqrt()))
         self.div_rn = lambda a, b: Value(a.of / b.of)
+        self.ceil, self.expand_dims = (
+            (lambda value: Value(value.of.ceil())),
+            (lambda value, axis: Value(value.of.unsqueeze(axis))),
+        )
         self.fma = lambda a, b, c: Value((a.of.double() * b.of.double() + c.of.double()).float())
         self.full = lambda shape, value, dtype, layout=None: Value(torch.full(shape, value, dtype=dtype.torch))
         self.full_like = lambda value, number: Value(torch.full_like(value.of, number))

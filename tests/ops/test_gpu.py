@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from triton.compiler.errors import CompilationError
 
 from quantkit.errors import BackendError
-from quantkit.numerics import peaks, raised, reach
 from quantkit.ops import gpu, reference
 from quantkit.ops.gpu import configs, operators, tune
 from quantkit.ops.gpu.configs import Decode, Gemm, Tile, Vector, padded
@@ -63,43 +62,41 @@ def test_the_largest_sum(sign: int) -> None:
     assert_same(got, torch.full((2, 1), float(sign * k * 127**2)))
 
 
-def in_segments(q: Tensor, sx: Tensor, w: Tensor, sw: Tensor, borders: list[int], **more: Tensor | None) -> Tensor:
-    """``sw [N, G]`` as a backend packs it."""
-    most = peaks(tuple(b - a for a, b in pairwise(borders)), more.get("zero") is None)
-    where = torch.tensor(borders, dtype=torch.int32)
-    return matmul(q, sx, w, reference.chained(sw), torch.float32, borders=where, peaks=most, config=SMALL, **more)
+def multiples(rows: int, count: int) -> Tensor:
+    """A unit and odd multiples ``[rows, 1 + count]``, whose sums over few channels stay in int32."""
+    return torch.cat([torch.rand(rows, 1), 2.0 * torch.randint(0, 12, (rows, count)) + 1], 1)
+
+
+def summed(
+    q: Tensor,
+    sx: Tensor,
+    w: Tensor,
+    sw: Tensor,
+    groups: tuple[int, ...],
+    zero: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> Tensor:
+    products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
+    return reference.segment_sum(products, sx[:, 1:], sw[:, 1:], zero, sums)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 64), (20, 40, 208)])
 @pytest.mark.parametrize("zero", [False, True])
-def test_segments(m: int, n: int, k: int, zero: bool) -> None:
-    """A scale for every (token, segment) and (row, segment); segments of any multiple of 16, one of them empty."""
+@pytest.mark.parametrize("by_row", [False, True])
+def test_segments(m: int, n: int, k: int, zero: bool, by_row: bool) -> None:
+    """A multiple for every (token, segment); segments of any multiple of 16, one of them empty."""
     q, w, borders = codes(m, k), codes(n, k), [0, 16, 48, 48, k]
     groups = tuple(b - a for a, b in pairwise(borders))
-    sx, sw = (raised(torch.rand(rows, 4), r) for rows, r in zip((m, n), reach(groups, False), strict=True))
+    sx, sw = multiples(m, 4), multiples(n, 4)
     z = torch.randint(-128, 128, (m, 4), dtype=torch.int32) if zero else None
     sums = reference.row_sums(w, groups)
-    products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
-    got = in_segments(q, sx, w, sw, borders, zero=z, wsum=sums)
-    assert_same(
-        got,
-        reference.segment_epilogue(reference.segment_sum(products, groups, sx, sw, z, sums), sx, sw, None, None, torch.float32),
-    )
-
-
-def test_rescaling_rounds_half_to_even() -> None:
-    """Sums of up to 2**30 and quotients that make halves of them."""
-    big = 127 * 127 * 32
-    q = torch.tensor([[1] * 16, [3] * 16, [-5] * 16, [7] * 16, [127] * 16], dtype=torch.int8)
-    q, w = torch.cat([q, torch.zeros(5, 16, dtype=torch.int8)], 1), torch.zeros(4, 32, dtype=torch.int8)
-    w[0, 0], w[1, :3], w[2, :16], w[3, :16] = 1, 1, 127, -127
-    for step in (0.5, 0.25, 1.5, 2.5, 4000.0, 2**31 / big / 1.01):
-        sx, sw = torch.tensor([[step, 1.0]]).expand(5, 2).contiguous(), torch.ones(4, 2)
-        products = [reference.int_matmul(q[:, a:b], w[:, a:b]) for a, b in ((0, 16), (16, 32))]
-        wanted = reference.segment_epilogue(
-            reference.segment_sum(products, (16, 16), sx, sw, None, None), sx, sw, None, None, torch.float32
-        )
-        assert_same(in_segments(q, sx, w, sw, [0, 16, 32]), wanted)
+    where = torch.tensor(borders, dtype=torch.int32)
+    scale = sw.t().contiguous()
+    if not by_row:
+        sw[:, 1:], scale = 1, sw[:, 0].contiguous()
+    got = matmul(q, sx, w, scale, torch.float32, borders=where, zero=z, wsum=sums, config=SMALL)
+    acc = summed(q, sx, w, sw, groups, z, sums)
+    assert_same(got, reference.epilogue(acc, sx[:, :1], sw[:, 0], None, None, None, torch.float32))
 
 
 @pytest.mark.parametrize("count", [1, 16, 37])
@@ -145,22 +142,22 @@ def test_gemv(n: int, k: int, config: Vector) -> None:
     assert_same(gemv(given, wide, sw, sx=sx, dtype=x.dtype, bias=bias, config=config), wanted)
 
 
-@given(st.integers(1, 20), st.lists(st.integers(1, 5), min_size=1, max_size=6), st.booleans())
-def test_gemv_in_segments(n: int, sizes: list[int], nan: bool) -> None:
+@given(st.integers(1, 20), st.lists(st.integers(1, 5), min_size=1, max_size=6), st.booleans(), st.booleans())
+def test_gemv_in_segments(n: int, sizes: list[int], by_row: bool, nan: bool) -> None:
     groups = tuple(16 * size for size in sizes)
     q, w = codes(1, sum(groups)), codes(n, sum(groups))
-    sx, sw = (raised(torch.rand(rows, len(groups)) + 0.01, r) for rows, r in zip((1, n), reach(groups, True), strict=True))
+    sx, sw, bias = multiples(1, len(groups)), multiples(n, len(groups)), torch.randn(n)
     if nan:
-        sx[:] = float("nan")
-    products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
-    bias = torch.randn(n)
-    wanted = reference.segment_epilogue(
-        reference.segment_sum(products, groups, sx, sw, None, None), sx, sw, None, bias, torch.float32
-    )
-    borders = torch.tensor([0, *accumulate(groups)], dtype=torch.int32)
-    where = {"borders": borders, "peaks": peaks(groups, True)} if len(groups) > 1 else {}
-    scale = reference.chained(sw) if where else sw.view(-1)
-    assert_same(gemv(q, w, scale, sx=sx, dtype=torch.float32, bias=bias, config=Vector(4, 1, 4), **where), wanted)
+        sx[0, 0] = float("nan")
+    if len(groups) == 1:
+        sx[:, 1] = 1
+    if len(groups) == 1 or not by_row:
+        sw[:, 1:] = 1
+    acc = summed(q, sx, w, sw, groups)
+    wanted = reference.epilogue(acc, sx[:, :1], sw[:, 0], None, None, bias, torch.float32)
+    borders = torch.tensor([0, *accumulate(groups)], dtype=torch.int32) if len(groups) > 1 else None
+    scale = sw.t().contiguous() if len(groups) > 1 and by_row else sw[:, 0].contiguous()
+    assert_same(gemv(q, w, scale, sx=sx, dtype=torch.float32, bias=bias, borders=borders, config=Vector(4, 1, 4)), wanted)
 
 
 SOURCES = {

@@ -9,10 +9,11 @@ import torch
 from gluon_values import DType, Pointer, Program, Value, on_cpu
 from torch import Tensor
 
-from quantkit.numerics import raised, reach
+from quantkit.numerics import of_clusters, shared
 from quantkit.ops.gpu import narrow, order, places_of
 from quantkit.ops.gpu.configs import BLOCK, padded
-from quantkit.ops.gpu.quantize import FLOOR
+from quantkit.ops.gpu.quantize import FLOOR, with_unit
+from quantkit.ops.reference import poisoned
 
 
 def larger(a: Value, b: Value) -> Value:
@@ -37,11 +38,11 @@ def low_bytes(x: Value, mask: Value) -> Value:
 def quantize(x: Tensor, *, programs: int = 3, **vectors: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As ``order.quantize``."""
     m, k = x.shape
-    clusters, ranges = vectors.get("clusters"), vectors.get("reach")
-    places, count = (padded(k), 1) if clusters is None else (16 * len(clusters), len(ranges))
-    q, scale, kept = torch.full((m, places), 99, dtype=torch.int8), torch.full((m, count), 7.0), torch.zeros_like(x)
+    clusters, shares = vectors.get("clusters"), vectors.get("shares")
+    places, count = (padded(k), 1) if clusters is None else (16 * len(clusters), len(shares))
+    q, scale, kept = torch.full((m, places), 99, dtype=torch.int8), torch.full((m, with_unit(count)), 7.0), torch.zeros_like(x)
     block, most = (1 << (n - 1).bit_length() for n in (places, count))
-    names = ("x2", "gain", "pre_scale", "permutation", "clusters", "reach")
+    names = ("x2", "gain", "pre_scale", "permutation", "clusters", "shares")
     pointers = [None if t is None else Pointer(t) for t in (x, *map(vectors.get, names), q, scale, kept)]
     source = "rms" if "gain" in vectors else ""
     for number in range(programs):
@@ -51,16 +52,18 @@ def quantize(x: Tensor, *, programs: int = 3, **vectors: Any) -> tuple[Tensor, T
     return q, scale, kept
 
 
-def wanted(x: Tensor, groups: tuple[int, ...], channels: Tensor, gain: Tensor | None, pre: Tensor) -> tuple[Tensor, Tensor]:
-    """What is to be rounded, in order, and scales of clusters: NaN for rows that are not finite."""
+def wanted(
+    x: Tensor, groups: tuple[int, ...], channels: Tensor, shares: Tensor | None, gain: Tensor | None, pre: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What is to be rounded, in order, and its scale: NaN for rows that are not finite."""
     z = x.float()
     if gain is not None:
         z = z / (z.pow(2).mean(1, keepdim=True) + 1e-6).sqrt() * gain.float()
     z = (z * pre)[:, channels]
     finite = z.isfinite().all(1, keepdim=True)
     absmax = torch.stack([part.abs().amax(1) for part in z.split(groups, 1)], 1)
-    absmax = raised(torch.where(finite, absmax, 0.0), reach(groups, True)[0]).clamp_min(getattr(FLOOR, "value", FLOOR))
-    return z, torch.where(finite, absmax / 127, float("nan"))
+    scale = torch.where(finite, absmax, 0.0).clamp_min(getattr(FLOOR, "value", FLOOR)) / 127
+    return z, poisoned(scale if shares is None else shared(scale, shares), finite)
 
 
 GROUPS = [(128, 896), (128, 384, 512), (20, 500, 1500, 2076), (130,) * 5, (512,) * 8, (256,) * 16, (128,) * 32, (4096,)]
@@ -79,16 +82,18 @@ def test_order(groups: tuple[int, ...], form: str, dtype: torch.dtype) -> None:
     if len(groups) > 1:
         _, clusters, places = places_of(groups, BLOCK, channels, torch.device("cpu"))
         gathered = torch.full((16 * len(clusters),), -1).index_copy_(0, places, channels)
-        vectors |= {"permutation": narrow(gathered, k), "clusters": clusters, "reach": reach(groups, True)[0]}
+        vectors |= {"permutation": narrow(gathered, k), "clusters": clusters, "shares": torch.rand(len(groups)) / 1000}
     vectors |= {} if form == "alone" else {"gain": torch.rand(k).to(dtype)}
     vectors |= {"x2": y} if form == "residual" else {}
     q, scale, kept = quantize(x, **vectors)
     total = (x.float() + y.float()).to(dtype) if form == "residual" else x
     if form == "residual":
         assert torch.equal(kept.nan_to_num(5), total.nan_to_num(5))
-    z, scales = wanted(total, groups, channels, vectors.get("gain"), vectors["pre_scale"])
-    torch.testing.assert_close(scale, scales, rtol=1e-5, atol=0, equal_nan=True)
-    parts = zip(z.split(groups, 1), scales.split(1, 1), strict=True)
+    z, scales = wanted(total, groups, channels, vectors.get("shares"), vectors.get("gain"), vectors["pre_scale"])
+    torch.testing.assert_close(scale[:, :1], scales[:, :1], rtol=1e-5, atol=0, equal_nan=True)
+    # a multiple may be the next one where the last bit of a range, or of a norm, is another
+    assert float((scale[:, 1:] != scales[:, 1:]).float().mean() if len(groups) > 1 else 0) < 0.02
+    parts = zip(z.split(groups, 1), of_clusters(scale).split(1, 1), strict=True)
     codes = torch.zeros(m, q.shape[1]).index_copy_(1, places, torch.cat([part / s for part, s in parts], 1)).nan_to_num(0, 0, 0)
     off = (q.float() - codes.round()).abs()
     assert int(off.max()) <= 1

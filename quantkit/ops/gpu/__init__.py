@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import BackendError
-from quantkit.numerics import peaks, reach
+from quantkit.numerics import shared
 from quantkit.ops.gpu.configs import BLOCK, IN_PAIRS, capability, padded, padded_side
-from quantkit.ops.plain import Plain
-from quantkit.ops.reference import chained, row_sums
+from quantkit.ops.plain import Plain, shares_of
+from quantkit.ops.reference import row_sums
 
 if TYPE_CHECKING:
     from quantkit.linear import W8A8Linear
@@ -30,8 +30,8 @@ class GPUPacked:
 
     With clusters of channels, each starts at a multiple of 16 of the P places in a row: ``permutation [P]`` says which channel
     is where, -1 where none is, ``borders [G + 1]`` int32 where clusters begin, all at multiples of ``align``, and ``clusters
-    [P / 16]`` int32 whose 16 places are, with their ``reach [G]`` and ``peaks [G]``; ``scale`` is then
-    :func:`quantkit.ops.reference.chained`. ``permutation`` is always as :func:`narrow` makes it.
+    [P / 16]`` int32 whose 16 places are, with their ``shares [G]``; ``in_scale``, if static, is then ``[1 + G]``, and
+    ``scale`` is ``[1 + G, N]`` unless all multiples are 1. ``permutation`` is always as :func:`narrow` makes it.
     """
 
     backend: Any
@@ -46,8 +46,8 @@ class GPUPacked:
     permutation: Tensor | None
     borders: Tensor | None
     clusters: Tensor | None
-    reach: Tensor | None
-    peaks: Tensor | None
+    shares: Tensor | None
+    in_scale: Tensor | None
     align: int
     vector: bool
 
@@ -76,15 +76,17 @@ class GPU(Plain):
 
     def pack(self, layer: W8A8Linear) -> GPUPacked:
         k = layer.in_features
-        weight, scale, permutation = layer.weight.contiguous(), layer.weight_scale, layer.permutation
-        borders = clusters = reached = most = None
+        weight, permutation = layer.weight.contiguous(), layer.permutation
+        borders = clusters = None
+        by_row = bool((layer.weight_scale[:, 1:] != 1).any())
+        scale = (layer.weight_scale.t() if by_row else layer.weight_scale[:, 0]).contiguous()
+        shares, in_scale = shares_of(layer), layer.input_scale
         align = _align(layer.groups, layer.weight.device)
         if layer.groups:
             free = permutation if align == BLOCK and not layer.rotation_block else None
             borders, clusters, places = places_of(layer.groups, align, free, weight.device)
-            scale = chained(scale)
-            reached = reach(layer.groups, layer.scheme.symmetric)[0].to(weight.device)
-            most = peaks(layer.groups, layer.scheme.symmetric).to(weight.device)
+            assert shares is not None
+            in_scale = None if in_scale is None else shared(in_scale, shares)
             width = 16 * len(clusters)
             weight = weight.new_zeros(len(weight), width).index_copy_(1, places, weight)
             if permutation is not None or width > k:
@@ -102,8 +104,8 @@ class GPU(Plain):
         vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block and not layer.groups
         sums = None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups)
         return GPUPacked(
-            self, layer.weight.device, layer.weight, weight, (scale if layer.groups else scale.view(-1)).contiguous(), sums,
-            side, mask, _signed_scale(layer), permutation, borders, clusters, reached, most, align,
+            self, layer.weight.device, layer.weight, weight, scale, sums,
+            side, mask, _signed_scale(layer), permutation, borders, clusters, shares, in_scale, align,
             vector and not layer.threshold and all(v is None for v in rest),
         )  # fmt: skip
 
@@ -122,15 +124,15 @@ class GPU(Plain):
         out = ops.quantize(
             x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=packed.pre_scale,
             permutation=packed.permutation, rotation=layer.rotation_block, side_index=layer.outlier_index,
-            side_mask=packed.side_mask, in_scale=layer.input_scale, in_zero=layer.input_zero_point, clusters=packed.clusters,
-            reach=packed.reach, align=packed.align,
+            side_mask=packed.side_mask, in_scale=packed.in_scale, in_zero=layer.input_zero_point, clusters=packed.clusters,
+            shares=packed.shares, align=packed.align,
         )  # fmt: skip
         q, scale = out[:2]
         zero = out[2] if not scheme.symmetric and not scheme.is_static else layer.input_zero_point
         side = (None, None) if packed.side_weight is None else (out[-1], packed.side_weight.to(x.dtype))
         return ops.matmul(
             q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, *side, packed.borders,
-            packed.peaks, packed.align,
+            packed.align,
         )  # fmt: skip
 
 

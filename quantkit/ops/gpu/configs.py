@@ -156,17 +156,10 @@ def hopper(m: int, n: int, *, segments: bool = False) -> Gemm | Decode:
     return min(GEMMS, key=lambda c: -(-(-(-m // 128) * -(-n // c.columns)) // PROCESSORS) * (c.columns + 32))
 
 
-def in_segments(k: int, segments: int) -> Vector | None:
-    """The product with one token of ``k`` channels in ``segments``; None where :class:`Decode` has it sooner."""
-    if segments == 1:
-        return vector(k, given=True)
-    if segments > (2 if k <= 8192 else 4):
-        return None
-    return Vector(4, 1, 2) if k <= 8192 else Vector(1, 1, 8)
-
-
-def vector(k: int, *, given: bool = False) -> Vector:
-    """The product with one token of ``k`` channels, quantized before (``given``) or on the way in."""
+def vector(k: int, *, given: bool = False, segments: bool = False) -> Vector:
+    """The product with one token of ``k`` channels, quantized before (``given``, maybe in ``segments``) or on the way in."""
+    if segments:
+        return Vector(4, 1, 4) if k <= 8192 else Vector(4, 1, 16)
     if given:
         return Vector(8, 1, 4) if k <= 8192 else Vector(2, 1, 16)
     return Vector(8, 2, 4) if k <= 4096 else Vector(4, 2, 8) if k <= 8192 else Vector(2, 2, 8)

@@ -27,7 +27,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.ops.gpu import configs
 from quantkit.ops.gpu.configs import Decode, Gemm
-from quantkit.ops.gpu.matmul import GROWTH, on_grid
 
 renamed = hasattr(tma, "async_load")  # in Triton 3.9
 load = tma.async_load if renamed else tma.async_copy_global_to_shared
@@ -122,28 +121,34 @@ def halves(x, BN: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def factors(acc, column: gl.constexpr, sx, zero, columns, WIDTH: gl.constexpr, ZERO: gl.constexpr):
-    """What to multiply: ``acc [64, WIDTH]``, which starts at ``column`` of the tile, times ``sx``; scales ``[1, WIDTH]``."""
-    along: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
+def centred(acc, column: gl.constexpr, zero, columns, ZERO: gl.constexpr):
+    """``acc [64, n]``, which starts at ``column`` of the tile, without the share of the zero point."""
     if ZERO:
-        sums = columns.index(2).slice(column, WIDTH).load(along).to(gl.int32, bitcast=True)
-        acc = acc - zero[:, None] * sums[None, :]
-    return acc.to(gl.float32) * sx[:, None], columns.index(0).slice(column, WIDTH).load(along)[None, :]
+        sums = columns.index(2).slice(column, acc.shape[1]).load(gl.SliceLayout(0, acc.type.layout))
+        acc = acc - zero[:, None] * sums.to(gl.int32, bitcast=True)[None, :]
+    return acc
 
 
 @gluon.jit
-def rescaled(acc, column: gl.constexpr, sx, zero, columns, WIDTH: gl.constexpr, ZERO: gl.constexpr):
-    """``acc [64, WIDTH]``, which starts at ``column`` of the tile, in float32."""
-    a, b = factors(acc, column, sx, zero, columns, WIDTH, ZERO)
-    return a * b
+def rescaled(acc, column: gl.constexpr, sx, times, zero, columns, last, ZERO: gl.constexpr, SEGMENTS: gl.constexpr,
+             BY_ROW: gl.constexpr):  # fmt: skip
+    """``acc [64, n]``, which starts at ``column`` of the tile, in float32."""
+    acc = centred(acc, column, zero, columns, ZERO)
+    if SEGMENTS > 1:
+        acc = acc * times[:, None]
+    if BY_ROW:
+        acc = acc * last.slice(column, acc.shape[1]).load(gl.SliceLayout(0, acc.type.layout)).to(gl.int32)[None, :]
+    sw = columns.index(0).slice(column, acc.shape[1]).load(gl.SliceLayout(0, acc.type.layout))
+    return acc.to(gl.float32) * sx[:, None] * sw[None, :]
 
 
 @gluon.jit
-def put(y, column: gl.constexpr, row, first, sx, zero, columns, y_desc, staging, slot: gl.constexpr,
-        WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr, SIDES: gl.constexpr):  # fmt: skip
+def put(y, column: gl.constexpr, row, first, sx, times, zero, columns, last, y_desc, staging, slot: gl.constexpr,
+        WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr, SIDES: gl.constexpr,
+        SEGMENTS: gl.constexpr, BY_ROW: gl.constexpr):  # fmt: skip
     """Finish ``y [64, WIDTH]``, which starts at ``column`` of the tile, and send it out through a staging tile."""
     if SIDES == 0:
-        y = rescaled(y, column, sx, zero, columns, WIDTH, ZERO)
+        y = rescaled(y, column, sx, times, zero, columns, last, ZERO, SEGMENTS, BY_ROW)
     if BIAS:
         y = y + columns.index(1).slice(column, WIDTH).load(gl.SliceLayout(0, y.type.layout))[None, :]
     tma.store_wait(SLOTS - 1)  # until this staging tile is free again
@@ -161,18 +166,12 @@ def by_fours(columns: int) -> gl.SharedLinearLayout:
 
 
 @gluon.jit
-def put_columns(columns, scale, sums, ZERO: gl.constexpr):
-    """What :func:`rescaled` reads of the columns of a tile."""
-    columns.index(0).store(scale)
-    if ZERO:
-        columns.index(2).store(sums.to(gl.float32, bitcast=True))
-
-
-@gluon.jit
-def quotient(one, two):
-    """By how much scales of tokens are larger in ``one`` segment than in the next; 0 for those with NaN."""
-    step = gl.div_rn(one, two)
-    return gl.where(step == step, step, 0.0)
+def inverse(odd):
+    """Modulo 2**32: an odd number is its own in 3 bits, and each round makes twice as many right."""
+    x = odd
+    for _ in gl.static_range(4):
+        x = x * (2 - odd * x)
+    return x
 
 
 @gluon.jit
@@ -198,20 +197,23 @@ def until(accs, pending: gl.constexpr, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def following_scales(SX, SW, WSUM, m, n, g, M, N, ZERO: gl.constexpr, SEGMENTS: gl.constexpr):
-    """Scales of tokens, scales of columns and their sums in segment ``g``, or the last one."""
+def multiple_of(SX, m, g, M, SEGMENTS: gl.constexpr):
+    """How often segment ``g``, or the last one, counts for tokens ``m``."""
     g = gl.minimum(g, SEGMENTS - 1)
-    sw, sums = gl.load(SW + g * N + n, mask=n < N, other=0.0), n
-    if ZERO:
-        sums = gl.load(WSUM + g * N + n, mask=n < N, other=0)
-    return gl.load(SX + m * SEGMENTS + g, mask=m < M, other=0.0), sw, sums
+    return gl.load(SX + m * (1 + SEGMENTS) + 1 + g, mask=m < M, other=1.0).to(gl.int32)
 
 
 @gluon.jit
-def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, staging, columns, y_desc, SX, SW, ZP,
-                  WSUM, B, ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr,
+def of_row(SW, n, g, N, SEGMENTS: gl.constexpr):
+    """How often segment ``g``, or the last one, counts for rows ``n`` of the weight."""
+    return gl.load(SW + (1 + gl.minimum(g, SEGMENTS - 1)) * N + n, mask=n < N, other=1.0).to(gl.int32)
+
+
+@gluon.jit
+def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, staging, columns, of_last, y_desc, SX, SW,
+                  ZP, WSUM, B, ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP: gl.constexpr, BN: gl.constexpr,
                   BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ZERO: gl.constexpr,
-                  BIAS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr):  # fmt: skip
+                  BIAS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr, BY_ROW: gl.constexpr):  # fmt: skip
     PART: gl.constexpr = 2 * WIDTH
     PARTS: gl.constexpr = BN // PART
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
@@ -225,15 +227,19 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
         first, row = tn * BN, first_row(tm, M, 2 * ROWS) + c * ROWS
         m = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         n = first + gl.arange(0, BN, flat)
-        sx, zero = gl.load(SX + m * SEGMENTS, mask=m < M, other=0.0), m
-        sw, sums = gl.load(SW + n, mask=n < N, other=0.0), n
+        sx, zero = gl.load(SX + m * (1 if SEGMENTS == 1 else 1 + SEGMENTS), mask=m < M, other=0.0), m
+        times, steps = m, KT
+        sw = gl.load(SW + n, mask=n < N, other=0.0)
         if ZERO:
             sums = gl.load(WSUM + n, mask=n < N, other=0)
-        steps = KT
         if SEGMENTS > 1:
-            # what a border needs is on its way before the segment is multiplied: the first one may be short
-            peak, most, steps = gl.zeros_like(sx), gl.load(PEAKS), gl.load(BORDERS + 1) // BK
-            next_sx, next_sw, next_sums = following_scales(SX, SW, WSUM, m, n, 1, M, N, ZERO, SEGMENTS)
+            # what a border needs is on its way a segment before: nothing waits for memory, however short segments are
+            times, next_times = multiple_of(SX, m, 0, M, SEGMENTS), multiple_of(SX, m, 1, M, SEGMENTS)
+            end, next_end = gl.load(BORDERS + 1), gl.load(BORDERS + 2)
+            steps = end // BK
+        if BY_ROW:
+            of_rows, next_of_rows = of_row(SW, n, 0, N, SEGMENTS), of_row(SW, n, 1, N, SEGMENTS)
+            later_of_rows = of_row(SW, n, 2, N, SEGMENTS)
         accs = gl.tuple(())
         for _part in gl.static_range(PARTS):
             accs += (gl.zeros([ROWS, PART], gl.int32, layout),)
@@ -241,7 +247,12 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
         accs = multiplied(accs, q_ring.index(stage * 2 + c), w_ring, stage, False, PARTS)
         if BIAS:
             columns.index(1).store(gl.load(B + n, mask=n < N, other=0.0).to(gl.float32))
-        put_columns(columns, sw, sums, ZERO)
+        if BY_ROW:
+            columns.index(0).store((of_rows * inverse(next_of_rows)).to(gl.float32, bitcast=True))
+        else:
+            columns.index(0).store(sw)
+        if ZERO:
+            columns.index(2).store(sums.to(gl.float32, bitcast=True))
         before = stage
         stage, phase = following(stage, phase, STAGES)
         if SEGMENTS > 1:
@@ -254,8 +265,8 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                     mbarrier.arrive(empty.index(before), count=1)
                     before = stage
                     stage, phase = following(stage, phase, STAGES)
-                step = quotient(sx, next_sx)
-                peak = (peak + most) * (step * GROWTH)
+                # one accumulator serves all: from here on it is in what the next segment counts, modulo 2**32
+                step = times * inverse(next_times)
                 mbarrier.wait(full.index(stage), phase)
                 # One part is multiplied again while the next is rescaled. Before the first both end: ptxas makes all products
                 # wait for each other if one that began before the loop's last round is read while another is under way.
@@ -264,16 +275,29 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                     acc = warpgroup_mma_wait(p, deps=[accs[p]])
                     if p == 0:
                         mbarrier.arrive(empty.index(before), count=1)
-                    a, b = factors(acc, p * PART, step, zero, columns, PART, ZERO)
-                    acc = warpgroup_mma_init(on_grid(a, b, peak[:, None]))
+                    acc = centred(acc, p * PART, zero, columns, ZERO) * step[:, None]
+                    if BY_ROW:
+                        ratios = columns.index(0).slice(p * PART, PART).load(gl.SliceLayout(0, layout))
+                        acc = acc * ratios.to(gl.int32, bitcast=True)[None, :]
+                    acc = warpgroup_mma_init(acc)
                     w = w_ring.index(stage * PARTS + p).permute((1, 0))
                     rescaled_accs += (warpgroup_mma(q_ring.index(stage * 2 + c), w, acc, is_async=True),)
                 accs = rescaled_accs
-                put_columns(columns, next_sw, next_sums, ZERO)
-                before, sx = stage, next_sx
+                before, times = stage, next_times
                 stage, phase = following(stage, phase, STAGES)
-                steps, most = (gl.load(BORDERS + g + 2) - gl.load(BORDERS + g + 1)) // BK, gl.load(PEAKS + g + 1)
-                next_sx, next_sw, next_sums = following_scales(SX, SW, WSUM, m, n, g + 2, M, N, ZERO, SEGMENTS)
+                steps = (next_end - end) // BK
+                end, next_end = next_end, gl.load(BORDERS + gl.minimum(g + 3, SEGMENTS))
+                next_times = multiple_of(SX, m, g + 2, M, SEGMENTS)
+                if BY_ROW:
+                    of_rows, next_of_rows = next_of_rows, later_of_rows
+                    columns.index(0).store((of_rows * inverse(next_of_rows)).to(gl.float32, bitcast=True))
+                    later_of_rows = of_row(SW, n, g + 3, N, SEGMENTS)
+                if ZERO:
+                    sums = gl.load(WSUM + (g + 1) * N + n, mask=n < N, other=0)
+                    columns.index(2).store(sums.to(gl.float32, bitcast=True))
+            if BY_ROW:
+                columns.index(0).store(sw)
+                of_last.store(of_rows.to(gl.int8))
         for _ in range(1, steps):
             mbarrier.wait(full.index(stage), phase)
             accs = until(multiplied(accs, q_ring.index(stage * 2 + c), w_ring, stage, True, PARTS), PARTS, PARTS)
@@ -288,7 +312,8 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
             mbarrier.arrive(empty.index(before), count=1)
             floats = gl.tuple(())
             for p in gl.static_range(PARTS):
-                acc = rescaled(warpgroup_mma_wait(0, deps=[accs[p]]), p * PART, sx, zero, columns, PART, ZERO)
+                acc = warpgroup_mma_wait(0, deps=[accs[p]])
+                acc = rescaled(acc, p * PART, sx, times, zero, columns, of_last, ZERO, SEGMENTS, BY_ROW)
                 floats += (warpgroup_mma_init(gl.convert_layout(acc, wide)),)
             sides = SIDES
             if ACTIVE is not None:
@@ -304,6 +329,7 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = following(stage, phase, STAGES)
         end_sx, end_zero = gl.convert_layout(sx, gl.SliceLayout(1, last)), gl.convert_layout(zero, gl.SliceLayout(1, last))
+        end_times = gl.convert_layout(times, gl.SliceLayout(1, last))
         for p in gl.static_range(PARTS):
             if SIDES > 0:
                 acc = gl.convert_layout(warpgroup_mma_wait(0, deps=[floats[p]]), layout)
@@ -312,16 +338,17 @@ def gemm_consumer(c: gl.constexpr, x_desc, v_desc, q_ring, w_ring, full, empty, 
                 if p == PARTS - 1:
                     mbarrier.arrive(empty.index(before), count=1)
             left, right = halves(acc, PART, last)
-            put(left, p * PART, row, first, end_sx, end_zero, columns, y_desc, staging, 2 * p, WIDTH, SLOTS, ZERO, BIAS, SIDES)
-            put(right, p * PART + WIDTH, row, first, end_sx, end_zero, columns, y_desc, staging, 2 * p + 1, WIDTH, SLOTS, ZERO,
-                BIAS, SIDES)  # fmt: skip
+            for half in gl.static_range(2):
+                put(left if half == 0 else right, p * PART + half * WIDTH, row, first, end_sx, end_times, end_zero, columns,
+                    of_last, y_desc, staging, 2 * p + half, WIDTH, SLOTS, ZERO, BIAS, SIDES, SEGMENTS, BY_ROW)  # fmt: skip
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
-def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, PEAKS, M, N, K, zero_stride,
+def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, M, N, K, zero_stride,
                 GROUP: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr,
-                SLOTS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+                SLOTS: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr, BY_ROW: gl.constexpr,
+                PDL: gl.constexpr):  # fmt: skip
     """``y [M, N]`` in 16 bit from descriptors of ``q [M, K]`` (boxes of 64 x BK), ``w [N, K]`` (2 WIDTH x BK) and y
     (64 x WIDTH); with SIDES > 0 of ``x [M, 64 SIDES]`` (64 x 64) and ``v [N, 64 SIDES]`` (2 WIDTH x 64) in 16 bit, whose
     product is added."""
@@ -341,17 +368,20 @@ def gemm_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, SX, SW, ZP, WSUM, B, ACT
     kinds: gl.constexpr = 3 if ZERO else (2 if BIAS else 1)
     columns0 = gl.allocate_shared_memory(gl.float32, [kinds, BN], fours)
     columns1 = gl.allocate_shared_memory(gl.float32, [kinds, BN], fours)
+    # in bytes: the widest tile leaves no room for more
+    last0 = gl.allocate_shared_memory(gl.int8, [BN if BY_ROW else 16], fours if BY_ROW else by_fours(16))
+    last1 = gl.allocate_shared_memory(gl.int8, [BN if BY_ROW else 16], fours if BY_ROW else by_fours(16))
     KT = gl.cdiv(K, BK)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     gl.warp_specialize([
-        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, y_desc, SX, SW, ZP, WSUM, B,
-                         ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
-                         SEGMENTS)),
-        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, y_desc, SX, SW, ZP, WSUM, B,
-                         ACTIVE, BORDERS, PEAKS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
-                         SEGMENTS)),
+        (gemm_consumer, (0, x_desc, v_desc, q_ring, w_ring, full, empty, staging0, columns0, last0, y_desc, SX, SW, ZP, WSUM,
+                         B, ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
+                         SEGMENTS, BY_ROW)),
+        (gemm_consumer, (1, x_desc, v_desc, q_ring, w_ring, full, empty, staging1, columns1, last1, y_desc, SX, SW, ZP, WSUM,
+                         B, ACTIVE, BORDERS, M, N, KT, zero_stride, GROUP, BN, BK, STAGES, WIDTH, SLOTS, ZERO, BIAS, SIDES,
+                         SEGMENTS, BY_ROW)),
         (gemm_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, GROUP, BN, BK, STAGES,
                          WIDTH, SIDES)),
     ], [4, 1], [232, 24])  # fmt: skip
@@ -407,13 +437,14 @@ def decode_producer(q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty,
 
 
 @gluon.jit
-def of_segments(SW, tile, N, layout: gl.constexpr, SEGMENTS: gl.constexpr):
-    """Scales of the weight rows of a tile, for each segment."""
+def scales_of(SW, tile, N, layout: gl.constexpr, SEGMENTS: gl.constexpr, BY_ROW: gl.constexpr):
+    """Scales of the weight rows of a tile, and how often each segment counts there."""
     n = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    out = gl.tuple(())
-    for g in gl.static_range(SEGMENTS):
-        out += (gl.load(SW + g * N + n, mask=n < N, other=0.0),)
-    return out
+    of_rows = gl.tuple(())
+    if BY_ROW:
+        for g in gl.static_range(SEGMENTS):
+            of_rows += (of_row(SW, n, g, N, SEGMENTS),)
+    return gl.load(SW + n, mask=n < N, other=0.0), of_rows
 
 
 @gluon.jit
@@ -433,8 +464,8 @@ def product_of(acc, w_ring, q_ring, piece):
 
 @gluon.jit
 def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE,
-                    BORDERS, PEAKS, M, N, KT, zero_stride, TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-                    SIDES: gl.constexpr, SEGMENTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+                    BORDERS, M, N, KT, zero_stride, TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+                    SIDES: gl.constexpr, SEGMENTS: gl.constexpr, BY_ROW: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     PIECES: gl.constexpr = BK // PIECE
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])  # of the 16-bit product
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
@@ -443,27 +474,31 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
     stage, phase = 0, 0
     # What the ends of segments need is on its way before the tokens are there, all of it if there are registers.
     AHEAD: gl.constexpr = SEGMENTS * TOKENS <= 128
-    sw, ends, peaks, scales = of_segments(SW, gl.program_id(1), N, layout, SEGMENTS), gl.tuple(()), gl.tuple(()), gl.tuple(())
+    sw, of_rows = scales_of(SW, gl.program_id(1), N, layout, SEGMENTS, BY_ROW)
+    ends, multiples = gl.tuple(()), gl.tuple(())
     if AHEAD:
         for g in gl.static_range(SEGMENTS - 1):
             ends += (end_of(g, BORDERS, KT, PIECES, SEGMENTS),)
-            peaks += (gl.load(PEAKS + g),)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    for g in gl.static_range(SEGMENTS if AHEAD else 1):
-        scales += (gl.load(SX + m * SEGMENTS + g, mask=m < M, other=0.0),)
+    sx = gl.load(SX + m * (1 if SEGMENTS == 1 else 1 + SEGMENTS), mask=m < M, other=0.0)
+    if SEGMENTS > 1:
+        for g in gl.static_range(SEGMENTS if AHEAD else 1):
+            multiples += (multiple_of(SX, m, g, M, SEGMENTS),)
     for t in range(gl.program_id(1), gl.cdiv(N, ROWS), gl.num_programs(1)):
         n = t * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         acc = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.int32, layout))
-        before, start, sx, peak = 0, 0, scales[0], gl.zeros_like(scales[0])
+        before, start = 0, 0
+        if SEGMENTS > 1:
+            times = multiples[0]
         for g in gl.static_range(SEGMENTS):
             if AHEAD and g < SEGMENTS - 1:
-                upto, most, next_sx = ends[g], peaks[g], scales[g + 1]
+                upto, next_times = ends[g], multiples[g + 1]
             else:
                 upto = end_of(g, BORDERS, KT, PIECES, SEGMENTS)
                 if g < SEGMENTS - 1:
-                    most, next_sx = gl.load(PEAKS + g), gl.load(SX + m * SEGMENTS + g + 1, mask=m < M, other=0.0)
+                    next_times = multiple_of(SX, m, g + 1, M, SEGMENTS)
             if ZP is not None:
                 zero = gl.load(ZP + m * zero_stride + g, mask=m < M, other=0)
                 sums = gl.load(WSUM + g * N + n, mask=n < N, other=0)
@@ -492,13 +527,17 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
             if ZP is not None:
                 total = total - sums[:, None] * zero[None, :]
             if g < SEGMENTS - 1:
-                step = quotient(sx, next_sx)
-                peak = (peak + most) * (step * GROWTH)
-                total = on_grid(total.to(gl.float32) * step[None, :], sw[g][:, None], peak[None, :])
+                total = total * (times * inverse(next_times))[None, :]
+                if BY_ROW:
+                    total = total * (of_rows[g] * inverse(of_rows[g + 1]))[:, None]
                 acc = warpgroup_mma_init(total)
-                start, sx = upto, next_sx
-        y = (total.to(gl.float32) * sx[None, :]) * sw[SEGMENTS - 1][:, None]
-        sw = of_segments(SW, t + gl.num_programs(1), N, layout, SEGMENTS)  # of the next tile
+                start, times = upto, next_times
+        if SEGMENTS > 1:
+            total = total * times[None, :]
+        if BY_ROW:
+            total = total * of_rows[SEGMENTS - 1][:, None]
+        y = (total.to(gl.float32) * sx[None, :]) * sw[:, None]
+        sw, of_rows = scales_of(SW, t + gl.num_programs(1), N, layout, SEGMENTS, BY_ROW)  # of the next tile
         if SIDES > 0:
             y = gl.convert_layout(y, wide)
             sides = SIDES
@@ -526,9 +565,9 @@ def decode_consumer(x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc
 
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "zero_stride"])
-def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, PEAKS, M, N, K, zero_stride,
+def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE, BORDERS, M, N, K, zero_stride,
                   TOKENS: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, SEGMENTS: gl.constexpr,
-                  PDL: gl.constexpr):  # fmt: skip
+                  BY_ROW: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """``y [M, N]`` from descriptors of ``q [M, K]`` (boxes of TOKENS x 128) and ``w [N, K]`` (64 x 128); with SIDES > 0 of
     ``x [M, 64 SIDES]`` (TOKENS x 64) and ``v [N, 64 SIDES]`` (64 x 64) in 16 bit, whose product is added."""
     q_ring = gl.allocate_shared_memory(gl.int8, [STAGES * (BK // PIECE), TOKENS, PIECE], q_desc.layout)
@@ -545,7 +584,7 @@ def decode_kernel(q_desc, w_desc, x_desc, v_desc, y_desc, Y, SX, SW, ZP, WSUM, B
     KT = gl.cdiv(K, BK)
     gl.warp_specialize([
         (decode_consumer, (x_desc, v_desc, q_ring, w_ring, full, empty, staging, y_desc, Y, SX, SW, ZP, WSUM, B, ACTIVE,
-                           BORDERS, PEAKS, M, N, KT, zero_stride, TOKENS, BK, STAGES, SIDES, SEGMENTS, PDL)),
+                           BORDERS, M, N, KT, zero_stride, TOKENS, BK, STAGES, SIDES, SEGMENTS, BY_ROW, PDL)),
         (decode_producer, (q_desc, w_desc, x_desc, v_desc, q_ring, w_ring, full, empty, ACTIVE, M, N, KT, TOKENS, BK, STAGES,
                            SIDES, PDL)),
     ], [1], [40])  # fmt: skip
@@ -582,7 +621,6 @@ def multiply(
     side_weight: Tensor | None = None,
     active: Tensor | None = None,
     borders: Tensor | None = None,
-    peaks: Tensor | None = None,
     config: Gemm | Decode,
 ) -> Tensor:
     """``[M, N]`` of a 16-bit ``dtype`` (any float with :class:`Decode`); arguments as those of the portable ``matmul``.
@@ -592,7 +630,7 @@ def multiply(
     """
     (m, k), n = q.shape, len(weight)
     y = q.new_empty((m, n), dtype=dtype)
-    segments = 1 if borders is None else len(borders) - 1
+    segments, by_row = 1 if borders is None else len(borders) - 1, sw.dim() == 2
     zero_stride = segments if zero is not None and zero.numel() > segments else 0
     sides = 0 if side is None else side.shape[1] // configs.SIDE
 
@@ -607,9 +645,9 @@ def multiply(
         gemm_kernel[(min(processors(q.device), tiles),)](
             described(q, 64, config.block_k), described(weight, config.part, config.block_k),
             *described_sides(64, config.part), described(y, 64, config.width),
-            sx, sw, zero, wsum, bias, active, borders, peaks, m, n, k, zero_stride,
+            sx, sw, zero, wsum, bias, active, borders, m, n, k, zero_stride,
             config.group, config.columns, config.block_k, config.stages, config.width,
-            2 if bias is None and zero is None else 1, sides, segments, config.early, **options,
+            2 if bias is None and zero is None else 1, sides, segments, by_row, config.early, **options,
         )  # fmt: skip
     else:
         groups = triton.cdiv(m, config.tokens)
@@ -617,8 +655,8 @@ def multiply(
         decode_kernel[(groups, max(1, min(processors(q.device) // groups, triton.cdiv(n, 64))))](
             described(q, config.tokens, configs.BLOCK), described(weight, 64, configs.BLOCK),
             *described_sides(config.tokens, 64), described(y, config.tokens, 64) if staged else None,
-            y, sx, sw, zero, wsum, bias, active, borders, peaks, m, n, k, zero_stride,
-            config.tokens, config.block_k, config.stages, sides, segments, config.early,
+            y, sx, sw, zero, wsum, bias, active, borders, m, n, k, zero_stride,
+            config.tokens, config.block_k, config.stages, sides, segments, by_row, config.early,
             maxnreg=config.registers(segments), **options,
         )  # fmt: skip
     return y

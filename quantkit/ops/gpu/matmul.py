@@ -1,8 +1,8 @@
 """INT8 matrix product for any shape on any GPU that Triton knows: pointers, masks, ``tl.dot``.
 
-``y = (acc - zero * wsum) * sx * sw + side sidew^T + bias``, in that order, in float32. With K in segments, each with scales of
-its own, the int32 sum is rescaled from one to the next, see :func:`quantkit.ops.reference.segment_epilogue`. Active columns
-(see :mod:`.columns`) are gathered on the way.
+``y = (acc - zero * wsum) * sx * sw + side sidew^T + bias``, in that order, in float32. With K in segments, each of which counts
+so many times for each token and row, acc is what :func:`quantkit.ops.reference.segment_sum` adds up. Active columns (see
+:mod:`.columns`) are gathered on the way.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from quantkit.numerics import SLACK
 from quantkit.ops.gpu.columns import ROOM, residual
 from quantkit.ops.gpu.configs import PROCESSORS, Tile
-
-GROWTH = tl.constexpr(SLACK)
 
 
 @triton.jit
@@ -30,19 +27,10 @@ def tile_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def on_grid(a, b, peak):
-    """:func:`quantkit.numerics.on_grid` of ``a * b``: ``1.5 * 2**(23 + e) + a b``, rounded once, has it in its low bits."""
-    e = tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) - 148, 0)
-    magic = ((e + 150) << 23) | 0x400000
-    bits = tl.fma(a, b, magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
-    # by a factor that the compiler does not know to be 2**e: multiply and add are one instruction, shift and subtract are two
-    return bits * ((e + 127) << 23).to(tl.float32, bitcast=True).to(tl.int32) - (magic << e)
-
-
-@triton.jit
 def multiply_tile(
-    t, Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, PEAKS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
-    SEGMENTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+    t, Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
+    SEGMENTS: tl.constexpr, BY_ROW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """One tile ``[BM, BN]`` of ``y [M, N]``; see :func:`matmul` for the arguments."""
     tm, tn = tile_of(t, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
@@ -60,29 +48,22 @@ def multiply_tile(
                 acc = tl.dot(a, tl.load(w + start, mask=(start + k < K)[:, None], other=0), acc, out_dtype=tl.int32)
         if ZERO is not None:
             acc -= tl.load(ZERO + row * zero_stride)[:, None] * tl.load(WSUM + column)[None, :]
-        y = acc.to(tl.float32) * tl.load(SX + row)[:, None] * tl.load(SW + column)[None, :]
     else:
         acc = tl.zeros((BM, BN), tl.int32)
-        sx = tl.load(SX + row * SEGMENTS)
-        peak = tl.zeros([BM], tl.float32)
         for g in range(SEGMENTS):
-            if g > 0:
-                following = tl.load(SX + row * SEGMENTS + g)
-                x_step = tl.div_rn(sx, following)
-                x_step = tl.where(x_step == x_step, x_step, 0.0)  # of a row that becomes NaN
-                peak = peak * (x_step * GROWTH)
-                w_step = tl.load(SW + (g - 1) * N + column)
-                acc = on_grid(acc.to(tl.float32) * x_step[:, None], w_step[None, :], peak[:, None])
-                sx = following
-            peak += tl.load(PEAKS + g)
             first, last = tl.multiple_of(tl.load(BORDERS + g), 16), tl.multiple_of(tl.load(BORDERS + g + 1), 16)
+            # into accumulators of its own: tensor cores saturate sums here, and those of earlier segments are in other units
+            own = tl.zeros((BM, BN), tl.int32)
             for start in range(first, last, BK):
                 a = tl.load(q + start, mask=(start + k < last)[None, :], other=0)
-                acc = tl.dot(a, tl.load(w + start, mask=(start + k < last)[:, None], other=0), acc, out_dtype=tl.int32)
+                own = tl.dot(a, tl.load(w + start, mask=(start + k < last)[:, None], other=0), own, out_dtype=tl.int32)
             if ZERO is not None:
                 zero = tl.load(ZERO + row * zero_stride + g)
-                acc -= zero[:, None] * tl.load(WSUM + g * N + column)[None, :]
-        y = acc.to(tl.float32) * sx[:, None] * tl.load(SW + (SEGMENTS - 1) * N + column)[None, :]
+                own -= zero[:, None] * tl.load(WSUM + g * N + column)[None, :]
+            own *= tl.load(SX + row * (1 + SEGMENTS) + 1 + g).to(tl.int32)[:, None]
+            acc += own * tl.load(SW + (1 + g) * N + column).to(tl.int32)[None, :] if BY_ROW else own
+    WIDTH: tl.constexpr = 1 if SEGMENTS == 1 else 1 + SEGMENTS
+    y = acc.to(tl.float32) * tl.load(SX + row * WIDTH)[:, None] * tl.load(SW + column)[None, :]
     j = tl.arange(0, 16)
     if ACTIVE is not None:
         count = tl.load(ACTIVE)
@@ -105,23 +86,23 @@ def multiply_tile(
 
 @triton.jit
 def matmul_kernel(
-    Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, PEAKS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
-    SEGMENTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-    ROOM: tl.constexpr,
+    Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count, side_m, side_k,
+    SEGMENTS: tl.constexpr, BY_ROW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """All tiles, one for each program; with ROOM a few programs share them, and have nothing to do for ROOM active columns."""
     if ROOM == 0:
         multiply_tile(
-            tl.program_id(0), Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, PEAKS, ACTIVE, M, N, K, zero_stride,
-            side_count, side_m, side_k, SEGMENTS, BM, BN, BK, GROUP, EVEN_K,
+            tl.program_id(0), Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride,
+            side_count, side_m, side_k, SEGMENTS, BY_ROW, BM, BN, BK, GROUP, EVEN_K,
         )  # fmt: skip
     else:
         gdc_wait()
         if tl.load(ACTIVE) > ROOM:
             for t in range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0)):
                 multiply_tile(
-                    t, Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, PEAKS, ACTIVE, M, N, K, zero_stride, side_count,
-                    side_m, side_k, SEGMENTS, BM, BN, BK, GROUP, EVEN_K,
+                    t, Q, W, Y, SX, SW, ZERO, WSUM, BIAS, SIDE, SIDEW, BORDERS, ACTIVE, M, N, K, zero_stride, side_count,
+                    side_m, side_k, SEGMENTS, BY_ROW, BM, BN, BK, GROUP, EVEN_K,
                 )  # fmt: skip
 
 
@@ -138,7 +119,6 @@ def matmul(
     side: Tensor | None = None,
     side_weight: Tensor | None = None,
     borders: Tensor | None = None,
-    peaks: Tensor | None = None,
     active: Tensor | None = None,
     done: Tensor | None = None,
     config: Tile,
@@ -147,13 +127,12 @@ def matmul(
 
     Args:
         q, weight: ``[M, K]`` and ``[N, K]`` int8, contiguous.
-        sx: ``[M, G]`` float32, for G segments of K; G is 1 without ``borders``.
-        sw: ``[N]`` float32, or of segments ``[G, N]``, :func:`quantkit.ops.reference.chained`.
+        sx: ``[M, 1]`` float32, or for G segments of K ``[M, 1 + G]``, :func:`quantkit.numerics.shared`.
+        sw: ``[N]`` float32, or of segments that count differently in each row ``[1 + G, N]``, a unit and multiples as well.
         zero, wsum: ``[M, G]`` (or ``[G]``, static) and ``[G, N]`` int32: zero points, and sums over segments of the weight.
         bias: ``[N]`` float.
         side, side_weight: ``[M, n]`` and ``[N, n]`` in one float dtype: columns multiplied without rounding.
-        borders, peaks: ``[G + 1]`` int32, where segments of K start and end: multiples of 16, from 0 to K; and ``[G]``,
-            :func:`quantkit.numerics.peaks` of the segments without their padding.
+        borders: ``[G + 1]`` int32, where segments of K start and end: multiples of 16, from 0 to K.
         active: ``[1 + K]`` int32, how many columns to take from ``side`` as they are, and which; ``side [M, K]`` is then what q
             was rounded from, without side_weight, zero or borders.
         done: ``[M, N]``, the result already, but for batches with more active columns than ``columns.ROOM``; Hopper only.
@@ -165,10 +144,10 @@ def matmul(
     tiles = triton.cdiv(m, config.m) * triton.cdiv(n, config.n)
     segments = 1 if borders is None else len(borders) - 1
     matmul_kernel[(tiles if done is None else min(tiles, 2 * PROCESSORS),)](
-        q, weight, y, sx, sw, zero, wsum, bias, side, side_weight, borders, peaks, active, m, n, k,
+        q, weight, y, sx, sw, zero, wsum, bias, side, side_weight, borders, active, m, n, k,
         segments if zero is not None and zero.numel() > segments else 0, 0 if side is None else side.shape[1],
-        *((0, 0) if side is None else side.stride()), segments, config.m, config.n, config.k, config.group, k % config.k == 0,
-        0 if done is None else ROOM,
+        *((0, 0) if side is None else side.stride()), segments, sw.dim() == 2,
+        config.m, config.n, config.k, config.group, k % config.k == 0, 0 if done is None else ROOM,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
         **({} if done is None else {"launch_pdl": True}),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from quantkit.ops.gpu import columns, configs, fuse
 from quantkit.ops.gpu.gemv import gemv as _gemv
 from quantkit.ops.gpu.matmul import matmul as _matmul
 from quantkit.ops.gpu.quantize import quantize as _quantize
-from quantkit.ops.gpu.quantize import reachable
+from quantkit.ops.gpu.quantize import reachable, with_unit
 
 log = logging.getLogger("quantkit")
 OTHER_GLUON = (
@@ -72,7 +72,6 @@ def matmul(
     side: Tensor | None = None,
     side_weight: Tensor | None = None,
     borders: Tensor | None = None,
-    peaks: Tensor | None = None,
     align: int = 16,
     active: Tensor | None = None,
 ) -> Tensor:
@@ -81,9 +80,9 @@ def matmul(
     ``align`` is what all borders are multiples of.
     """
     (m, k), n = q.shape, len(weight)
-    vector = configs.in_segments(k, 1 if borders is None else len(borders) - 1)
-    if m == 1 and vector is not None and zero is None and side is None and k % 16 == 0:
-        return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, borders=borders, peaks=peaks, config=vector)
+    if m == 1 and zero is None and side is None and k % 16 == 0:
+        vector = configs.vector(k, given=True, segments=borders is not None)
+        return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, borders=borders, config=vector)
     tma = hopper is not None and k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0
     tma = tma and (borders is None or align % configs.BLOCK == 0) and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
     if side is not None:
@@ -97,7 +96,7 @@ def matmul(
             if active is None or side is None:
                 return hopper.multiply(
                     q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight,
-                    borders=borders, peaks=peaks, config=config,
+                    borders=borders, config=config,
                 )  # fmt: skip
             some = columns.gather(side, q, sx, weight, sw, active)
             y = hopper.multiply(
@@ -110,7 +109,7 @@ def matmul(
             config = configs.portable(configs.capability(q.device), m, n)
     return _matmul(
         q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight, borders=borders,
-        peaks=peaks, active=active, config=config,
+        active=active, config=config,
     )  # fmt: skip
 
 
@@ -135,13 +134,13 @@ _library.define(
     "quantize(Tensor x, *, int bits=8, bool symmetric=True, str source='', Tensor? x2=None, Tensor? gain=None, "
     "Tensor? bias=None, float eps=0.0, float offset=0.0, Tensor? shift=None, Tensor? pre_scale=None, "
     "Tensor? permutation=None, int rotation=0, Tensor? side_index=None, Tensor? side_mask=None, "
-    "Tensor? in_scale=None, Tensor? in_zero=None, Tensor? clusters=None, Tensor? reach=None, int align=16, "
+    "Tensor? in_scale=None, Tensor? in_zero=None, Tensor? clusters=None, Tensor? shares=None, int align=16, "
     "float threshold=0.0) -> Tensor[]"
 )
 _library.define(
     "matmul(Tensor q, Tensor sx, Tensor weight, Tensor sw, ScalarType dtype, Tensor? zero=None, Tensor? wsum=None, "
     "Tensor? bias=None, Tensor? side=None, Tensor? side_weight=None, Tensor? borders=None, "
-    "Tensor? peaks=None, int align=16, Tensor? active=None) -> Tensor"
+    "int align=16, Tensor? active=None) -> Tensor"
 )
 _library.define("gemv(Tensor x, Tensor weight, Tensor sw, int bits=8, Tensor? bias=None, Tensor? pre_scale=None) -> Tensor")
 for _name, _function in (("quantize", quantize), ("matmul", matmul), ("gemv", gemv)):
@@ -150,11 +149,11 @@ for _name, _function in (("quantize", quantize), ("matmul", matmul), ("gemv", ge
 
 @torch.library.register_fake("quantkit::quantize")
 def _(
-    x, *, symmetric=True, source="", x2=None, side_index=None, in_scale=None, clusters=None, reach=None, threshold=0.0, **_
+    x, *, symmetric=True, source="", x2=None, side_index=None, in_scale=None, clusters=None, shares=None, threshold=0.0, **_
 ):  # fmt: skip
     m, k = x.shape
-    width, count = (configs.padded(k), 1) if clusters is None else (16 * len(clusters), len(reach))
-    out = [x.new_empty((m, width), dtype=torch.int8), x.new_empty((m, count), dtype=torch.float32)]
+    width, count = (configs.padded(k), 1) if clusters is None else (16 * len(clusters), len(shares))
+    out = [x.new_empty((m, width), dtype=torch.int8), x.new_empty((m, with_unit(count)), dtype=torch.float32)]
     out += [] if symmetric or in_scale is not None else [x.new_empty((m, count), dtype=torch.int32)]
     out += [] if side_index is None else [x.new_empty((m, configs.padded_side(len(side_index))))]
     out += [x.new_empty((m, k))] if x2 is not None and source in ("rms", "layer") else []

@@ -15,8 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.numerics import qmax
 from quantkit.ops.gpu.configs import IN_PAIRS, PROCESSORS, padded
-from quantkit.ops.gpu.quantize import FLOOR, ROUND, hopper
-from quantkit.ops.gpu.rows import LEAST, LINE, MOST_CLUSTERS, add, by_cluster, larger, low_bytes, of_lines, read
+from quantkit.ops.gpu.quantize import FLOOR, ROUND, hopper, with_unit
+from quantkit.ops.gpu.rows import LEAST, LINE, MOST_CLUSTERS, add, by_cluster, larger, low_bytes, of_lines, read, shared
 
 WIDTH = gl.constexpr(LINE)
 
@@ -129,7 +129,7 @@ def put(Q, row, M, k, x, inverse, padded, EVEN: gl.constexpr):
 
 
 @gluon.jit
-def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded, stride_x, stride_2, eps, offset,
+def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, SHARES, Q, S, SUM, M, K, padded, stride_x, stride_2, eps, offset,
                  SOURCE: gl.constexpr, QMAX: gl.constexpr, CLUSTERS: gl.constexpr, COUNT: gl.constexpr, B: gl.constexpr,
                  EVEN: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """Two rows of K channels at a time; see :func:`quantkit.ops.gpu.quantize.quantize` for the arguments.
@@ -155,9 +155,7 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
         n, line = gl.arange(0, CLUSTERS, gl.SliceLayout(0, small))[None, :], gl.arange(0, G, gl.SliceLayout(1, small))
         cluster = gl.load(CLUSTER + line * (WIDTH // 16), mask=line * WIDTH < padded, other=-1)
         where = gl.maximum(cluster, 0).reshape([G // (4 * W), W, 4]).permute([1, 0, 2]).reshape([W, G // W])
-        along: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, W], [1, 0])  # as results are, in a form that scans take
-        reach = gl.load(REACH + c, mask=c < COUNT, other=1.0)
-        nearness = gl.div_rn(gl.full_like(reach, 1.0), reach)[:, None]
+        shares = gl.load(SHARES + c, mask=c < COUNT, other=0.0)[:, None]
     if PRE is not None:
         pre = in_order(gl.load(PRE + k, mask=k < K, other=0.0), perm, B)
     if GAIN is not None:
@@ -210,12 +208,15 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
         top = gl.reduce(tops, 0, larger)[None, :]
         finite = (gl.abs(top) < float("inf")) & (gl.abs(top) * factor < float("inf"))
         absmax = gl.where(finite, gl.abs(tops) * factor, 0.0)
-        if CLUSTERS > 1:  # numerics.raised
-            least = gl.associative_scan(gl.convert_layout(absmax * nearness, along), 0, larger)
-            absmax = gl.maximum(absmax, gl.convert_layout(least, results))
         absmax = gl.maximum(absmax, FLOOR)
         limit = gl.full_like(absmax, 1.0 * QMAX)
-        inverse = gl.where(finite, gl.div_rn(limit, absmax) * factor, 0.0)
+        scale = gl.div_rn(absmax, limit)
+        if CLUSTERS > 1:
+            scale, multiple = shared(scale, shares, 0)
+            inverse = gl.div_rn(gl.full_like(absmax, 1.0), scale * multiple)
+        else:
+            inverse = gl.div_rn(limit, absmax)
+        inverse = gl.where(finite, inverse * factor, 0.0)
         inverse_a = gl.reduce(gl.where(both[None, :] == 0, inverse, 0.0), 1, add)
         inverse_b = gl.reduce(gl.where(both[None, :] == 1, inverse, 0.0), 1, add)
         if CLUSTERS > 1:
@@ -224,11 +225,18 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, REACH, Q, S, SUM, M, K, padded
             inverse_a, inverse_b = gl.reduce(inverse_a, 0, add), gl.reduce(inverse_b, 0, add)
         put(Q, row, M, k, a, inverse_a, padded, EVEN)
         put(Q + padded, row, M - 1, k, b, inverse_b, padded, EVEN)
-        scale = gl.where(finite, gl.div_rn(absmax, limit), float("nan"))  # while the next rows arrive
-        at = (row + both).to(gl.int64)[None, :] * COUNT + c[:, None]
-        gl.store(S + at, scale, mask=(row + both < M)[None, :] & (c < COUNT)[:, None])
+        scale = gl.where(finite, scale, float("nan"))
+        at = S + (row + both).to(gl.int64)[None, :] * (1 if COUNT == 1 else 1 + COUNT)
+        gl.store(at, scale, mask=(row + both < M)[None, :])
+        if CLUSTERS > 1:
+            there = (row + both < M)[None, :] & (c < COUNT)[:, None]
+            gl.store(at + 1 + c[:, None], gl.where(finite, multiple, 1.0), mask=there)
         if X2 is None:
             word = words(x, y)
+
+
+FEW, FEW_IN_CLUSTERS = 32, 4
+"""So few rows are put in order sooner by :mod:`.rows`, each by a program of its own; measured on an H100."""
 
 
 def warps_of(block: int) -> int:
@@ -249,7 +257,7 @@ def takes(
     side_mask: Tensor | None = None,
     in_scale: Tensor | None = None,
     clusters: Tensor | None = None,
-    reach: Tensor | None = None,
+    shares: Tensor | None = None,
     align: int = 16,
     threshold: float = 0.0,
     **_: object,
@@ -258,11 +266,13 @@ def takes(
     others = (bias, shift, side_index, side_mask, in_scale)
     if permutation is None or not symmetric or rotation or threshold or any(v is not None for v in others):
         return False
-    if clusters is not None and reach is not None and (align % LINE or len(reach) > MOST_CLUSTERS):
+    if clusters is not None and shares is not None and (align % LINE or len(shares) > MOST_CLUSTERS):
+        return False
+    if x.shape[0] <= (FEW if clusters is None else FEW_IN_CLUSTERS):
         return False
     places = x.shape[1] if clusters is None else 16 * len(clusters)
     fits = x.shape[1] >= LEAST and places <= IN_PAIRS
-    return source in ("", "rms") and fits and x.element_size() == 2 and x.stride(1) == 1 and x.shape[0] > 0
+    return source in ("", "rms") and fits and x.element_size() == 2 and x.stride(1) == 1
 
 
 def quantize(
@@ -277,19 +287,19 @@ def quantize(
     offset: float = 0.0,
     pre_scale: Tensor | None = None,
     clusters: Tensor | None = None,
-    reach: Tensor | None = None,
+    shares: Tensor | None = None,
     **_: object,
 ) -> list[Tensor]:
     """As :func:`quantkit.ops.gpu.quantize.quantize`, for what :func:`takes`."""
     m, k = x.shape
     x2 = x2 if x2 is None or x2.stride(1) == 1 else x2.contiguous()
-    places, count = (padded(k), 1) if clusters is None or reach is None else (16 * len(clusters), len(reach))
-    q, scale = x.new_empty((m, places), dtype=torch.int8), x.new_empty((m, count), dtype=torch.float32)
+    places, count = (padded(k), 1) if clusters is None or shares is None else (16 * len(clusters), len(shares))
+    q, scale = x.new_empty((m, places), dtype=torch.int8), x.new_empty((m, with_unit(count)), dtype=torch.float32)
     kept = x.new_empty((m, k)) if x2 is not None else None
     block = triton.next_power_of_2(places)
     warps, pdl = warps_of(block), hopper(x.device)
     order_kernel[(min(triton.cdiv(m, 2), PROCESSORS * (16 // warps)),)](
-        x, x2, gain, pre_scale, permutation, clusters, reach, q, scale, kept, m, k, places,
+        x, x2, gain, pre_scale, permutation, clusters, shares, q, scale, kept, m, k, places,
         x.stride(0), 0 if x2 is None else x2.stride(0), eps, offset,
         source, qmax(bits), triton.next_power_of_2(count), count, block, block == k == places, pdl,
         num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),

@@ -13,13 +13,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.numerics import ABSMAX_FLOOR, qmax
+from quantkit.numerics import ABSMAX_FLOOR, FINENESS, qmax
 from quantkit.ops.gpu.columns import list_columns, reaching
 from quantkit.ops.gpu.configs import padded, padded_side
 
 FLOOR = tl.constexpr(ABSMAX_FLOOR)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds half to even and leaves the integer in the low bits
 EXPONENT = tl.constexpr(0x7F800000)  # absolute bit patterns from here on are Inf and NaN, which float maxima would drop
+FINE = tl.constexpr(FINENESS)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 
@@ -43,12 +44,22 @@ def _spread(values, cluster, CLUSTERS: tl.constexpr):
 
 
 @triton.jit
-def _raised(values, REACH, COUNT: tl.constexpr, CLUSTERS: tl.constexpr):
-    """numerics.raised."""
+def _shared(scale, SHARES, COUNT: tl.constexpr, CLUSTERS: tl.constexpr):
+    """numerics.shared: unit and multiples ``[CLUSTERS]``."""
     g = tl.arange(0, CLUSTERS)
-    reached = tl.load(REACH + g, mask=g < COUNT, other=1.0)
-    least = values * tl.div_rn(tl.full(reached.shape, 1.0, tl.float32), reached)
-    return tl.maximum(values, tl.max(tl.where(g[None, :] < g[:, None], least[None, :], 0.0), 1))
+    terms = scale * tl.load(SHARES + g, mask=g < COUNT, other=0.0)
+    top = tl.max(terms, 0)
+    parts = tl.ceil(tl.div_rn(terms, tl.zeros([CLUSTERS], tl.float32) + top) * FINE).to(tl.int32)
+    unit = tl.sum(parts, 0).to(tl.float32) * (1 / FINE) * top
+    steps = tl.ceil((tl.div_rn(scale, tl.zeros([CLUSTERS], tl.float32) + unit) - 1.0) * 0.5)
+    return unit, tl.maximum(2.0 * steps + 1.0, 1.0)
+
+
+@triton.jit
+def _spread_inverse(unit, multiple, cluster, CLUSTERS: tl.constexpr):
+    """``1 / scale`` for rows of clusters, 0 for those of none."""
+    scale = unit * multiple
+    return _spread(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), cluster, CLUSTERS)
 
 
 @triton.jit
@@ -63,46 +74,55 @@ def _magnitude(x, CLUSTERS: tl.constexpr):
 
 
 @triton.jit
-def _symmetric(x, cluster, REACH, QMAX: tl.constexpr, COUNT: tl.constexpr, CLUSTERS: tl.constexpr):
-    """Codes and scale of rows ``x [R, B]`` float32, padded with 0: numerics.encode and absmax_scale, bit for bit."""
+def _symmetric(x, cluster, SHARES, QMAX: tl.constexpr, COUNT: tl.constexpr, CLUSTERS: tl.constexpr):
+    """Codes and scale of rows ``x [R, B]`` float32, padded with 0: numerics.encode and absmax_scale, bit for bit. With clusters
+    the scale is a unit, and multiples come third."""
     top, finite = _magnitude(x, CLUSTERS)
     absmax = tl.where(finite, top, 0).to(tl.float32, bitcast=True)
     if CLUSTERS > 1:
-        absmax = _spread(_raised(_of_each(absmax, cluster, CLUSTERS), REACH, COUNT, CLUSTERS), cluster, CLUSTERS)
-    absmax = tl.maximum(absmax, FLOOR)
-    limit = tl.full(absmax.shape, QMAX, tl.float32)
-    q = (x * tl.div_rn(limit, absmax)[:, None] + ROUND).to(tl.int32, bitcast=True)
-    return tl.where(finite[:, None], q, 0).to(tl.int8), tl.where(finite, tl.div_rn(absmax, limit), float("nan"))
+        absmax = tl.maximum(_of_each(absmax, cluster, CLUSTERS), FLOOR)
+        limit = tl.full(absmax.shape, QMAX, tl.float32)
+        scale, multiple = _shared(tl.div_rn(absmax, limit), SHARES, COUNT, CLUSTERS)
+        inverse = _spread_inverse(scale, multiple, cluster, CLUSTERS)
+    else:
+        absmax = tl.maximum(absmax, FLOOR)
+        limit = tl.full(absmax.shape, QMAX, tl.float32)
+        scale, inverse, multiple = tl.div_rn(absmax, limit), tl.div_rn(limit, absmax), absmax
+    q = (x * inverse[:, None] + ROUND).to(tl.int32, bitcast=True)
+    return tl.where(finite[:, None], q, 0).to(tl.int8), scale, multiple, finite
 
 
 @triton.jit
-def _asymmetric(x, cluster, REACH, QMAX: tl.constexpr, COUNT: tl.constexpr, CLUSTERS: tl.constexpr):
-    """Codes, scale and zero of rows ``x [R, B]``, padded with 0: numerics.encode_asymmetric and range_scale."""
+def _asymmetric(x, cluster, SHARES, QMAX: tl.constexpr, COUNT: tl.constexpr, CLUSTERS: tl.constexpr):
+    """Codes, scale and zero of rows ``x [R, B]``, padded with 0: numerics.encode_asymmetric and range_scale. With clusters the
+    scale is a unit, and multiples come third."""
     _, finite = _magnitude(x, CLUSTERS)
     x = tl.where(finite[:, None], x, 0.0)
     low, high = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
     if CLUSTERS > 1:
         low, high = -_of_each(-low, cluster, CLUSTERS), _of_each(high, cluster, CLUSTERS)
     scale = tl.div_rn(tl.maximum(high - low, FLOOR), tl.full(low.shape, 2 * QMAX + 1, tl.float32))
+    multiple = scale
     if CLUSTERS > 1:
         finite = finite & (tl.min((scale < float("inf")).to(tl.int32), 0) > 0)
-        scale = _spread(_raised(scale, REACH, COUNT, CLUSTERS), cluster, CLUSTERS)
-        scale = tl.where(finite & (cluster >= 0), scale, 1.0)
+        scale = tl.where(scale < float("inf"), scale, 1.0)
+        scale, multiple = _shared(scale, SHARES, COUNT, CLUSTERS)
         low = -_spread(-low, cluster, CLUSTERS)
+        own = tl.where(finite & (cluster >= 0), _spread(scale * multiple, cluster, CLUSTERS), 1.0)
     else:
         finite = finite & (scale < float("inf"))
-        scale = tl.where(finite, scale, 1.0)
-    zero = _round(-(QMAX + 1) - tl.div_rn(tl.where(finite, low, 0.0), scale))
-    v = x * tl.div_rn(tl.full(low.shape, 1.0, tl.float32), scale)[:, None]
+        own = tl.where(finite, scale, 1.0)
+    zero = _round(-(QMAX + 1) - tl.div_rn(tl.where(finite, low, 0.0), own))
+    v = x * tl.div_rn(tl.full(low.shape, 1.0, tl.float32), own)[:, None]
     q = _round(tl.where(finite[:, None], v, 0.0)) + zero[:, None]
     q = tl.minimum(tl.maximum(q, -QMAX - 1), QMAX)
     q = tl.where(finite[:, None], q, 0)
-    return q.to(tl.int8), tl.where(finite, scale, float("nan")), tl.where(finite, zero, 0)
+    return q.to(tl.int8), scale, tl.where(finite, zero, 0), multiple, finite
 
 
 @triton.jit
 def _static(x, scale, zero, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, CLUSTERS: tl.constexpr):
-    """Codes and row scales of rows ``x [R, B]`` for a given ``scale [R]`` and ``zero [R]``."""
+    """Codes of rows ``x [R, B]`` for a given ``scale [R]`` and ``zero [R]``, and which rows are finite."""
     _, finite = _magnitude(x, CLUSTERS)
     v = x * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
     v = tl.where(finite[:, None], v, 0.0)
@@ -112,7 +132,7 @@ def _static(x, scale, zero, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, CLUSTER
         q = _round(tl.minimum(tl.maximum(v, -4.0 * QMAX), 4.0 * QMAX)) + zero[:, None]
         q = tl.minimum(tl.maximum(q, -QMAX - 1), QMAX)
         q = tl.where(finite[:, None], q, 0)
-    return q.to(tl.int8), tl.where(finite, scale, float("nan"))
+    return q.to(tl.int8), finite
 
 
 @triton.jit
@@ -141,7 +161,7 @@ def gated(x, x2, SOURCE: tl.constexpr):
 
 @triton.jit
 def quantize_kernel(
-    X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIDE_INDEX, SIDE_MASK, IN_SCALE, IN_ZERO, CLUSTER, REACH,
+    X, X2, GAIN, BIAS, SHIFT, PRE, PERM, SIDE_INDEX, SIDE_MASK, IN_SCALE, IN_ZERO, CLUSTER, SHARES,
     Q, S, Z, SIDE, SUM, REACHED, M, K, places, padded, stride_xm, stride_xk, stride_2m, stride_2k, side_count, side_stride, eps,
     offset, threshold,
     SOURCE: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ROTATION: tl.constexpr, SIDES: tl.constexpr,
@@ -213,23 +233,40 @@ def quantize_kernel(
         tile = tl.arange(0, B // 16)
         cluster = tl.load(CLUSTER + tile, mask=tile < padded // 16, other=-1)
         at, store = tl.program_id(0).to(tl.int64) * COUNT + cluster, cluster >= 0  # tiles of a cluster write the same
+        g = tl.arange(0, CLUSTERS)
     if IN_SCALE is not None:
         zero = cluster
         if IN_ZERO is not None:
             zero = tl.load(IN_ZERO + cluster, mask=store, other=0)
-        q, s = _static(x, tl.load(IN_SCALE + cluster, mask=store, other=1.0), zero, QMAX, SYMMETRIC, CLUSTERS)
+        scale = tl.load(IN_SCALE)
+        own = tl.full([R], 1.0, tl.float32) * scale
+        if CLUSTERS > 1:
+            multiple = tl.load(IN_SCALE + 1 + g, mask=g < COUNT, other=1.0)
+            own = scale * tl.load(IN_SCALE + 1 + cluster, mask=store, other=1.0)
+        q, finite = _static(x, own, zero, QMAX, SYMMETRIC, CLUSTERS)
     elif SYMMETRIC:
-        q, s = _symmetric(x, cluster, REACH, QMAX, COUNT, CLUSTERS)
+        q, scale, multiple, finite = _symmetric(x, cluster, SHARES, QMAX, COUNT, CLUSTERS)
     else:
-        q, s, z = _asymmetric(x, cluster, REACH, QMAX, COUNT, CLUSTERS)
-        tl.store(Z + at, z, mask=store)
+        q, scale, zero, multiple, finite = _asymmetric(x, cluster, SHARES, QMAX, COUNT, CLUSTERS)
+        tl.store(Z + at, zero, mask=store)
+    if CLUSTERS > 1:
+        whole = tl.min(finite.to(tl.int32), 0) > 0
+        at = tl.program_id(0).to(tl.int64) * (1 + COUNT)
+        tl.store(S + at, tl.where(whole, scale, float("nan")))
+        tl.store(S + at + 1 + g, tl.where(whole, multiple, 1.0), mask=g < COUNT)
+    else:
+        tl.store(S + row, tl.where(finite, scale, float("nan")), mask=row < M)
     q = tl.reshape(q, (R, B))
     out = Q + row[:, None] * padded + k[None, :]
     if EVEN:
         tl.store(out, q)
     else:
         tl.store(out, q, mask=(row < M)[:, None] & (k < padded)[None, :])
-    tl.store(S + at, s, mask=store)
+
+
+def with_unit(count: int) -> int:
+    """Columns of a scale of ``count`` clusters."""
+    return 1 if count == 1 else 1 + count
 
 
 def reachable(x: Tensor) -> Tensor:
@@ -257,7 +294,7 @@ def quantize(
     in_scale: Tensor | None = None,
     in_zero: Tensor | None = None,
     clusters: Tensor | None = None,
-    reach: Tensor | None = None,
+    shares: Tensor | None = None,
     align: int = 16,
     threshold: float = 0.0,
     warps: int = 0,
@@ -275,19 +312,19 @@ def quantize(
         pre_scale: ``[K]`` float32, by which channels are multiplied, the signs of a rotation included.
         rotation: channels of a block; 0 for none.
         side_mask: ``[K]`` int8, 1 at the channels of ``side_index``, which are 0 in the codes.
-        in_scale, in_zero: ``[G]``, static scale and zero point; left out, every token gets its own.
-        clusters, reach: with G > 1 clusters of channels, ``[P / 16]`` int32, to which of them each 16 of the P codes of a row
-            belong, and ``[G]`` float32, :func:`quantkit.numerics.reach`. ``permutation`` is then ``[P]``, -1 where a code is
+        in_scale, in_zero: static scale ``[1]`` (``[1 + G]``) and zero point ``[1]`` (``[G]``); left out, a token gets its own.
+        clusters, shares: with G > 1 clusters of channels, ``[P / 16]`` int32, to which of them each 16 of the P codes of a row
+            belong, and ``[G]`` float32, :func:`quantkit.numerics.shares`. ``permutation`` is then ``[P]``, -1 where a code is
             padding.
         align: what the borders of clusters are multiples of.
         threshold: finite elements that reach it are 0 in the codes, and do not count for the scale; 0 for none.
         warps: of each program; 0 decides by K.
 
     Returns:
-        codes ``[M, padded(K)]`` or ``[M, P]`` int8 (the weight must be 0 where they are padding) and scale ``[M, G]`` float32;
-        then, where asked for, zero ``[M, G]`` int32, side columns ``[M, padded_side(n)]`` and the sum ``x + x2`` ``[M, K]``,
-        both in the dtype of x, and ``[1 + K]`` int32, how many columns reached the threshold anywhere and which, ascending (see
-        :mod:`.columns`).
+        codes ``[M, padded(K)]`` or ``[M, P]`` int8 (the weight must be 0 where they are padding) and scale ``[M, 1]`` float32
+        (``[M, 1 + G]``, :func:`quantkit.numerics.shared`); then, where asked for, zero ``[M, 1]`` (``[M, G]``) int32, side
+        columns ``[M, padded_side(n)]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x, and ``[1 + K]`` int32, how
+        many columns reached the threshold anywhere and which, ascending (see :mod:`.columns`).
 
     Raises:
         ValueError: a source and side columns, which would be taken from before the norm or gate.
@@ -296,9 +333,9 @@ def quantize(
         raise ValueError(f"source={source!r} cannot be fused where side columns are taken: apply it before quantize")
     m, k = x.shape
     x, x2 = reachable(x), x2 if x2 is None else reachable(x2)
-    width, count = (padded(k), 1) if clusters is None or reach is None else (16 * len(clusters), len(reach))
+    width, count = (padded(k), 1) if clusters is None or shares is None else (16 * len(clusters), len(shares))
     places = k if clusters is None else width
-    q, scale = x.new_empty((m, width), dtype=torch.int8), x.new_empty((m, count), dtype=torch.float32)
+    q, scale = x.new_empty((m, width), dtype=torch.int8), x.new_empty((m, with_unit(count)), dtype=torch.float32)
     zero = None if symmetric or in_scale is not None else x.new_empty((m, count), dtype=torch.int32)
     columns = 0 if side_index is None else len(side_index)
     sides = padded_side(columns)
@@ -312,7 +349,7 @@ def quantize(
     rows = 1 if clusters is not None else max(1, 1024 // block)
     pdl, strides2 = hopper(x.device), (0, 0) if x2 is None else x2.stride()
     quantize_kernel[(triton.cdiv(m, rows),)](
-        x, x2, gain, bias, shift, pre_scale, permutation, side_index, side_mask, in_scale, in_zero, clusters, reach,
+        x, x2, gain, bias, shift, pre_scale, permutation, side_index, side_mask, in_scale, in_zero, clusters, shares,
         q, scale, zero, side, kept, reached, m, k, places, width, *x.stride(), *strides2, columns,
         sides, eps, offset, threshold, source, qmax(bits), symmetric, rotation,
         triton.next_power_of_2(sides) if sides else 0, triton.next_power_of_2(count), count, rows, block,

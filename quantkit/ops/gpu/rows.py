@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.numerics import qmax
 from quantkit.ops.gpu.configs import PROCESSORS, padded
-from quantkit.ops.gpu.quantize import FLOOR, ROUND, gated, hopper
+from quantkit.ops.gpu.quantize import FINE, FLOOR, ROUND, gated, hopper, with_unit
 
 LINE = 64
 LEAST_ROTATION, LARGEST_ROTATION = 8, 256
@@ -159,17 +159,17 @@ def of_lines(x, cluster, c):
 
 
 @gluon.jit
-def ranges(top, cluster, c, REACH, finite, factor, COUNT: gl.constexpr):
-    """numerics.raised of clusters whose largest absolute values are ``top [CLUSTERS]`` times ``factor``, for each line."""
-    absmax = gl.where(finite, gl.abs(top) * factor, 0.0)[None, :]
-    reach = gl.load(REACH + c, mask=c < COUNT, other=1.0)
-    least = absmax * gl.div_rn(gl.full_like(reach, 1.0), reach)
-    kept = gl.where(cluster[:, None] == c, absmax, gl.where(c < cluster[:, None], least, 0.0))
-    return gl.maximum(gl.reduce(kept, 1, larger), FLOOR)
+def shared(scale, shares, AXIS: gl.constexpr):
+    """numerics.shared of scales of clusters along AXIS: units and multiples."""
+    terms = scale * shares
+    top = gl.expand_dims(gl.reduce(terms, AXIS, larger), AXIS)
+    parts = gl.ceil(gl.div_rn(terms, gl.zeros_like(terms) + top) * FINE)  # whole numbers, at most 2**22 together
+    unit = gl.expand_dims(gl.reduce(parts, AXIS, add), AXIS) * (1 / FINE) * top
+    return unit, gl.maximum(2.0 * gl.ceil((gl.div_rn(scale, gl.zeros_like(scale) + unit) - 1.0) * 0.5) + 1.0, 1.0)
 
 
 @gluon.jit
-def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, CLUSTER, REACH, Q, S, SUM, M, K, padded, stride_x, stride_2, eps, offset,
+def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, CLUSTER, SHARES, Q, S, SUM, M, K, padded, stride_x, stride_2, eps, offset,
                 SOURCE: gl.constexpr, QMAX: gl.constexpr, ROTATION: gl.constexpr, CLUSTERS: gl.constexpr, COUNT: gl.constexpr,
                 L: gl.constexpr, B: gl.constexpr, EVEN: gl.constexpr, AHEAD: gl.constexpr, RING: gl.constexpr,
                 ROUNDED: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
@@ -196,6 +196,7 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, CLUSTER, REACH, Q, S, SUM,
         small: gl.constexpr = by_cluster(layout, CLUSTERS)
         c, line = gl.arange(0, CLUSTERS, gl.SliceLayout(0, small))[None, :], gl.arange(0, G, gl.SliceLayout(1, small))
         cluster = gl.load(CLUSTER + line * (L // 16), mask=line * L < padded, other=-1)
+        shares = gl.load(SHARES + c, mask=c < COUNT, other=0.0)
     if PRE is not None:
         pre = gl.load(PRE + source, mask=source < K, other=0.0)
     if GAIN is not None:
@@ -288,10 +289,14 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, CLUSTER, REACH, Q, S, SUM,
             top = gl.reduce(tops, 0, larger)
         finite = (gl.abs(top) < float("inf")) & (gl.abs(top) * factor < float("inf"))
         if CLUSTERS > 1:
-            absmax = ranges(tops, cluster, c, REACH, finite, factor, COUNT)
-            limit = gl.full_like(absmax, 1.0 * QMAX)
-            inverse = gl.convert_layout(gl.div_rn(limit, absmax), gl.SliceLayout(1, layout))[:, None] * factor
-            gl.store(S + row * COUNT + cluster, gl.where(finite, gl.div_rn(absmax, limit), float("nan")), mask=cluster >= 0)
+            absmax = gl.maximum(gl.where(finite, gl.abs(tops) * factor, 0.0), FLOOR)[None, :]
+            scale = gl.div_rn(absmax, gl.full_like(absmax, 1.0 * QMAX))
+            unit, multiple = shared(scale, shares, 1)
+            of_each = gl.div_rn(gl.full_like(scale, 1.0), unit * multiple)
+            inverse = gl.reduce(gl.where(cluster[:, None] == c, of_each, 0.0), 1, add)
+            inverse = gl.convert_layout(inverse, gl.SliceLayout(1, layout))[:, None] * factor
+            gl.store(S + row * (1 + COUNT) + 0 * c, gl.where(finite, unit, float("nan")))
+            gl.store(S + row * (1 + COUNT) + 1 + c, gl.where(finite, multiple, 1.0), mask=c < COUNT)
         else:
             absmax, limit = gl.maximum(gl.abs(top) * factor, FLOOR), gl.to_tensor(1.0 * QMAX)
             inverse = gl.div_rn(limit, absmax) * factor
@@ -321,7 +326,7 @@ def takes(
     side_mask: Tensor | None = None,
     in_scale: Tensor | None = None,
     clusters: Tensor | None = None,
-    reach: Tensor | None = None,
+    shares: Tensor | None = None,
     align: int = 16,
     threshold: float = 0.0,
     **_: object,
@@ -332,8 +337,8 @@ def takes(
     alone = x2 is None and gain is None and pre_scale is None and permutation is None
     largest = LARGEST if alone and clusters is None else LARGEST // 2
     common = common and bool(source or rotation or not alone) and not (source == "rms" and bias is not None)
-    if clusters is not None and reach is not None:
-        common = common and align % max(LINE, rotation) == 0 and len(reach) <= MOST_CLUSTERS
+    if clusters is not None and shares is not None:
+        common = common and align % max(LINE, rotation) == 0 and len(shares) <= MOST_CLUSTERS
     places = x.shape[1] if clusters is None else 16 * len(clusters)
     fits = x.shape[1] >= LEAST and places <= largest and (not rotation or LEAST_ROTATION <= rotation <= LARGEST_ROTATION)
     if not (common and fits and x.stride(1) == 1 and x.shape[0] > 0):
@@ -358,14 +363,14 @@ def quantize(
     permutation: Tensor | None = None,
     rotation: int = 0,
     clusters: Tensor | None = None,
-    reach: Tensor | None = None,
+    shares: Tensor | None = None,
     **_: object,
 ) -> list[Tensor]:
     """As :func:`quantkit.ops.gpu.quantize.quantize`, for what :func:`takes`."""
     m, k = x.shape
     x2 = x2 if x2 is None or x2.stride(1) == 1 else x2.contiguous()
-    places, count = (padded(k), 1) if clusters is None or reach is None else (16 * len(clusters), len(reach))
-    q, scale = x.new_empty((m, places), dtype=torch.int8), x.new_empty((m, count), dtype=torch.float32)
+    places, count = (padded(k), 1) if clusters is None or shares is None else (16 * len(clusters), len(shares))
+    q, scale = x.new_empty((m, places), dtype=torch.int8), x.new_empty((m, with_unit(count)), dtype=torch.float32)
     kept = x.new_empty((m, k)) if x2 is not None and source in ("rms", "layer") else None
     gate, order = x2 is not None and kept is None, permutation is not None
     shape = shape_for(x, source, x2, gain, pre_scale, permutation, rotation, k if clusters is None else places)
@@ -375,7 +380,7 @@ def quantize(
     pdl = hopper(x.device)
     rows_kernel[(min(m, shape.programs) if ring or ahead else m,)](
         x, x2, gain, bias, pre_scale, permutation,
-        hadamard_16(rotation, x.device, x.dtype if exact else torch.bfloat16) if rotation else None, clusters, reach,
+        hadamard_16(rotation, x.device, x.dtype if exact else torch.bfloat16) if rotation else None, clusters, shares,
         q, scale, kept, m, k, places, x.stride(0), 0 if x2 is None else x2.stride(0), eps, offset,
         source, qmax(bits), rotation, triton.next_power_of_2(count), count, shape.line, shape.block, shape.block == k, ahead,
         RING if ring else 0, gate and exact, pdl,
