@@ -138,6 +138,8 @@ def ours_in_segments(count: int, padding: int = 0) -> Callable[[Inputs], Call | 
             128,
             *(128 + a.k * parts // 256 // 128 * 128 for parts in {2: (), 4: (32, 128), 8: (8, 16, 32, 64, 96, 128)}[count]),
         ]
+        if sorted({0, *inner, wide}) != [0, *inner, wide]:
+            return None  # too short for so many
         borders = torch.tensor([0, *inner, wide], device=DEVICE, dtype=torch.int32)
         q, w = ([int8(rows, wide) for _ in range(a.copies)] for rows in (a.m, a.n))
         multiples = 2.0 * torch.randint(0, 100, (a.m, count), device=DEVICE) + 1

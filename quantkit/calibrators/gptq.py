@@ -13,7 +13,7 @@ from torch import Tensor
 from quantkit.calibrators.base import Codes, Plan, SiteView, Stage, View
 from quantkit.calibrators.noise import best_clip
 from quantkit.errors import MethodError
-from quantkit.numerics import decode, encode, fits, of_clusters, quantize_weight, steps_of, weight_grid
+from quantkit.numerics import decode, encode, of_clusters, quantize_weight, steps_of, weight_grid
 from quantkit.ops.reference import quantize_rows
 from quantkit.scheme import Scheme
 from quantkit.statistics import Statistic, TokenSample
@@ -149,7 +149,7 @@ class GPTQ:
                 float(counts @ (rounded @ decode(c.codes, spread(of_clusters(c.scale), groups)).T - wanted).pow(2).sum(1))
                 for c in (nearest, found)
             )
-            if after < before and (len(groups) == 1 or fits(found.codes, found.scale, groups)):
+            if after < before:
                 codes[name] = found
                 shares.append(after / before)
             else:

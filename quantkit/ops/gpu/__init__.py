@@ -78,8 +78,7 @@ class GPU(Plain):
         k = layer.in_features
         weight, permutation = layer.weight.contiguous(), layer.permutation
         borders = clusters = None
-        by_row = bool((layer.weight_scale[:, 1:] != 1).any())
-        scale = (layer.weight_scale.t() if by_row else layer.weight_scale[:, 0]).contiguous()
+        scale = (layer.weight_scale.t() if _by_row(layer.weight_scale) else layer.weight_scale[:, 0]).contiguous()
         shares, in_scale = shares_of(layer), layer.input_scale
         align = _align(layer.groups, layer.weight.device)
         if layer.groups:
@@ -134,6 +133,12 @@ class GPU(Plain):
             q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, *side, packed.borders,
             packed.align,
         )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result  # which values they have cannot be traced
+def _by_row(scale: Tensor) -> bool:
+    """Whether clusters count differently in rows of a weight, of ``scale [N, 1 + G]``."""
+    return bool((scale[:, 1:] != 1).any())
 
 
 def narrow(permutation: Tensor, k: int) -> Tensor:
