@@ -283,7 +283,7 @@ def segments(result: Result) -> str:
     rows = []
     for r in result["rows"]:
         us = {name: times["cold"] for name, times in r["us"].items()}
-        more = (f"{us[name]:.1f} ({us[name] / us[plain] - 1:+.0%})" for name in names)
+        more = (f"{us[name]:.1f} ({us[name] / us[plain] - 1:+.1%})" if name in us else "" for name in names)
         rows.append((str(r["m"]), f"{r['n']} x {r['k']}", f"{us[plain]:.1f}", *more))
     return table(("tokens", "weight", "plain, us", *(n.removeprefix(f"{plain}, ") for n in names)), rows)
 
