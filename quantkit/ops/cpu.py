@@ -161,7 +161,7 @@ class CPU(Plain):
     def segment_sum(self, layer: W8A8Linear, q: Tensor, multiples: Tensor, zero: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() or not _has_library() or not q.numel():
             return super().segment_sum(layer, q, multiples, zero)
-        return _segment_sum(layer.packed, self.segments(layer, q), multiples, zero)
+        return _segment_sum(layer.packed, _segments(layer.packed, q, in_place=True), multiples, zero)
 
     def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
         packed = layer.packed
@@ -178,9 +178,14 @@ class CPU(Plain):
         return _fused(packed, x.contiguous())
 
 
-def _segments(packed: CPUPacked, q: Tensor) -> Iterator[Tensor]:
-    """The product of each cluster of channels, ``[M, N]`` int32, exact."""
+def _segments(packed: CPUPacked, q: Tensor, in_place: bool = False) -> Iterator[Tensor]:
+    """The product of each cluster of channels, ``[M, N]`` int32, exact; with ``in_place`` each where the one before was.
+
+    Memory that is allocated for each of them may be given back to the system in between, and is then five times as slow.
+    """
     product = torch.ops.quantkit.int_matmul if torch.compiler.is_compiling() else int_matmul
+    if in_place:
+        product = functools.partial(int_matmul, out=torch.empty(len(q), len(packed.high), dtype=torch.int32))
     groups = packed.groups
     lows = [None] * len(groups) if packed.low is None else packed.low.split(groups, dim=1)
     for part, high, low in zip(q.split(groups, dim=1), packed.high.split(groups, dim=1), lows, strict=True):
@@ -204,14 +209,14 @@ def _segment_sum(packed: CPUPacked, products: Iterable[Tensor], multiples: Tenso
     return acc
 
 
-def int_matmul(q: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
-    """``q [M, K] @ (high + low) [N, K]^T``, int8 to int32, exact."""
+def int_matmul(q: Tensor, high: Tensor, low: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+    """``q [M, K] @ (high + low) [N, K]^T``, int8 to int32, exact; it may be in ``out``."""
     if not q.numel() or not high.numel():
         return q.new_zeros(len(q), len(high), dtype=torch.int32)
     if q.shape[1] == 1:  # _int_mm of torch 2.13 leaves the result of a single product uninitialised
         weight = high.to(torch.int32) if low is None else high.to(torch.int32) + low
         return q.to(torch.int32) * weight.t()
-    acc = torch._int_mm(q, high.t())
+    acc = torch._int_mm(q, high.t(), out=out)
     return acc if low is None else acc.add_(torch._int_mm(q, low.t()))
 
 
@@ -260,7 +265,7 @@ def _fused(packed: CPUPacked, x: Tensor) -> Tensor:
             q.data_ptr(), x_scale.data_ptr(), x.data_ptr(), how, clusters, m, k, packed.top, kind, threads
         )
         if packed.groups:
-            acc = _segment_sum(packed, _segments(packed, q), x_scale[:, 1:], None)
+            acc = _segment_sum(packed, _segments(packed, q, in_place=True), x_scale[:, 1:], None)
             x_scale = x_scale[:, 0].contiguous()
         else:
             acc = int_matmul(q, packed.high, packed.low)
