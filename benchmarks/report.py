@@ -81,7 +81,8 @@ def twins(result: Result) -> str:
     found = {
         (r["method"], r["model"]): (f"{r['kl']:.4f}", f"{r['perplexity']:.2f}", f"{r['top1']:.1%}") for r in result["rows"]
     }
-    methods = sorted({r["method"] for r in result["rows"]}, key=lambda m: -float(found[m, models[0]][0]))
+    names = dict.fromkeys(r["method"] for r in result["rows"])
+    methods = sorted(names, key=lambda m: -float(found[m, models[0]][0]))
     head = ("method", *(f"{model}: {what}" for model in models for what in ("KL", "perplexity", "top-1")))
     empty = ("", "", "")
     body = table(head, ((m, *(cell for model in models for cell in found.get((m, model), empty))) for m in methods))
