@@ -10,7 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.numerics import qmax
 from quantkit.ops.gpu.configs import Vector
-from quantkit.ops.gpu.quantize import FLOOR, ROUND, hopper, reachable
+from quantkit.ops.gpu.quantize import FLOOR, ROUND, hopper, reachable, whole
 
 
 @triton.jit
@@ -46,12 +46,6 @@ def _scale_and_bias(SW, BIAS, n, N):
     if BIAS is not None:
         bias = tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)
     return tl.load(SW + n, mask=n < N, other=0.0), bias
-
-
-@triton.jit
-def _whole(x):
-    """A number that float32 holds, below 2**22, as an integer; the instruction that converts takes four times as long."""
-    return (x + ROUND).to(tl.int32, bitcast=True) & 0x3FFFFF
 
 
 @triton.jit
@@ -95,9 +89,9 @@ def gemv_kernel(
         xq = tl.load(X + k, mask=inside, other=0)
         sx = tl.load(SX)
         if SEGMENTS > 1:
-            times = _whole(tl.load(SX + 1 + segment))[None, :]
+            times = whole(tl.load(SX + 1 + segment))[None, :]
             if BY_ROW:
-                times *= _whole(of_rows)
+                times *= whole(of_rows)
     else:
         j = tl.arange(0, 4)
         source = k[:, None] * 4 + j[None, :]

@@ -25,7 +25,8 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 
 @triton.jit
-def _round(x):
+def whole(x):
+    """The nearest integer to a float below 2**22 in size, in two quick instructions; the one that converts takes longer."""
     return (x + ROUND).to(tl.int32, bitcast=True) - 0x4B400000  # the bits of ROUND
 
 
@@ -112,9 +113,9 @@ def _asymmetric(x, cluster, SHARES, QMAX: tl.constexpr, COUNT: tl.constexpr, CLU
     else:
         finite = finite & (scale < float("inf"))
         own = tl.where(finite, scale, 1.0)
-    zero = _round(-(QMAX + 1) - tl.div_rn(tl.where(finite, low, 0.0), own))
+    zero = whole(-(QMAX + 1) - tl.div_rn(tl.where(finite, low, 0.0), own))
     v = x * tl.div_rn(tl.full(low.shape, 1.0, tl.float32), own)[:, None]
-    q = _round(tl.where(finite[:, None], v, 0.0)) + zero[:, None]
+    q = whole(tl.where(finite[:, None], v, 0.0)) + zero[:, None]
     q = tl.minimum(tl.maximum(q, -QMAX - 1), QMAX)
     q = tl.where(finite[:, None], q, 0)
     return q.to(tl.int8), scale, tl.where(finite, zero, 0), multiple, finite
@@ -127,9 +128,9 @@ def _static(x, scale, zero, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, CLUSTER
     v = x * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
     v = tl.where(finite[:, None], v, 0.0)
     if SYMMETRIC:
-        q = _round(tl.minimum(tl.maximum(v, -QMAX), QMAX))  # clamping to integers commutes with rounding
+        q = whole(tl.minimum(tl.maximum(v, -QMAX), QMAX))  # clamping to integers commutes with rounding
     else:
-        q = _round(tl.minimum(tl.maximum(v, -4.0 * QMAX), 4.0 * QMAX)) + zero[:, None]
+        q = whole(tl.minimum(tl.maximum(v, -4.0 * QMAX), 4.0 * QMAX)) + zero[:, None]
         q = tl.minimum(tl.maximum(q, -QMAX - 1), QMAX)
         q = tl.where(finite[:, None], q, 0)
     return q.to(tl.int8), finite
