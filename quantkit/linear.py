@@ -266,7 +266,7 @@ class W8A8Linear(nn.Linear):
         self._packed = None
         for name, buffer in list(self._buffers.items()):
             saved = state.get(prefix + name)
-            if saved is not None and (buffer is None or buffer.shape != saved.shape) and name != "weight":
+            if saved is not None and (buffer is None or buffer.shape != saved.shape) and not name.startswith("weight"):
                 setattr(self, name, torch.empty_like(saved, device=self.weight.device))
 
     def extra_repr(self) -> str:

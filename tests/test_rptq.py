@@ -690,3 +690,11 @@ def test_weights_have_a_grid_for_each_cluster(bits: int) -> None:
         assert bool(((part * own - mine).abs() <= own / 2 * (1 + 1e-5)).all())
         needed = mine.abs().amax(1, keepdim=True) / most
         assert bool((own <= (needed + 2 * scale[:, :1]) * (1 + 1e-5)).all())
+
+
+def test_scales_of_another_kind_are_refused() -> None:
+    """A scale for each cluster, as before there were units: one column less, and it would mean something else."""
+    layer = W8A8Linear(32, 4, groups=(16, 16))
+    state = layer.state_dict() | {"weight_scale": torch.ones(4, 2)}
+    with pytest.raises(RuntimeError, match="size mismatch for weight_scale"):
+        layer.load_state_dict(state)
