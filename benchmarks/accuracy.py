@@ -24,12 +24,13 @@ from cpu import decoder_linears, torch_ao, torchao
 from torch import nn
 
 import quantkit
-from quantkit import RPTQ, Hadamard, LLMInt8, SmoothQuant, pipeline
-from quantkit.data import packed_text
-from quantkit.demo import outlier_twin
-from quantkit.evaluate import compare, log_probabilities, windows_of
-from quantkit.integrations.transformers import SMOLLM2, load_float
-from quantkit.statistics import Range, TokenSample
+from quantkit import RPTQ, Hadamard, LLMInt8, SmoothQuant
+from quantkit.calibration.data import packed_text
+from quantkit.calibration.statistics import Range, TokenSample
+from quantkit.cli.demo import outlier_twin
+from quantkit.evaluation.perplexity import compare, log_probabilities, windows_of
+from quantkit.integrations.transformers.models import SMOLLM2, load_float
+from quantkit.pipeline import quantize as pipeline
 
 Quantizer = Callable[[nn.Module, list[torch.Tensor]], nn.Module]
 

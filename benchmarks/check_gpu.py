@@ -22,13 +22,13 @@ from common import record
 from torch import Tensor
 
 import quantkit
-from quantkit.linear import W8A8Linear
-from quantkit.numerics import quantize_weight
+from quantkit.core.numerics import quantize_weight
+from quantkit.core.transform import Rotation, Transform
+from quantkit.layers.linear import W8A8Linear
 from quantkit.ops import reference
 from quantkit.ops.gpu import configs, hopper, operators, order, rows
 from quantkit.ops.gpu.matmul import matmul
 from quantkit.ops.gpu.quantize import quantize
-from quantkit.transform import Rotation, Transform
 
 DEVICE = torch.device("cuda")
 random = torch.Generator(DEVICE).manual_seed(0)

@@ -21,9 +21,9 @@ import torch
 from common import record
 
 import quantkit
-from quantkit.linear import W8A8Linear
-from quantkit.modules import linears_of, replace_module
-from quantkit.report import LayerRecord, Report, attach
+from quantkit.core.report import LayerRecord, Report, attach
+from quantkit.layers.linear import W8A8Linear
+from quantkit.model.modules import linears_of, replace_module
 
 GIB = 2**30
 

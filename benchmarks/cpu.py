@@ -23,9 +23,9 @@ from common import interleaved, record, spread
 from torch import nn
 
 import quantkit
-from quantkit.integrations.transformers import SMOLLM2, load_float
+from quantkit.integrations.transformers.models import SMOLLM2, load_float
 from quantkit.ops import cpu
-from quantkit.ops.native import library
+from quantkit.ops.cpu.native import library
 from quantkit.ops.reference import segment_sum
 
 PROMPT, NEW, PREFILL = 64, 16, 512

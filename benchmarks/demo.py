@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import record
 
-from quantkit.demo import run
+from quantkit.cli.demo import run
 
 
 def main() -> None:

@@ -31,8 +31,8 @@ from common import RESULTS, ROOT, record
 from safetensors.torch import save_file
 
 import quantkit
-from quantkit.integrations.transformers import load_float
-from quantkit.linear import W8A8Linear
+from quantkit.integrations.transformers.models import load_float
+from quantkit.layers.linear import W8A8Linear
 from quantkit.ops import reference
 
 SCHEMES = ("w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym")

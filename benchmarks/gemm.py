@@ -28,7 +28,7 @@ from common import record
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.numerics import steps_of
+from quantkit.core.numerics import steps_of
 from quantkit.ops.gpu import configs, hopper, operators, tune
 from quantkit.ops.gpu.gemv import gemv
 from quantkit.ops.gpu.tune import COLD_BYTES, Call, graph_of, interleaved, seconds

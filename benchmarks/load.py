@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from common import record
 
-from quantkit.linear import W8A8Linear
+from quantkit.layers.linear import W8A8Linear
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "bf16": None,

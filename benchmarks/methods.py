@@ -30,9 +30,9 @@ from common import RESULTS, ROOT, record, shared_out
 from load import Anonymous
 
 import quantkit
-from quantkit.data import packed_text
-from quantkit.evaluate import compare, log_probabilities, windows_of
-from quantkit.integrations.transformers import SMOLLM2, load_float
+from quantkit.calibration.data import packed_text
+from quantkit.evaluation.perplexity import compare, log_probabilities, windows_of
+from quantkit.integrations.transformers.models import SMOLLM2, load_float
 
 METHODS: dict[str, Any] = {
     "RTN": "rtn",

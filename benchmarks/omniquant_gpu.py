@@ -21,13 +21,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 import quantkit
 from quantkit import SmoothQuant
+from quantkit.calibration.blocks import Stream, record_calls
+from quantkit.calibration.observe import observe
+from quantkit.calibration.statistics import Range, TokenSample
 from quantkit.calibrators.base import SiteView, View
-from quantkit.calibrators.blocks import Stream, record_calls
-from quantkit.calibrators.omniquant import HELD, Block, OmniQuant, distance, fast_products
-from quantkit.observe import observe
-from quantkit.scheme import Scheme
-from quantkit.statistics import Range, TokenSample
-from quantkit.transform import Transform
+from quantkit.calibrators.learned.omniquant import HELD, Block, OmniQuant, distance, fast_products
+from quantkit.core.scheme import Scheme
+from quantkit.core.transform import Transform
 
 BLOCKS, EPOCHS = 32, 20
 

@@ -17,7 +17,7 @@ import torch
 from common import record
 from torch import Tensor
 
-from quantkit.numerics import quantize_weight, shares
+from quantkit.core.numerics import quantize_weight, shares
 from quantkit.ops.gpu import configs, narrow, operators, places_of
 from quantkit.ops.gpu.tune import COLD_BYTES, graph_of, interleaved
 

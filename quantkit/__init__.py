@@ -7,6 +7,7 @@
 """
 
 from quantkit._version import __version__
+from quantkit.calibration.statistics import Range, Statistic, TokenSample
 from quantkit.calibrators import (
     GPTQ,
     RPTQ,
@@ -25,9 +26,8 @@ from quantkit.calibrators import (
     Stage,
     View,
 )
-from quantkit.checkpoint import load, save
-from quantkit.discovery import Equivalence, discover, verify_equivalence
-from quantkit.errors import (
+from quantkit.checkpoint.load import load, save
+from quantkit.core.errors import (
     BackendError,
     CalibrationError,
     CheckpointError,
@@ -38,18 +38,18 @@ from quantkit.errors import (
     SchemeError,
     TargetError,
 )
-from quantkit.export import export
+from quantkit.core.report import LayerRecord, Report, report
+from quantkit.core.scheme import Scheme
+from quantkit.core.sites import Carriers, Discovery, Producer, Site
+from quantkit.core.transform import Rotation, Transform
+from quantkit.discovery import Equivalence, discover, verify_equivalence
 from quantkit.integrations import compressed_tensors_as_int8
 from quantkit.integrations import register_with_transformers as _register
-from quantkit.linear import W8A8Linear
+from quantkit.integrations.compressed.export import export
+from quantkit.layers.linear import W8A8Linear
 from quantkit.ops import backends, use_backend
-from quantkit.pipeline import quantize
-from quantkit.recipe import Recipe
-from quantkit.report import LayerRecord, Report, report
-from quantkit.scheme import Scheme
-from quantkit.sites import Carriers, Discovery, Producer, Site
-from quantkit.statistics import Range, Statistic, TokenSample
-from quantkit.transform import Rotation, Transform
+from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.recipe import Recipe
 
 __all__ = [
     "GPTQ", "RPTQ", "RTN", "BackendError", "CalibrationError", "Calibrator", "Carriers", "CheckpointError", "Codes",
@@ -66,7 +66,7 @@ _register()
 def __getattr__(name: str) -> object:
     if name == "QuantKitConfig":  # not in __all__: it needs transformers, and takes the seconds of importing it
         try:
-            from quantkit.integrations.quantizer import QuantKitConfig
+            from quantkit.integrations.transformers.quantizer import QuantKitConfig
         except ImportError as error:
             raise ImportError(f"quantkit.QuantKitConfig: pip install 'quantkit-w8a8[transformers]' ({error})") from error
         return QuantKitConfig

@@ -1,5 +1,5 @@
 """``python -m quantkit`` is ``quantkit``."""
 
-from quantkit.cli import run
+from quantkit.cli.app import run
 
 run()

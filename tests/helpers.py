@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from quantkit.modules import tensors_in
+from quantkit.model.modules import tensors_in
 
 VOCAB, WIDTH = 64, 32
 

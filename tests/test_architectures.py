@@ -16,13 +16,13 @@ from families import FAMILIES
 from torch import Tensor, nn
 
 import quantkit
+from quantkit.core.numerics import absmax_scale, decode, encode, quantize_weight, sqnr_db
+from quantkit.core.sites import Discovery
 from quantkit.discovery import discover
+from quantkit.discovery.equivalence import outputs_of
 from quantkit.discovery.probe import norms_of
-from quantkit.discovery.verify import outputs_of
-from quantkit.experts import unfuse
-from quantkit.modules import first_input, is_conv1d, linears_of, map_tensors, weight_of
-from quantkit.numerics import absmax_scale, decode, encode, quantize_weight, sqnr_db
-from quantkit.sites import Discovery
+from quantkit.model.experts import unfuse
+from quantkit.model.modules import first_input, is_conv1d, linears_of, map_tensors, weight_of
 
 transformers.logging.set_verbosity_error()
 every_family = pytest.mark.parametrize("name", FAMILIES)

@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quantkit
-from quantkit import RPTQ, CalibrationError, CheckpointError, MethodError, ModelError, Scheme, W8A8Linear, checkpoint
-from quantkit import attention as module
-from quantkit.attention import (
+from quantkit import RPTQ, CalibrationError, CheckpointError, MethodError, ModelError, Scheme, W8A8Linear
+from quantkit.checkpoint import load as checkpoint
+from quantkit.core.numerics import qmax
+from quantkit.layers import attention as module
+from quantkit.layers.attention import (
     AttentionQuantizer,
     Heads,
     attach_attention,
@@ -32,7 +34,6 @@ from quantkit.attention import (
     find_attention,
     round_heads,
 )  # fmt: skip
-from quantkit.numerics import qmax
 from quantkit.ops.reference import quantize_rows
 
 PAPER = "w4a4-static-asym-norm8-kv4-attention4"
@@ -490,7 +491,7 @@ def test_weights_only(method: Any) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, W8A8Linear):
             assert layer.scheme.name == "w6a16"
-            quantkit.modules.replace_module(plain, name, layer.to_float())
+            quantkit.model.modules.replace_module(plain, name, layer.to_float())
     assert torch.allclose(outputs(model, tokens())[0], outputs(plain, tokens())[0], atol=2e-6)
     assert outputs(copy.deepcopy(model).bfloat16(), tokens())[0].dtype == torch.bfloat16
 

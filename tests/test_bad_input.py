@@ -31,7 +31,7 @@ from quantkit import (
     Transform,
     W8A8Linear,
 )
-from quantkit.numerics import MAX_EXACT_K
+from quantkit.core.numerics import MAX_EXACT_K
 
 DATA = [normal(2, 5, 16)]
 
@@ -245,7 +245,7 @@ def test_a_calibrator_that_fails() -> None:
 
 def test_a_proof_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tolerance can be met: the norm, written already, gets its parameters back."""
-    monkeypatch.setattr("quantkit.pipeline.tolerance_for", lambda *_: -1.0)
+    monkeypatch.setattr("quantkit.pipeline.quantize.tolerance_for", lambda *_: -1.0)
     model = mlp()
     with refused(model, quantkit.EquivalenceError, "undone"):
         quantize(model)

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import quantkit
-from quantkit import CheckpointError, ModelError, Plan, Rotation, SmoothQuant, Stage, Transform, checkpoint
+from quantkit import CheckpointError, ModelError, Plan, Rotation, SmoothQuant, Stage, Transform
 from quantkit.calibrators import METHODS
+from quantkit.checkpoint import load as checkpoint
 
 SHARD = "model-00001-of-00001.safetensors"
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 import quantkit
-from quantkit.cli import app
+from quantkit.cli.app import app
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(VOCAB - 3))]
 TEXT = " ".join(WORDS[3 + i * i % (VOCAB - 3)] for i in range(200))
@@ -52,7 +52,7 @@ def invoke(*arguments: Any, code: int = 0) -> Result:
 
 
 def shell(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from quantkit.cli import run; run()", *map(str, arguments)]
+    command = [sys.executable, "-c", "from quantkit.cli.app import run; run()", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -68,7 +68,7 @@ def test_version() -> None:
 
 def test_quantize(folder: Path, int8: Path) -> None:
     """The same model as through the library."""
-    from quantkit.integrations.transformers import load_float
+    from quantkit.integrations.transformers.models import load_float
 
     model, tokenizer = load_float(str(folder / "float"))
     ids = torch.tensor(tokenizer(TEXT, add_special_tokens=False)["input_ids"])[None]

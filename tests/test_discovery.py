@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quantkit
+from quantkit.core.sites import Site
 from quantkit.discovery import discover
 from quantkit.discovery.discover import _fused_layouts
-from quantkit.sites import Site
 
 WIDTH, INNER = 16, 24
 X = normal(2, 10, WIDTH)

@@ -15,8 +15,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import quantkit
-from quantkit.cli import app
-from quantkit.integrations.transformers import SMOLLM2, load_float
+from quantkit.cli.app import app
+from quantkit.integrations.transformers.models import SMOLLM2, load_float
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]

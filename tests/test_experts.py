@@ -13,9 +13,9 @@ from test_architectures import FAMILIES, build
 
 import quantkit
 from quantkit import CalibrationError, W8A8Linear
-from quantkit.discovery.verify import outputs_of, relative_error
-from quantkit.experts import Experts, put_back, unfuse
-from quantkit.numerics import sqnr_db
+from quantkit.core.numerics import sqnr_db
+from quantkit.discovery.equivalence import outputs_of, relative_error
+from quantkit.model.experts import Experts, put_back, unfuse
 
 # linears of experts, and how many of their inputs fold (all down projections but those behind gpt-oss' (up + 1))
 FUSED = {

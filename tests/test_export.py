@@ -24,9 +24,9 @@ from transformers.quantizers import auto
 
 import quantkit
 from quantkit import CheckpointError, LLMInt8, ModelError, Plan, Rotation, Scheme, SmoothQuant, Stage, Transform, W8A8Linear
-from quantkit.compressed import parse
-from quantkit.export import on_grid
-from quantkit.modules import call, replace_module, tensors_in
+from quantkit.integrations.compressed.export import on_grid
+from quantkit.integrations.compressed.layout import parse
+from quantkit.model.modules import call, replace_module, tensors_in
 
 SCHEMES = ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym"]
 FIXTURES = Path(__file__).parent / "fixtures" / "llmcompressor"

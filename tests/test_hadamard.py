@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import quantkit
 from quantkit import Hadamard, LLMInt8, MethodError, PerSite, Rotation, SiteView, SmoothQuant, Stage, Transform, W8A8Linear
 from quantkit.calibrators.noise import noise, rotated
-from quantkit.scheme import Scheme
+from quantkit.core.scheme import Scheme
 
 
 class Net(nn.Module):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantkit.numerics import (
+from quantkit.core.numerics import (
     ABSMAX_FLOOR,
     MAX_EXACT_K,
     MAX_EXACT_K_ASYMMETRIC,

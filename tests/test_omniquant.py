@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit import GPTQ, LLMInt8, MethodError, OmniQuant, PerSite, SmoothQuant, Stage, Transform
+from quantkit.calibration.blocks import Stream, find_blocks, record_calls, samples_of
 from quantkit.calibrators import omniquant
-from quantkit.calibrators.blocks import Stream, find_blocks, record_calls, samples_of
-from quantkit.calibrators.omniquant import Block, RoundRows, distance, round_activation, round_symmetric
-from quantkit.numerics import qmax
-from quantkit.scheme import Scheme
+from quantkit.calibrators.learned.omniquant import Block, RoundRows, distance, round_activation, round_symmetric
+from quantkit.core.numerics import qmax
+from quantkit.core.scheme import Scheme
 
 BATCHES = [tokens(2, 24, seed=i) for i in range(8)]
 

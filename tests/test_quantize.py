@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit import RTN, Plan, Range, Scheme, SchemeError, SmoothQuant, Stage, TokenSample, Transform, W8A8Linear
+from quantkit.calibration.observe import observe
 from quantkit.calibrators import SiteView
 from quantkit.calibrators.smoothquant import DEAD, smooth_scale
-from quantkit.discovery.verify import relative_error
-from quantkit.modules import linears_of, weight_of
-from quantkit.numerics import absmax_scale, quantize_weight, range_scale
-from quantkit.observe import observe
+from quantkit.core.numerics import absmax_scale, quantize_weight, range_scale
+from quantkit.discovery.equivalence import relative_error
+from quantkit.model.modules import linears_of, weight_of
 
 EPS = 2.0**-24
 BLOCK = {

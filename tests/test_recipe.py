@@ -18,7 +18,7 @@ from torch import nn
 import quantkit
 from quantkit import GPTQ, Hadamard, LLMInt8, OmniQuant, PerSite, QuantkitError, Recipe, Scheme, SmoothQuant, Stage, Transform
 from quantkit.calibrators import METHODS, RTN, resolve
-from quantkit.pipeline import quantize
+from quantkit.pipeline.quantize import quantize
 
 BATCHES = [tokens(2, 24, seed=i) for i in range(3)]
 

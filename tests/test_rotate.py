@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit import Hadamard, MethodError, Plan, Rotate, SmoothQuant, Stage
-from quantkit.demo import outlier_twin
-from quantkit.discovery.stream import find_heads, find_stream
-from quantkit.discovery.verify import outputs_of, relative_error
-from quantkit.experts import unfuse
-from quantkit.modules import weight_of
-from quantkit.transform import BlockRotation
+from quantkit.cli.demo import outlier_twin
+from quantkit.core.transform import BlockRotation
+from quantkit.discovery.equivalence import outputs_of, relative_error
+from quantkit.discovery.residual import find_heads, find_stream
+from quantkit.model.experts import unfuse
+from quantkit.model.modules import weight_of
 
 TURNING = {
     # embeddings, writers, readers, norms with parameters; a block has two writers and a norm for each branch
@@ -375,7 +375,7 @@ def test_what_fails_later_leaves_the_model_as_it_was(when: str, monkeypatch: pyt
                 raise KeyboardInterrupt
             return weight_of(module)
 
-        monkeypatch.setattr("quantkit.turn.weight_of", stops)
+        monkeypatch.setattr("quantkit.pipeline.rotate.weight_of", stops)
     model = build("gpt2")
     before = state(model)
     with pytest.raises(KeyboardInterrupt):

@@ -34,9 +34,8 @@ from quantkit import (
     W8A8Linear,
 )
 from quantkit.calibrators.rptq import by_kmeans, by_tiles
-from quantkit.checkpoint import _digest
-from quantkit.discovery.verify import outputs_of, relative_error
-from quantkit.numerics import (
+from quantkit.checkpoint.load import _digest
+from quantkit.core.numerics import (
     MAX_EXACT_K,
     MAX_EXACT_K_ASYMMETRIC,
     quantize_weight,
@@ -44,6 +43,7 @@ from quantkit.numerics import (
     shares,
     steps_of,
 )
+from quantkit.discovery.equivalence import outputs_of, relative_error
 from quantkit.ops import reference, use_backend
 
 SCHEMES = ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym"]
@@ -273,7 +273,7 @@ def test_an_order_that_fails_on_the_real_model_is_undone(monkeypatch: pytest.Mon
     found = quantkit.discover(model, X, carriers=True)
     assert all(site.carriers is None for site in found.sites)
     monkeypatch.undo()
-    monkeypatch.setattr("quantkit.fold.Reorder.inverse", property(lambda self: torch.arange(len(self.permutation))))
+    monkeypatch.setattr("quantkit.pipeline.fold.Reorder.inverse", property(lambda self: torch.arange(len(self.permutation))))
     ours = quantized(model, RPTQ(4, tile=4), X)
     assert layers(ours)["fc2"].at_run_time == ["permutation"]
     assert relative_error(outputs(model, X), outputs(ours, X)) < 0.05

@@ -8,13 +8,13 @@ from typing import Any
 from quantkit.calibrators.base import Calibrator, Codes, PerSite, Plan, SiteView, Stage, View, check_attributes, check_order
 from quantkit.calibrators.gptq import GPTQ, Hessian
 from quantkit.calibrators.hadamard import Hadamard
+from quantkit.calibrators.learned.omniquant import OmniQuant
 from quantkit.calibrators.llmint8 import LLMInt8
-from quantkit.calibrators.omniquant import OmniQuant
 from quantkit.calibrators.rotate import Rotate
 from quantkit.calibrators.rptq import RPTQ
 from quantkit.calibrators.rtn import RTN
 from quantkit.calibrators.smoothquant import SmoothQuant
-from quantkit.errors import MethodError
+from quantkit.core.errors import MethodError
 
 METHODS: dict[str, Callable[[], Any]] = {
     "rtn": RTN,

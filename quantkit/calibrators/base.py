@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from quantkit.errors import MethodError
-from quantkit.modules import weight_of
-from quantkit.scheme import Scheme
-from quantkit.sites import Site
-from quantkit.statistics import Statistic, TokenSample
-from quantkit.transform import Rotation, Transform
-from quantkit.turn import Turn
+from quantkit.calibration.statistics import Statistic, TokenSample
+from quantkit.core.errors import MethodError
+from quantkit.core.scheme import Scheme
+from quantkit.core.sites import Site
+from quantkit.core.transform import Rotation, Transform
+from quantkit.model.modules import weight_of
+from quantkit.pipeline.rotate import Turn
 
 S = TypeVar("S", bound=Statistic)
 
@@ -38,7 +38,7 @@ class Stage(IntEnum):
 class Codes:
     """The integers of one linear: ``codes [N, K]`` int8 and ``scale [N, 1]`` float32, for the transformed weight.
 
-    With clusters of channels ``scale`` is ``[N, 1 + G]``, see :func:`quantkit.numerics.weight_grid`.
+    With clusters of channels ``scale`` is ``[N, 1 + G]``, see :func:`quantkit.core.numerics.weight_grid`.
     """
 
     codes: Tensor
@@ -154,7 +154,7 @@ class Calibrator(Protocol):
     Attributes:
         name: for the report.
         stage: what it decides; fixes its place in a composition.
-        statistics: the kinds of :class:`~quantkit.statistics.Statistic` to collect; none means that it needs no data.
+        statistics: the kinds of :class:`~quantkit.calibration.statistics.Statistic` to collect; none means that it needs no data.
     """
 
     name: str

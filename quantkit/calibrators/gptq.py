@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from quantkit.calibration.statistics import Statistic, TokenSample
 from quantkit.calibrators.base import Codes, Plan, SiteView, Stage, View
 from quantkit.calibrators.noise import best_clip
-from quantkit.errors import MethodError
-from quantkit.numerics import decode, encode, of_clusters, quantize_weight, steps_of, weight_grid
+from quantkit.core.errors import MethodError
+from quantkit.core.numerics import decode, encode, of_clusters, quantize_weight, steps_of, weight_grid
+from quantkit.core.scheme import Scheme
+from quantkit.core.transform import Transform
 from quantkit.ops.reference import quantize_rows
-from quantkit.scheme import Scheme
-from quantkit.statistics import Statistic, TokenSample
-from quantkit.transform import Transform
 
 BLOCK = 128
 """Columns that are rounded before the rest of the weight hears of their errors."""

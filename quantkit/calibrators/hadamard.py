@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from quantkit.calibration.statistics import Statistic
 from quantkit.calibrators.base import PerSite, SiteView, Stage
-from quantkit.errors import MethodError
-from quantkit.statistics import Statistic
-from quantkit.transform import Rotation, Transform
+from quantkit.core.errors import MethodError
+from quantkit.core.transform import Rotation, Transform
 
 LEAST = 8
 """Smaller blocks spread an outlier over too few channels to be worth a product."""

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from quantkit.calibration.statistics import Statistic, TokenSample
 from quantkit.calibrators.base import PerSite, SiteView, Stage
 from quantkit.calibrators.noise import noise, power_mean, sampled_rows
-from quantkit.errors import MethodError
-from quantkit.statistics import Statistic, TokenSample
-from quantkit.transform import Transform
+from quantkit.core.errors import MethodError
+from quantkit.core.transform import Transform
 
 COUNTS = (16, 32, 64)
 """Columns that ``"auto"`` may keep: whole steps of a 16-bit matrix instruction."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.numerics import absmax_scale, decode, encode, qmax
-from quantkit.scheme import Scheme
-from quantkit.transform import Rotation, hadamard
+from quantkit.core.numerics import absmax_scale, decode, encode, qmax
+from quantkit.core.scheme import Scheme
+from quantkit.core.transform import Rotation, hadamard
 
 ROWS = 512
 """Rows of a weight on which candidates are compared: the error is a sum over rows, so a sample ranks them as well."""

@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibration.statistics import Statistic
 from quantkit.calibrators.base import Plan, Stage, View
+from quantkit.core.errors import MethodError
 from quantkit.discovery import discover
 from quantkit.discovery.discover import NEVER_RAN
-from quantkit.discovery.stream import Stream, find_heads, find_stream
-from quantkit.errors import MethodError
-from quantkit.modules import call, evaluating, first_input, weight_of
-from quantkit.statistics import Statistic
-from quantkit.turn import Turn, values_of
+from quantkit.discovery.residual import Stream, find_heads, find_stream
+from quantkit.model.modules import call, evaluating, first_input, weight_of
+from quantkit.pipeline.rotate import Turn, values_of
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from quantkit.calibration.statistics import Range, Statistic, TokenSample
 from quantkit.calibrators.base import PerSite, SiteView, Stage
-from quantkit.errors import MethodError
-from quantkit.statistics import Range, Statistic, TokenSample
-from quantkit.transform import Transform
+from quantkit.core.errors import MethodError
+from quantkit.core.transform import Transform
 
 STARTS, STEPS = 10, 100
 """K-means starts so many times, and takes at most so many steps."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from quantkit.calibration.statistics import Statistic
 from quantkit.calibrators.base import Plan, Stage, View
-from quantkit.statistics import Statistic
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from quantkit.calibration.statistics import Range, Statistic, TokenSample
 from quantkit.calibrators.base import PerSite, SiteView, Stage
 from quantkit.calibrators.noise import noise, power_mean, sampled_rows
-from quantkit.errors import MethodError
-from quantkit.statistics import Range, Statistic, TokenSample
-from quantkit.transform import Transform
+from quantkit.core.errors import MethodError
+from quantkit.core.transform import Transform
 
 ALPHAS = tuple(i / 20 for i in range(21))
 NORMS = (2, 4, 8, None)

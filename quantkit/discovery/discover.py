@@ -24,11 +24,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quantkit.discovery.carriers import with_carriers
+from quantkit.core.sites import Discovery, Producer, Site
+from quantkit.discovery.equivalence import arriving_shifts, rehearse
+from quantkit.discovery.orders import with_carriers
 from quantkit.discovery.probe import Probe, TopKWatch, Trace, norms_of
-from quantkit.discovery.verify import arriving_shifts, rehearse
-from quantkit.modules import linears_of, map_tensors, weight_of
-from quantkit.sites import Discovery, Producer, Site
+from quantkit.model.modules import linears_of, map_tensors, weight_of
 
 ROUTER_NAMES = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
 """Routers that choose without a top-k call in their own pass; the probe finds the rest."""

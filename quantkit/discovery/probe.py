@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quantkit.experts import running_everywhere
-from quantkit.modules import call, evaluating, tensors_in, weight_of
+from quantkit.model.experts import running_everywhere
+from quantkit.model.modules import call, evaluating, tensors_in, weight_of
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Probe:
         model: any module.
         linears: name -> linear; their matrix products are skipped.
         norms: name -> module with per-channel parameters.
-        batch: a small batch, see :func:`quantkit.modules.call`.
+        batch: a small batch, see :func:`quantkit.model.modules.call`.
     """
 
     def __init__(self, model: nn.Module, linears: dict[str, nn.Module], norms: dict[str, nn.Module], batch: Any):

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 QUANTIZERS = "transformers.quantizers.auto"
-QUANTIZER = "quantkit.integrations.quantizer"
+QUANTIZER = "quantkit.integrations.transformers.quantizer"
 
 
 def register_with_transformers() -> None:
@@ -34,7 +34,7 @@ def compressed_tensors_as_int8() -> Iterator[None]:
     Raises:
         ImportError: transformers is not installed.
     """
-    from quantkit.integrations.compressed import replaced
+    from quantkit.integrations.compressed.load import replaced
 
     with replaced():
         yield

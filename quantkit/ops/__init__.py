@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from quantkit.errors import BackendError
-from quantkit.ops.cpu import CPU
+from quantkit.core.errors import BackendError
+from quantkit.ops.cpu.backend import CPU
 from quantkit.ops.gpu import GPU
 from quantkit.ops.plain import Plain
 
 if TYPE_CHECKING:
-    from quantkit.linear import W8A8Linear
+    from quantkit.layers.linear import W8A8Linear
 
 
 class Backend(Protocol):

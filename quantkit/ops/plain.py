@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantkit.numerics import shares
+from quantkit.core.numerics import shares
+from quantkit.core.transform import Rotation
 from quantkit.ops import reference
-from quantkit.transform import Rotation
 
 if TYPE_CHECKING:
-    from quantkit.linear import W8A8Linear
+    from quantkit.layers.linear import W8A8Linear
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Plain:
 
 
 def shares_of(layer: W8A8Linear) -> Tensor | None:
-    """:func:`quantkit.numerics.shares` of the clusters of ``layer``."""
+    """:func:`quantkit.core.numerics.shares` of the clusters of ``layer``."""
     if not layer.groups:
         return None
     return shares(layer.weight, layer.weight_scale, layer.groups, layer.scheme.symmetric)

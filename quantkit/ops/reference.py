@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from quantkit.numerics import (
+from quantkit.core.numerics import (
     absmax_scale,
     encode,
     encode_asymmetric,
@@ -29,10 +29,10 @@ def quantize_rows(
         x: float.
         bits, symmetric: number format.
         groups, shares: sizes of G consecutive clusters of channels, each with a scale of its own, and
-            :func:`quantkit.numerics.shares` of what they are multiplied by; none is one of all.
+            :func:`quantkit.core.numerics.shares` of what they are multiplied by; none is one of all.
 
     Returns:
-        codes ``[M, K]`` int8, scale ``[M, 1]`` float32 (with groups ``[M, 1 + G]``, :func:`quantkit.numerics.shared`), and zero
+        codes ``[M, K]`` int8, scale ``[M, 1]`` float32 (with groups ``[M, 1 + G]``, :func:`quantkit.core.numerics.shared`), and zero
         ``[M, 1]`` (``[M, G]``) int32 or None when symmetric.
     """
     if not x.shape[1]:
@@ -67,7 +67,7 @@ def quantize_static(
     """Static codes of ``x [M, K]`` for ``scale [G]`` and ``zero [G]``, G clusters or one; values outside saturate.
 
     Returns:
-        codes ``[M, K]`` int8 and scale ``[M, 1]`` or, with groups, ``[M, 1 + G]`` float32 (:func:`quantkit.numerics.shared`, of
+        codes ``[M, K]`` int8 and scale ``[M, 1]`` or, with groups, ``[M, 1 + G]`` float32 (:func:`quantkit.core.numerics.shared`, of
         which codes are), NaN for rows that are not finite.
     """
     finite = x.isfinite().all(dim=1, keepdim=True)

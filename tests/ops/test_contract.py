@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit import BackendError, Rotation, Scheme, Transform, W8A8Linear, ops
-from quantkit.integrations.compressed import longest
-from quantkit.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, quantize_weight
-from quantkit.ops import BACKENDS, cpu, reference, use_backend
-from quantkit.ops.native import library
+from quantkit.core.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, quantize_weight
+from quantkit.integrations.compressed.load import longest
+from quantkit.ops import BACKENDS, reference, use_backend
+from quantkit.ops.cpu import backend as cpu
+from quantkit.ops.cpu.native import library
 from quantkit.ops.plain import Plain
 
 SCHEMES = [

@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.compiler.errors import CompilationError
 
-from quantkit.errors import BackendError
+from quantkit.core.errors import BackendError
+from quantkit.core.transform import Rotation
 from quantkit.ops import gpu, reference
 from quantkit.ops.gpu import configs, operators, tune
 from quantkit.ops.gpu.configs import Decode, Gemm, Tile, Vector, padded
 from quantkit.ops.gpu.gemv import gemv
 from quantkit.ops.gpu.matmul import matmul
 from quantkit.ops.gpu.quantize import quantize
-from quantkit.transform import Rotation
 
 SMALL = Tile(16, 32, 64, 4, 4, 2)
 SOME = (SMALL, Tile(32, 16, 32, 1, 4, 2), Tile(64, 64, 128, 8, 4, 4))

@@ -9,7 +9,7 @@ import torch
 from gluon_values import DType, Pointer, Program, Value, on_cpu
 from torch import Tensor
 
-from quantkit.numerics import of_clusters, shared
+from quantkit.core.numerics import of_clusters, shared
 from quantkit.ops.gpu import narrow, order, places_of
 from quantkit.ops.gpu.configs import BLOCK, padded
 from quantkit.ops.gpu.quantize import FLOOR, with_unit

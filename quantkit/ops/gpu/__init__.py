@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantkit.errors import BackendError
-from quantkit.numerics import shared
+from quantkit.core.errors import BackendError
+from quantkit.core.numerics import shared
 from quantkit.ops.gpu.configs import BLOCK, IN_PAIRS, capability, padded, padded_side
 from quantkit.ops.plain import Plain, shares_of
 from quantkit.ops.reference import row_sums
 
 if TYPE_CHECKING:
-    from quantkit.linear import W8A8Linear
+    from quantkit.layers.linear import W8A8Linear
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.numerics import qmax
+from quantkit.core.numerics import qmax
 from quantkit.ops.gpu.configs import Vector
 from quantkit.ops.gpu.quantize import FLOOR, ROUND, hopper, reachable, whole
 

@@ -127,7 +127,7 @@ def matmul(
 
     Args:
         q, weight: ``[M, K]`` and ``[N, K]`` int8, contiguous.
-        sx: ``[M, 1]`` float32, or for G segments of K ``[M, 1 + G]``, :func:`quantkit.numerics.shared`.
+        sx: ``[M, 1]`` float32, or for G segments of K ``[M, 1 + G]``, :func:`quantkit.core.numerics.shared`.
         sw: ``[N]`` float32, or of segments that count differently in each row ``[1 + G, N]``, a unit and multiples as well.
         zero, wsum: ``[M, G]`` (or ``[G]``, static) and ``[G, N]`` int32: zero points, and sums over segments of the weight.
         bias: ``[N]`` float.

@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.numerics import qmax
+from quantkit.core.numerics import qmax
 from quantkit.ops.gpu.configs import IN_PAIRS, PROCESSORS, padded
 from quantkit.ops.gpu.quantize import FLOOR, ROUND, hopper, with_unit
 from quantkit.ops.gpu.rows import LEAST, LINE, MOST_CLUSTERS, add, by_cluster, larger, low_bytes, of_lines, read, shared

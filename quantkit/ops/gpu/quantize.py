@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.numerics import ABSMAX_FLOOR, FINENESS, qmax
+from quantkit.core.numerics import ABSMAX_FLOOR, FINENESS, qmax
 from quantkit.ops.gpu.columns import list_columns, reaching
 from quantkit.ops.gpu.configs import padded, padded_side
 
@@ -138,7 +138,7 @@ def _static(x, scale, zero, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, CLUSTER
 
 @triton.jit
 def _rotate(x, BLOCK: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
-    """Blocks of ``x [R, B]`` times a Hadamard matrix: sums and differences, as :meth:`quantkit.transform.Rotation.apply`."""
+    """Blocks of ``x [R, B]`` times a Hadamard matrix: sums and differences, as :meth:`quantkit.core.transform.Rotation.apply`."""
     x = x * (1.0 / BLOCK**0.5)
     for i in tl.static_range(20):  # Triton holds at most 2**20 elements in a tensor
         if 2 << i <= BLOCK:
@@ -315,7 +315,7 @@ def quantize(
         side_mask: ``[K]`` int8, 1 at the channels of ``side_index``, which are 0 in the codes.
         in_scale, in_zero: static scale ``[1]`` (``[1 + G]``) and zero point ``[1]`` (``[G]``); left out, a token gets its own.
         clusters, shares: with G > 1 clusters of channels, ``[P / 16]`` int32, to which of them each 16 of the P codes of a row
-            belong, and ``[G]`` float32, :func:`quantkit.numerics.shares`. ``permutation`` is then ``[P]``, -1 where a code is
+            belong, and ``[G]`` float32, :func:`quantkit.core.numerics.shares`. ``permutation`` is then ``[P]``, -1 where a code is
             padding.
         align: what the borders of clusters are multiples of.
         threshold: finite elements that reach it are 0 in the codes, and do not count for the scale; 0 for none.
@@ -323,7 +323,7 @@ def quantize(
 
     Returns:
         codes ``[M, padded(K)]`` or ``[M, P]`` int8 (the weight must be 0 where they are padding) and scale ``[M, 1]`` float32
-        (``[M, 1 + G]``, :func:`quantkit.numerics.shared`); then, where asked for, zero ``[M, 1]`` (``[M, G]``) int32, side
+        (``[M, 1 + G]``, :func:`quantkit.core.numerics.shared`); then, where asked for, zero ``[M, 1]`` (``[M, G]``) int32, side
         columns ``[M, padded_side(n)]`` and the sum ``x + x2`` ``[M, K]``, both in the dtype of x, and ``[1 + K]`` int32, how
         many columns reached the threshold anywhere and which, ascending (see :mod:`.columns`).
 

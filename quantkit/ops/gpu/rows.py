@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.numerics import qmax
+from quantkit.core.numerics import qmax
 from quantkit.ops.gpu.configs import PROCESSORS, padded
 from quantkit.ops.gpu.quantize import FINE, FLOOR, ROUND, gated, hopper, with_unit
 

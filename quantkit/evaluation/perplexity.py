@@ -1,0 +1,80 @@
+"""How far a causal language model is from its floating-point self: perplexity, KL divergence, top-1 agreement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from quantkit.calibration.data import _off
+from quantkit.core.errors import CalibrationError
+from quantkit.model.modules import call, evaluating
+
+
+def windows_of(tokenizer: Any, text: str, length: int, count: int) -> Tensor:
+    """The first ``count`` non-overlapping windows ``[count, length]`` of a text, without special tokens."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    count = min(count, len(ids) // length)
+    if not count:
+        raise CalibrationError(f"the text has {len(ids)} tokens, fewer than one window of {length}")
+    return ids[: count * length].view(count, length)
+
+
+def logits_of(model: nn.Module, window: Tensor) -> Tensor:
+    """Next-token logits ``[length, vocabulary]`` float32 of one window ``[length]``."""
+    out = call(model, window[None])
+    logits: Tensor = out.logits if hasattr(out, "logits") else out[0] if isinstance(out, tuple) else out
+    return logits[0].float()
+
+
+def compare(
+    model: nn.Module, windows: Tensor, reference: nn.Module | Sequence[Tensor] | None = None, *, progress: bool | None = None
+) -> dict[str, float | int]:
+    """Score ``model`` on ``windows [n, length]``.
+
+    Args:
+        model: a causal language model.
+        windows: token ids.
+        reference: the float model, or its log-probabilities per window (from :func:`log_probabilities`).
+
+    Returns:
+        ``perplexity`` over the length-1 predicted tokens of each window; with a reference also ``reference_perplexity``,
+        ``kl`` (mean KL(reference || model) in nats over all positions), ``top1`` (share of equal argmax), ``nll_difference``
+        and its standard error ``nll_difference_se`` (paired, per token); and ``tokens``.
+    """
+    nll, base_nll, kl, top1 = [], [], [], []
+    with evaluating(model):
+        for index, window in enumerate(tqdm(windows, desc="evaluating", unit="window", disable=_off(progress))):
+            ours = logits_of(model, window).log_softmax(-1)
+            nll.append(_nll(ours, window))
+            if reference is None:
+                continue
+            base = reference[index].float() if not isinstance(reference, nn.Module) else log_probabilities(reference, window)
+            base_nll.append(_nll(base, window))
+            kl.append((base.exp() * (base - ours)).sum(-1).double().mean())
+            top1.append((base.argmax(-1) == ours.argmax(-1)).double().mean())
+    result: dict[str, float | int] = {"perplexity": float(torch.cat(nll).mean().exp()), "tokens": windows.numel()}
+    if reference is not None:
+        difference = torch.cat(nll) - torch.cat(base_nll)
+        result |= {
+            "reference_perplexity": float(torch.cat(base_nll).mean().exp()),
+            "kl": float(torch.stack(kl).mean()),
+            "top1": float(torch.stack(top1).mean()),
+            "nll_difference": float(difference.mean()),
+            "nll_difference_se": float(difference.std() / math.sqrt(len(difference))),
+        }
+    return result
+
+
+def log_probabilities(model: nn.Module, window: Tensor) -> Tensor:
+    """``[length, vocabulary]`` float32 of one window."""
+    with evaluating(model):
+        return logits_of(model, window).log_softmax(-1)
+
+
+def _nll(log_probs: Tensor, window: Tensor) -> Tensor:
+    return -log_probs[:-1].gather(1, window[1:, None])[:, 0].double()

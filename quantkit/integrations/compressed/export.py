@@ -1,0 +1,384 @@
+"""export(): an INT8 model in the layout that inference engines load, with no conversion step.
+
+What that layout cannot carry is refused before a byte is written. Tensors are written one by one, so that a folder is
+exported in the memory of its largest tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quantkit._version import __version__
+from quantkit.checkpoint.load import CONFIG, INDEX, RECORD_FILE, WEIGHTS, inside, is_compressed, load, unshared, written_whole
+from quantkit.core.errors import CheckpointError, ModelError
+from quantkit.core.numerics import encode, qmax, quantize_weight
+from quantkit.core.report import Report, report
+from quantkit.integrations.compressed.layout import METHOD, describe
+from quantkit.layers.attention import attention_quantizers
+from quantkit.layers.linear import W8A8Linear
+from quantkit.model.modules import is_conv1d, is_linear, linears_of, memory_of
+
+log = logging.getLogger("quantkit")
+TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+HALF_FLOOR = 2.0**-17
+"""Below it, a number of eight significant bits is no float16."""
+ALIGNMENT = 16
+"""Of the sizes that CUTLASS takes."""
+
+
+@dataclass
+class _Entry:
+    """A tensor to be written: made when its turn comes, so that only one is in memory."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def export(
+    model: nn.Module | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    format: str = METHOD,
+    outliers: Literal["refuse", "drop"] = "refuse",
+    rewrites: Literal["refuse", "undo"] = "refuse",
+    tokenizer: Any = None,
+    shard_bytes: int = 4 * 2**30,
+) -> Path:
+    """Write a quantized transformers model for vLLM, SGLang or transformers to the folder ``path``.
+
+    Codes stay what they are. Scales are rounded to the nearest bfloat16, which moves no weight by more than 2**-8 of itself or
+    half a code: rounded again with the new scale, every code would come out the same. Static input scales are rounded up.
+
+    Args:
+        model: what :func:`quantkit.quantize` or :func:`quantkit.load` returned, or the folder of a checkpoint, which is
+            exported tensor by tensor, with its tokenizer.
+        path: a folder that does not exist, is empty, or holds an export of quantkit's (which is replaced as a whole).
+        format: ``"compressed-tensors"``.
+        outliers: ``"drop"`` rounds the columns that LLM.int8() keeps in 16 bit to INT8 like the others, and forgets thresholds.
+        rewrites: ``"undo"`` takes scales, shifts, permutations and rotations that a layer applies at run time back into its
+            weight, which is then rounded again.
+        tokenizer: a transformers tokenizer to put beside the model.
+        shard_bytes: largest size of one safetensors file, in bytes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: a layer holds what the layout cannot carry; says which, why, and what would work.
+        CheckpointError: the target holds something else, or the source cannot be loaded.
+    """
+    if format != METHOD:
+        raise ModelError(f"format={format!r} is not known: use {METHOD!r}")
+    if outliers not in ("refuse", "drop") or rewrites not in ("refuse", "undo"):
+        raise ModelError(f"outliers={outliers!r}, rewrites={rewrites!r}: use 'refuse', or 'drop' and 'undo'")
+    target, extra = Path(path), []
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _is_export(target))):
+        raise CheckpointError(f"{target} exists and is no export of quantkit's: choose an empty or a new folder")
+    if not isinstance(model, nn.Module):
+        source = Path(model)
+        if source.resolve() == target.resolve():
+            raise CheckpointError(f"{target} is the checkpoint itself: choose another folder")
+        model = load(source)
+        extra = [inside(source, f.name, RECORD_FILE) for f in sorted(source.iterdir()) if f.is_file() and _is_text(f)]
+    record = report(model)
+    biased = _check(model, record, outliers == "drop", rewrites == "undo")
+    config, generation = _configuration(model, record), getattr(model, "generation_config", None)
+    entries = _entries(model, biased)
+    del model  # entries hold what is still to be written, and let go of it one by one
+    gc.collect()  # layers are part of cycles
+    with written_whole(target) as folder:
+        for file in extra:
+            shutil.copyfile(file, folder / file.name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if generation is not None:
+            generation.save_pretrained(folder)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+        _write(entries, folder, shard_bytes)
+    return target
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return is_compressed(folder) and "quantkit" in json.loads((folder / CONFIG).read_text())["quantization_config"]
+    except CheckpointError:
+        return False
+
+
+def _is_text(file: Path) -> bool:
+    """Whether a file of a checkpoint goes along: tokenizer, chat template, processor."""
+    ours = (RECORD_FILE, CONFIG, INDEX, "generation_config.json")
+    return file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken") and file.name not in ours
+
+
+# ---- what cannot be carried
+
+
+def _check(model: Any, record: Report, drop: bool, undo: bool) -> set[str]:
+    """Refuse what an engine would compute differently, and warn of what some of them do not run.
+
+    Returns:
+        The INT8 layers that have a bias in an engine.
+    """
+    if not hasattr(model, "config") or not type(model).__module__.startswith("transformers."):
+        raise ModelError(
+            f"{type(model).__name__} is no transformers model, and engines build models from config.json: use quantkit.save()"
+        )
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
+    if not layers:
+        raise ModelError("the model has no INT8 layer: quantize it with a scheme, such as 'w8a8'")
+    if attention_quantizers(model):
+        raise ModelError(
+            f"the attention of this model is rounded as {record.scheme} says, a simulation that {METHOD} does not know: "
+            "quantize with a scheme for linears only, 'w8a8'"
+        )
+    originals = dict(_without_weights(model).named_modules())  # experts that are one tensor there have none
+    for name, layer in layers.items():
+        reason = _why_not(layer, originals.get(name), drop, undo)
+        if reason:
+            raise ModelError(f"layer {name!r} cannot be exported to {METHOD}: {reason}")
+    _check_sites(layers, record)
+    _warn(layers, record)
+    return {name for name, layer in layers.items() if layer.bias is not None and _has_bias(originals.get(name))}
+
+
+def _has_bias(original: nn.Module | None) -> bool:
+    return original is None or getattr(original, "bias", None) is not None
+
+
+def _without_weights(model: Any) -> nn.Module:
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        fresh: nn.Module = type(model)(config)
+    return fresh
+
+
+def _why_not(layer: W8A8Linear, original: nn.Module | None, drop: bool, undo: bool) -> str | None:
+    scheme = layer.scheme
+    rewrites = [n for n in ("pre_scale", "shift", "permutation") if getattr(layer, n) is not None]
+    rewrites += ["rotation"] if layer.rotation_block else []
+    if original is not None and is_conv1d(original):
+        return "it is a Conv1D, which engines store transposed, and their INT8 kernels do not expect that; use quantkit.save()"
+    if scheme.is_simulation:
+        return f"{scheme.name} simulates other bits than 8, which its layout does not know; quantize with 8 bits, 'w8a8'"
+    if layer.groups:
+        return "its channels have scales by cluster, and the layout has one for all; quantize with scales per token, 'w8a8'"
+    if layer.threshold and not drop:
+        return (
+            f"columns that reach {layer.threshold:g} leave the INT8 product at run time; outliers='drop' rounds them like the "
+            "others, and SmoothQuant needs no such columns"
+        )
+    if layer.outlier_index is not None and not drop:
+        return (
+            f"{len(layer.outlier_index)} outlier columns stay in 16 bit; outliers='drop' rounds them to INT8 like the others, "
+            "and SmoothQuant needs no such columns"
+        )
+    if rewrites and not undo:
+        return (
+            f"its input is rewritten at run time ({', '.join(rewrites)}), since no layer before it could take that over; "
+            "rewrites='undo' takes it back into the weight and rounds again, or leave the layer out with ignore= in quantize()"
+        )
+    if layer.bias is not None and not _has_bias(original) and layer.shift is None:
+        return "a shift gave it a bias, and its architecture has no place for one; quantize with a method that only scales"
+    if scheme.is_static and (rewrites or layer.outlier_index is not None):
+        return "its static scale holds for the rewritten input only; quantize with scales per token, 'w8a8'"
+    return None
+
+
+def _check_sites(layers: Mapping[str, W8A8Linear], record: Report) -> None:
+    """Engines fuse layers that read one tensor (q, k and v; gate and up), and give them one static scale."""
+    sites: dict[str, list[str]] = {}
+    for line in record.layers:
+        if line.site is not None:
+            sites.setdefault(line.site, []).append(line.name)
+    for names in sites.values():
+        int8 = [n for n in names if n in layers]
+        first = layers[int8[0]] if int8 else None
+        for name in int8[1:]:
+            assert first is not None
+            for key in ("input_scale", "input_zero_point"):
+                a, b = getattr(first, key), getattr(layers[name], key)
+                if a is not None and b is not None and not torch.equal(a, b):
+                    raise ModelError(
+                        f"layers {int8[0]!r} and {name!r} read one tensor and differ in {key}, and engines keep one for both; "
+                        "quantize with scales per token, 'w8a8'"
+                    )
+        parents = {n.rpartition(".")[0] for n in int8}
+        mixed = [n for n in names if n not in layers and n.rpartition(".")[0] in parents]
+        if mixed:
+            log.warning("%s is in floating point and %s is INT8: engines that fuse them refuse the mix", mixed[0], int8[0])
+
+
+def _warn(layers: Mapping[str, W8A8Linear], record: Report) -> None:
+    first = next(iter(layers.values())).scheme
+    experts = any(".experts." in name for name in layers)
+    if experts and (first.is_static or not first.symmetric):
+        log.warning("vLLM runs INT8 experts with symmetric scales per token only: %s will not be computed as it is", first.name)
+    if first.symmetric:
+        return
+    odd = [n for n, m in layers.items() if m.in_features % ALIGNMENT or m.out_features % ALIGNMENT]
+    if odd:
+        log.warning("%s has sizes that are no multiples of 16: vLLM refuses those with zero points on a GPU", odd[0])
+
+
+# ---- what is written
+
+
+def _configuration(model: Any, record: Report) -> dict[str, Any]:
+    from quantkit.integrations.compressed.load import checkpoint_names
+
+    names = checkpoint_names(model)
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    body: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    body.pop("_name_or_path", None)
+    body["architectures"] = [type(model).__name__]
+    # One scale per row always: a fold into a layer moves the scales of its rows, even where the scheme began with one for all.
+    layers = {
+        _source(names, n): replace(m.scheme, weights="channel") for n, m in model.named_modules() if isinstance(m, W8A8Linear)
+    }
+    body["quantization_config"] = describe(layers, [_source(names, n) for n in _left_out(model)])
+    body["quantization_config"]["quantkit"] = {"version": __version__, "method": record.method, "scheme": record.scheme}
+    return dict(sorted(body.items()))
+
+
+def _source(names: Mapping[str, str], module: str) -> str:
+    return names[f"{module}.weight"].removesuffix(".weight")
+
+
+def _left_out(model: nn.Module) -> list[str]:
+    """Linears in floating point, and what may be a linear to an engine: a router that holds its own matrix."""
+    linears = linears_of(model)
+    found = list(linears)
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        other = isinstance(module, nn.Embedding) or name in linears or is_linear(module)
+        if name and weight is not None and weight.dim() == 2 and not other:
+            found.append(name)
+    return found
+
+
+def _entries(model: nn.Module, biased: set[str]) -> list[_Entry]:
+    from quantkit.integrations.compressed.load import checkpoint_names
+
+    names = checkpoint_names(model)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
+    half = any(p.dtype == torch.float16 for p in model.parameters())
+    floats = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] not in layers}
+    entries = []
+    for name, tensor in unshared(floats)[0].items():
+        entries.append(_Entry(names[name], tensor.dtype, tuple(tensor.shape), partial(_itself, tensor)))
+    for name, layer in layers.items():
+        entries += _layer_entries(_source(names, name), layer, half, name in biased)
+    return entries
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _layer_entries(name: str, layer: W8A8Linear, half: bool, biased: bool) -> list[_Entry]:
+    codes, scale, bias = layer.weight, layer.weight_scale, layer.bias if biased else None
+    if layer.outlier_index is not None or layer.rewrites_input:
+        plain = layer.to_float()
+        codes, scale = quantize_weight(plain.weight.detach(), per_tensor=layer.scheme.weights == "tensor")
+        bias = None if plain.bias is None or bias is None else plain.bias.detach().to(bias.dtype)
+    stored = on_grid(scale, half)
+    n, k = codes.shape
+    made = [_Entry(f"{name}.weight", torch.int8, (n, k), partial(_rounded, codes, scale, stored))]
+    made.append(_Entry(f"{name}.weight_scale", torch.float32, (n, 1), partial(_itself, stored)))
+    if bias is not None:
+        made.append(_Entry(f"{name}.bias", bias.dtype, (n,), partial(_itself, bias)))
+    if layer.input_scale is not None:
+        up = on_grid(layer.input_scale, half, up=True)
+        made.append(_Entry(f"{name}.input_scale", torch.float32, (1,), partial(_itself, up)))
+    if layer.input_zero_point is not None:
+        zero = layer.input_zero_point.to(torch.int8)
+        made.append(_Entry(f"{name}.input_zero_point", torch.int8, (1,), partial(_itself, zero)))
+    return made
+
+
+def on_grid(scale: Tensor, half: bool = False, *, up: bool = False) -> Tensor:
+    """The nearest bfloat16 (or the next one up) of positive scales, as float32; for float16 models one that is float16 too."""
+    near = scale.float().clamp_min(HALF_FLOOR if half else 0.0)
+    grid = near.bfloat16().float()
+    if up:
+        above = (grid.view(torch.int32) + 0x10000).view(torch.float32)  # the next bfloat16, of a positive number
+        grid = torch.where(grid < near, above, grid)
+    return grid
+
+
+def _rounded(codes: Tensor, scale: Tensor, stored: Tensor) -> Tensor:
+    """Codes for the stored scale: the same ones, but for rows whose scale had to grow to be a float16."""
+    grown = (stored > scale * 1.01).view(-1)
+    if not bool(grown.any()):
+        return codes
+    codes = codes.clone()
+    codes[grown] = encode(codes[grown].float() * scale[grown], stored[grown] * float(qmax(8)))
+    return codes
+
+
+def _write(entries: list[_Entry], folder: Path, shard_bytes: int) -> None:
+    shards: list[list[_Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(e.size for e in shards[-1]) + entry.size > shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    total = sum(entry.size for entry in entries)
+    entries.clear()
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = files if len(shards) > 1 else [WEIGHTS]
+    places = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
+    for file, shard in zip(files, shards, strict=True):
+        with (folder / file).open("wb") as out:
+            _write_shard(out, shard)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _write_shard(out: BinaryIO, shard: list[_Entry]) -> None:
+    """The safetensors format. Wide numbers come first, so that all of them lie at multiples of their size."""
+    shard.sort(key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in shard:
+        header[entry.name] = {"dtype": TYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [end, end + entry.size]}
+        end += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    out.write(struct.pack("<Q", len(text)) + text)
+    while shard:
+        entry = shard.pop(0)
+        tensor = entry.make().cpu().contiguous()
+        assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape)
+        if tensor.numel():
+            out.write(memory_of(tensor))

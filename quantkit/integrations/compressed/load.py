@@ -1,0 +1,298 @@
+"""INT8 checkpoints in the compressed-tensors layout, run by :class:`quantkit.W8A8Linear` in transformers.
+
+Plain transformers turns such weights back into 16 bit at the first forward. Inside
+:func:`quantkit.compressed_tensors_as_int8` they stay
+INT8, and are multiplied as INT8. The package compressed-tensors is not needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming, revert_weight_conversion
+from transformers.quantizers import auto
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quantkit.checkpoint.load import Stored, read_header, read_tensor
+from quantkit.core.errors import CheckpointError, ModelError
+from quantkit.core.report import LayerRecord, Report, attach
+from quantkit.core.scheme import Scheme
+from quantkit.integrations.compressed.layout import METHOD, TENSORS, parse
+from quantkit.integrations.transformers.quantizer import QuantKitConfig, QuantKitQuantizer, mark
+from quantkit.layers.linear import W8A8Linear
+from quantkit.model.experts import Experts, unfuse
+from quantkit.model.modules import is_conv1d, linears_of, replace_module, weight_of
+
+log = logging.getLogger("quantkit")
+MARK: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+"""Of the numbers that are sent through conversions, whatever transformers made the default."""
+
+
+class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of such a checkpoint.
+
+    Raises:
+        CheckpointError: it asks for what quantkit cannot run.
+    """
+
+    def __init__(self, **config: Any) -> None:
+        self.quant_method = METHOD
+        self.meaning = parse({**config, "quant_method": METHOD})
+
+
+class CompressedQuantizer(QuantKitQuantizer):
+    """Puts INT8 layers in place before the weights are read, and looks at every header first."""
+
+    def __init__(self, quantization_config: CompressedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._meaning = quantization_config.meaning
+        self._schemes: dict[str, Scheme] = {}
+        self._apart = False
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
+        """Experts that were taken apart are read one by one, not joined into one tensor."""
+        return [r for c in weight_conversions for r in (_one_by_one(c) if self._apart else [c])]
+
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """Experts are taken apart where the checkpoint has them apart, which is known later."""
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise CheckpointError("quantkit makes no such checkpoint while it loads one: see quantkit.export()")
+        if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            raise CheckpointError("the weights are in no safetensors files: refused")
+        stored: dict[str, Stored] = {}
+        for file in checkpoint_files:
+            stored |= read_header(Path(file))
+        schemes, names = self._layers_to_run(model, stored)
+        for name, tensor in model.state_dict().items():  # not every version of transformers looks itself
+            found = stored.get(names[name])
+            if name.rpartition(".")[0] not in schemes and found is not None and found.shape != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"tensor {names[name]!r} has shape {list(found.shape)} and the model needs {list(tensor.shape)}"
+                )
+        linears = dict(model.named_modules())
+        made = {}
+        for name, scheme in schemes.items():
+            if is_conv1d(linears[name]):
+                raise CheckpointError(f"layer {name!r} is a Conv1D, whose INT8 layout is not settled: refused")
+            source = names[f"{name}.weight"].removesuffix(".weight")
+            made[name] = _empty(name, source, linears[name], scheme, stored, model.dtype)
+        for name, layer in made.items():
+            replace_module(model, name, layer)
+        self._schemes = schemes
+
+    def _layers_to_run(self, model: Any, stored: dict[str, Stored]) -> tuple[dict[str, Scheme], dict[str, str]]:
+        """Number format of each linear that is INT8, in a model whose experts are taken apart if theirs are."""
+        if any(re.search(r"\.experts\.\d+\..*weight_scale$", name) for name in stored):
+            super()._convert_model_for_quantization(model)
+            self._apart = bool(unfuse(model, only=[f"{name}." for name, _ in model.named_modules()]))
+        names = checkpoint_names(model)
+        schemes = {}
+        for name, linear in _candidates(model, names, stored).items():
+            source = names[f"{name}.weight"].removesuffix(".weight")
+            scheme = self._meaning.scheme_of({name: None, source: None}, linear)
+            if scheme is None and f"{source}.weight_scale" in stored:
+                raise CheckpointError(f"{source!r} has a weight_scale, and quantization_config does not quantize it")
+            if scheme is not None:
+                schemes[name] = scheme
+        if not schemes:
+            raise CheckpointError("quantization_config quantizes no linear of this model")
+        return schemes, names
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name in self._schemes:
+            layer = model.get_submodule(name)
+            rows = layer.weight_scale.detach().view(-1, 1)
+            layer.weight_scale = rows.expand(layer.out_features, 1).contiguous()
+            for key, dtype in (("input_scale", torch.float32), ("input_zero_point", torch.int32)):
+                if getattr(layer, key) is not None:
+                    setattr(layer, key, getattr(layer, key).detach().view(1).to(dtype))
+        # What follows is a model of quantkit's own: it saves in quantkit's format.
+        record = Report([METHOD], max(s.name for s in self._schemes.values()), 0, "by whoever made the checkpoint")
+        record.layers = [LayerRecord(name, "int8") for name in self._schemes]
+        record.layers += [LayerRecord(name, "float", reason="not quantized in the checkpoint") for name in linears_of(model)]
+        own = QuantKitConfig(record.method, str(record.scheme), layers={name: {} for name in self._schemes})
+        model.hf_quantizer = QuantKitQuantizer(own, pre_quantized=True)
+        attach(model, record)
+        mark(model, own)
+        return model
+
+
+def _candidates(model: nn.Module, names: dict[str, str], stored: dict[str, Stored]) -> dict[str, nn.Module]:
+    """Linears, and subclasses of them whose forward cannot be tried without weights, but that the checkpoint has codes of."""
+    found = linears_of(model)
+    for name, module in model.named_modules():
+        if name not in found and isinstance(module, nn.Linear):
+            source = names[f"{name}.weight"].removesuffix(".weight")
+            if f"{source}.weight_scale" in stored:
+                found[name] = module
+    return found
+
+
+def longest(scheme: Scheme) -> int:
+    """Most inputs of a layer whose int32 sums are exact. Codes of others reach -128, so products are larger than quantkit's."""
+    return (2**31 - 1) // (128 * (127 if scheme.symmetric else 255))
+
+
+def _empty(name: str, source: str, linear: nn.Module, scheme: Scheme, stored: dict[str, Stored], dtype: Any) -> W8A8Linear:
+    """An INT8 layer on the meta device with the shapes that the files have, once they make sense."""
+    n, k = weight_of(linear).shape
+    if k > longest(scheme):
+        raise CheckpointError(f"layer {name!r} has {k} inputs, beyond {longest(scheme)}, up to which its int32 sums are exact")
+    zero = scheme.is_static and not scheme.symmetric
+    scale_shapes = [(n, 1), (n,)] if scheme.weights == "channel" else [(1,), (1, 1), ()]
+    wanted: dict[str, tuple[list[tuple[int, ...]], tuple[str, ...]]] = {
+        "weight": ([(n, k)], ("I8",)),
+        "weight_scale": (scale_shapes, ("F32", "BF16", "F16")),
+        **({"input_scale": ([(1,), ()], ("F32", "BF16", "F16"))} if scheme.is_static else {}),
+        **({"input_zero_point": ([(1,), ()], ("I8",))} if zero else {}),
+    }
+    for key, (shapes, types) in wanted.items():
+        found = stored.get(f"{source}.{key}")
+        if found is None:
+            raise CheckpointError(f"tensor '{source}.{key}' is missing from the checkpoint")
+        if found.shape not in shapes or found.dtype not in types:
+            raise CheckpointError(
+                f"tensor '{source}.{key}' is {found.dtype} {list(found.shape)} and should be {' or '.join(types)} "
+                f"{' or '.join(str(list(shape)) for shape in shapes)}"
+            )
+        if key != "weight":
+            _check_values(f"{source}.{key}", found)
+    points = stored.get(f"{source}.weight_zero_point")
+    if points is not None and bool(read_tensor(points.file, f"{source}.weight_zero_point", "cpu").any()):
+        raise CheckpointError(f"layer {name!r} has zero points in its weight: asymmetric weights are not in an INT8 product")
+    surplus = next((key for key in TENSORS[3:] if key not in wanted and f"{source}.{key}" in stored), None)
+    if surplus is not None:
+        raise CheckpointError(f"'{source}.{surplus}' is stored, and quantization_config has no place for it")
+    if (f"{source}.bias" in stored) != (linear.bias is not None):
+        raise CheckpointError(f"layer {name!r} has a bias in the model or in the checkpoint, and not in both")
+    layer = W8A8Linear(k, n, scheme=scheme, bias=linear.bias is not None, device="meta", dtype=dtype)
+    for key in wanted:
+        like = getattr(layer, key)
+        setattr(layer, key, torch.empty(stored[f"{source}.{key}"].shape, dtype=like.dtype, device="meta"))
+    return layer
+
+
+def _check_values(name: str, found: Stored) -> None:
+    if found.dtype.startswith("I"):
+        return
+    values = read_tensor(found.file, name, "cpu").float()
+    if not bool((values.isfinite() & (values >= 0)).all()):
+        raise CheckpointError(f"tensor {name!r} holds a scale that is negative or not finite")
+
+
+def _one_by_one(conversion: Any) -> list[Any]:
+    """In place of a conversion that joins the weights of experts, the renamings that its parts need."""
+    if not isinstance(conversion, WeightConverter) or not all("*" in p for p in conversion.source_patterns):
+        return [conversion]
+    (target,) = conversion.target_patterns
+    stem, _, leaf = target.rpartition(".")
+    leaves = {"gate_up_proj": ["gate_proj", "up_proj"]}.get(leaf, [leaf])
+    if len(leaves) != len(conversion.source_patterns):
+        return [conversion]
+    renamings = []
+    for source, name in zip(conversion.source_patterns, leaves, strict=True):
+        pattern = source.removesuffix("weight").rstrip(".").replace("\\", "").split("*")
+        renamings.append(WeightRenaming(rf"{re.escape(pattern[0])}(\d+){re.escape(pattern[1])}\.", rf"{stem}.\1.{name}."))
+    return renamings
+
+
+def checkpoint_names(model: Any) -> dict[str, str]:
+    """What each tensor of ``model`` is called in a checkpoint of transformers, experts that quantkit took apart included.
+
+    Found by sending one number for every tensor through the conversion that ``save_pretrained`` does.
+
+    Raises:
+        ModelError: a checkpoint stores some tensor in another form than the model holds it.
+    """
+    apart = {name: m for name, m in model.named_modules() if isinstance(m, Experts)}
+    names = [n for n in model.state_dict() if not any(n.startswith(f"{prefix}.") for prefix in apart)]
+    marks: dict[str, Tensor] = {name: torch.tensor([float(i)], **MARK) for i, name in enumerate(names)}
+    made = revert_weight_conversion(model, dict(marks))
+    by_mark = {float(tensor): name for name, tensor in made.items() if tensor.numel() == 1}
+    missing = [name for i, name in enumerate(names) if float(i) not in by_mark]
+    if missing or len(made) != len(names):
+        raise ModelError(
+            f"checkpoints of this architecture store {(missing or names)[0]!r} in another form than the model holds it: save "
+            "it with quantkit.save()"
+        )
+    found = {name: by_mark[float(i)] for i, name in enumerate(names)}
+    for prefix, experts in apart.items():
+        for name, source in _expert_names(model, prefix, experts).items():
+            for tensor in model.get_submodule(f"{prefix}.{name}").state_dict():
+                found[f"{prefix}.{name}.{tensor}"] = f"{source}.{tensor}"
+    return found
+
+
+def _expert_names(model: Any, prefix: str, experts: Experts) -> dict[str, str]:
+    """``0.gate_proj`` -> what a checkpoint calls it, for every linear of every expert."""
+    e = experts.num_experts
+    leaves = ["gate_proj", "up_proj"] if experts.has_gate else ["up_proj"]
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    rows = torch.arange(e * len(leaves), **MARK).view(e, len(leaves), 1)
+    down = torch.arange(e, **MARK).view(e, 1, 1) + rows.numel()
+    made = revert_weight_conversion(model, {f"{prefix}.{first}": rows, f"{prefix}.down_proj": down})
+    by_mark = {float(t): n.removesuffix(".weight") for n, t in made.items() if t.numel() == 1}
+    order = {f"{i}.{leaf}": float(i * len(leaves) + j) for i in range(e) for j, leaf in enumerate(leaves)}
+    order |= {f"{i}.down_proj": float(rows.numel() + i) for i in range(e)}
+    # A checkpoint that stores experts as one tensor has no names for its parts: these are what other tools call them.
+    return {name: by_mark.get(mark_, f"{prefix}.{name}") for name, mark_ in order.items()}
+
+
+@contextmanager
+def replaced() -> Iterator[None]:
+    """See :func:`quantkit.compressed_tensors_as_int8`."""
+    tables: list[tuple[dict[str, Any], Any]] = [
+        (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, CompressedConfig),
+        (auto.AUTO_QUANTIZER_MAPPING, CompressedQuantizer),
+    ]
+    before = [table.get(METHOD) for table, _ in tables]
+    for table, ours in tables:
+        table[METHOD] = ours
+    try:
+        yield
+    finally:
+        for (table, _), old in zip(tables, before, strict=True):
+            if old is None:
+                table.pop(METHOD, None)
+            else:
+                table[METHOD] = old
+
+
+def load_compressed(folder: Path, name: str, device: torch.device | str) -> nn.Module:
+    """The model of a checked folder; every tensor that it needs is there, or nothing is returned.
+
+    Raises:
+        CheckpointError: whatever transformers makes of a folder that it cannot load.
+    """
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise CheckpointError(f"{folder}: this transformers has no model class {name!r}")
+    cls: Any = found
+    try:
+        with replaced():
+            model, info = cls.from_pretrained(
+                folder, dtype="auto", device_map=str(device), local_files_only=True, use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True,
+            )  # fmt: skip
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    except Exception as error:  # whatever transformers makes of files that it did not write
+        raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
+    for what in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(what):
+            raise CheckpointError(f"{folder}: {what.replace('_', ' ')}: {min(map(str, info[what]))}")
+    if info.get("unexpected_keys"):
+        log.warning("%s: tensors that the model has no place for: %s", folder, ", ".join(sorted(info["unexpected_keys"])[:5]))
+    result: nn.Module = model
+    return result

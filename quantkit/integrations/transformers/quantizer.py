@@ -1,0 +1,324 @@
+"""quantkit as a quantizer of transformers: ``from_pretrained(path, quantization_config=quantkit.QuantKitConfig(...))``.
+
+Importing quantkit registers it, as soon as transformers is there (:mod:`quantkit.integrations`). Tested from transformers
+5.17 on, whose hooks for quantizers still move: what is overridden here takes the arguments of all versions.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
+
+from quantkit.calibrators import RTN, LLMInt8, resolve
+from quantkit.checkpoint.load import (
+    FORMAT_VERSION,
+    READABLE,
+    attention_records,
+    empty_layer,
+    empty_quantizers,
+    from_version_2,
+    layer_record,
+    version_of,
+)  # fmt: skip
+from quantkit.core.errors import CheckpointError, MethodError, ModelError
+from quantkit.core.numerics import quantize_weight
+from quantkit.core.report import LISTENERS, RECORD, LayerRecord, Report, attach
+from quantkit.core.scheme import Scheme
+from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
+from quantkit.layers.linear import W8A8Linear, check_exact
+from quantkit.model.experts import unfuse
+from quantkit.model.modules import is_conv1d, linears_of, replace_module
+from quantkit.model.targets import matches
+from quantkit.pipeline.quantize import quantize
+
+log = logging.getLogger("quantkit")
+NAME = "quantkit"
+OUTPUT_HEAD, SKIPPED = "output head or tied", "ignored"
+
+
+class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What ``from_pretrained`` shall do, and what ``save_pretrained`` writes into config.json.
+
+    ``"rtn"`` and ``"llm_int8"`` by itself (which means the paper's method, with its threshold, here) need no data: weights are
+    rounded one by one while they are read. Other methods, and lists of several, first load the model whole.
+
+    Args:
+        method: as in :func:`quantkit.quantize`: a name, a calibrator, or a list of them.
+        scheme: a name, such as ``"w8a8"``.
+        ignore: names, parts of names or globs of linears that stay in floating point, beside output heads and tied weights.
+        threshold: of ``"llm_int8"``; 6.0 as in the paper.
+        calibration, tokenizer: as in :func:`quantkit.quantize`, for methods that need data; left out, a causal language model
+            samples its own. They are not saved.
+        seed: of whatever is drawn.
+        layers: names and formats of the INT8 layers of a saved model.
+        attention: the same of the modules whose attention is rounded, if any.
+
+    Raises:
+        MethodError, SchemeError: for what :func:`quantkit.quantize` would refuse.
+    """
+
+    def __init__(
+        self,
+        method: Any = "llm_int8",
+        scheme: str = "w8a8",
+        *,
+        ignore: Sequence[str] = (),
+        threshold: float = 6.0,
+        calibration: Any = None,
+        tokenizer: Any = None,
+        seed: int = 0,
+        layers: dict[str, dict[str, Any]] | None = None,
+        attention: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
+    ) -> None:
+        unknown.pop("quant_method", None)
+        if unknown:
+            log.warning("QuantKitConfig: %s not known to this quantkit, and left alone", ", ".join(unknown))
+        if format_version not in READABLE:
+            raise CheckpointError(
+                f"the model has format version {format_version} and this quantkit reads {' and '.join(map(str, READABLE))}: "
+                "upgrade quantkit-w8a8, or quantize the model again"
+            )
+        self.quant_method = NAME
+        if layers and format_version == 2:
+            layers = {name: from_version_2(facts) for name, facts in layers.items()}
+        if bool(attention) != (format_version == version_of(True)):
+            raise CheckpointError("the model's config.json is damaged: 'attention' does not go with its format version")
+        self.format_version, self.attention = version_of(attention), attention
+        self.scheme = Scheme.parse(scheme).name
+        self.ignore, self.threshold, self.seed, self.layers = list(ignore), threshold, seed, layers
+        self._calibration, self._tokenizer = calibration, tokenizer
+        parts = list(method) if isinstance(method, (list, tuple)) else [method]
+        self._calibrators, self.method = [], parts
+        if not layers:  # the methods of a saved model have done their work, and may be somebody's own
+            self._calibrators = resolve([LLMInt8(threshold=threshold)] if parts == ["llm_int8"] else parts)
+            self.method = [c.name for c in self._calibrators]
+
+    @classmethod
+    def from_bitsandbytes(cls, config: BitsAndBytesConfig) -> QuantKitConfig:
+        """What ``BitsAndBytesConfig(load_in_8bit=True, ...)`` asks for.
+
+        Raises:
+            MethodError: it asks for 4 bits.
+        """
+        if not config.load_in_8bit:
+            raise MethodError("this BitsAndBytesConfig does not say load_in_8bit=True: quantkit has no 4-bit weights")
+        if config.llm_int8_has_fp16_weight or config.llm_int8_enable_fp32_cpu_offload:
+            log.warning("llm_int8_has_fp16_weight and llm_int8_enable_fp32_cpu_offload have no counterpart and are left out")
+        threshold = config.llm_int8_threshold
+        options: dict[str, Any] = {"method": "llm_int8", "threshold": threshold} if threshold else {"method": "rtn"}
+        return cls(ignore=config.llm_int8_skip_modules or (), **options)
+
+    @property
+    def streams(self) -> bool:
+        """Whether weights can be rounded while they are read: nothing has to be known of the model."""
+        scheme = Scheme.parse(self.scheme)
+        if scheme.quantizes_attention or scheme.norm_bits is not None:
+            return False
+        return all(isinstance(c, RTN) or (isinstance(c, LLMInt8) and c.threshold) for c in self._calibrators)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON; without calibration data."""
+        names = {name for name in vars(self) if not name.startswith("_")} - (set() if self.attention else {"attention"})
+        return {name: copy.deepcopy(value) for name, value in vars(self).items() if name in names}
+
+    def __deepcopy__(self, memo: Any) -> QuantKitConfig:
+        new = copy.copy(self)  # transformers copies configs again and again; data, perhaps a generator, is not to be copied
+        new.__dict__.update(self.to_dict())
+        return new
+
+
+class RoundToNearest(ConversionOps):  # type: ignore[misc]
+    """A weight that has just been read, to codes and scale."""
+
+    def __init__(self, quantizer: QuantKitQuantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str | None = None, missing_keys: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        (name, value), *_ = input_dict.items()
+        weight: Tensor = value[0] if isinstance(value, list) else value
+        name = full_layer_name or name
+        layer = name.removesuffix(".weight")
+        if layer in self.hf_quantizer.transposed:
+            weight = weight.t()
+        if not weight.isfinite().all():
+            raise ModelError(f"the weight of {layer!r} holds NaN or Inf: the checkpoint is damaged, or was overflowing")
+        scheme = Scheme.parse(self.hf_quantizer.quantization_config.scheme)
+        codes, scale = quantize_weight(weight, scheme.weight_bits, per_tensor=scheme.weights == "tensor")
+        if missing_keys is not None:
+            missing_keys.discard(f"{layer}.weight_scale")
+        return {name: codes, f"{layer}.weight_scale": scale}
+
+
+class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """The hooks of ``from_pretrained`` and ``save_pretrained``."""
+
+    requires_calibration = False
+    quantization_config: QuantKitConfig
+    quantized_element_size = 1.0
+
+    def __init__(self, quantization_config: QuantKitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.transposed: set[str] = set()
+        self._kept: dict[str, str] = {}
+
+    def update_tp_plan(self, config: Any) -> Any:
+        return config
+
+    def update_ep_plan(self, config: Any) -> Any:
+        return config
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
+        return weight_conversions
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        return 1.0 if self.param_needs_quantization(model, param_name) else param.element_size()
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        where = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if "disk" in where:
+            raise ModelError("device_map puts layers on the disk: INT8 layers have to be in memory; leave 'disk' out")
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        layer, _, name = param_name.rpartition(".")
+        return not self.pre_quantized and name == "weight" and isinstance(model.get_submodule(layer), W8A8Linear)
+
+    def get_quantize_ops(self) -> RoundToNearest:
+        return RoundToNearest(self)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if self.pre_quantized:
+            self._expect_int8(model)
+        elif config.streams:
+            self._expect_float(model)
+
+    def _expect_int8(self, model: Any) -> None:
+        """Put empty INT8 layers where the saved model has them."""
+        records = self.quantization_config.layers
+        if not records:
+            raise CheckpointError(
+                "config.json does not say which layers quantkit quantized: open the model with quantkit.load()"
+            )
+        unfuse(model, only=records)
+        linears = linears_of(model)
+        for name, record in records.items():
+            if name not in linears:
+                raise CheckpointError(f"config.json has an INT8 layer {name!r}, and the model has no such linear")
+            replace_module(model, name, empty_layer(name, record))
+        attach_attention(model, empty_quantizers(model, self.quantization_config.attention or {}, records))
+
+    def _expect_float(self, model: Any) -> None:
+        """Put INT8 layers in place whose weight is still to be rounded."""
+        config = self.quantization_config
+        scheme, dtype = Scheme.parse(config.scheme), model.dtype
+        if scheme.is_static:
+            raise MethodError(f"scheme {config.scheme!r} needs data for its static scales: give a method that reads data")
+        threshold = next((float(c.threshold) for c in config._calibrators if isinstance(c, LLMInt8) and c.threshold), 0.0)
+        if threshold and not scheme.takes_threshold:
+            raise MethodError(
+                f"a threshold goes with activations that have symmetric scales, and not with {config.scheme!r}: take 'w8a8', "
+                "or method='rtn'"
+            )
+        linears = linears_of(model)
+        for pattern in config.ignore:
+            if not any(matches(name, linear, pattern) for name, linear in linears.items()):
+                log.warning("ignore: %r matches no linear of the model", pattern)
+        heads = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+        for name, linear in linears.items():
+            if any(matches(name, linear, head) for head in heads):
+                self._kept[name] = OUTPUT_HEAD
+            elif any(matches(name, linear, pattern) for pattern in config.ignore):
+                self._kept[name] = SKIPPED
+            else:
+                self._replace(model, name, linear, scheme, dtype, threshold)
+        if len(self._kept) == len(linears):
+            raise ModelError("no linear is left to quantize: all are output heads, tied, or ignored")
+
+    def _replace(self, model: Any, name: str, linear: Any, scheme: Scheme, dtype: torch.dtype, threshold: float) -> None:
+        k, n = linear.weight.shape if is_conv1d(linear) else linear.weight.shape[::-1]
+        check_exact(k, scheme, name)
+        if is_conv1d(linear):
+            self.transposed.add(name)
+        layer = W8A8Linear(k, n, scheme=scheme, bias=linear.bias is not None, device="meta", dtype=dtype)
+        # A float placeholder in the shape of the file: up to 5.22 weights are cast to its dtype before they are rounded.
+        layer.weight = torch.empty(linear.weight.shape, dtype=dtype, device="meta")
+        layer.threshold = threshold
+        replace_module(model, name, layer)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        if not self.pre_quantized and not config.streams:
+            quantize(
+                model, config._calibrators, calibration=config._calibration, tokenizer=config._tokenizer, scheme=config.scheme,
+                ignore=config.ignore, seed=config.seed,
+            )  # fmt: skip
+        elif not hasattr(model, RECORD):
+            layers = [
+                LayerRecord(name, "int8", at_run_time=["threshold"] if m.threshold else [])
+                for name, m in model.named_modules()
+                if isinstance(m, W8A8Linear)
+            ]
+            layers += [LayerRecord(name, "float", reason=reason) for name, reason in self._kept.items()]
+            report = Report(config.method, config.scheme, config.seed, "not needed")
+            report.layers, report.rewrites = layers, explained(attention_quantizers(model))
+            attach(model, report)
+        mark(model, config)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters on top; gradients flow through to inputs
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, W8A8Linear):
+                replace_module(model, name, layer.to_float(dtype or model.dtype))
+        detach_attention(model)
+        if hasattr(model, RECORD):
+            delattr(model, RECORD)
+        return model
+
+
+def mark(model: Any, config: QuantKitConfig | None = None) -> None:
+    """Let ``save_pretrained`` of a quantized model write what ``from_pretrained`` needs; other modules are left alone."""
+    from transformers import PreTrainedModel  # which imports its quantizers, and so this file
+
+    layers = {name: layer_record(m) for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
+    if not layers or not isinstance(model, PreTrainedModel):
+        return
+    if config is None:
+        report: Report = getattr(model, RECORD)
+        threshold = max(record["threshold"] for record in layers.values())
+        config = QuantKitConfig(report.method, report.scheme or "w8a8", threshold=threshold, seed=report.seed, layers=layers)
+    config.layers, config.attention = layers, attention_records(model) or None
+    config.format_version = version_of(config.attention)
+    model.config.quantization_config = config
+    model.is_quantized, model.quantization_method = True, NAME
+    if getattr(model, "hf_quantizer", None) is None:
+        model.hf_quantizer = QuantKitQuantizer(config, pre_quantized=True)
+
+
+LISTENERS.append(mark)
+if NAME not in auto.AUTO_QUANTIZER_MAPPING:
+    auto.register_quantization_config(NAME)(QuantKitConfig)
+    auto.register_quantizer(NAME)(QuantKitQuantizer)
