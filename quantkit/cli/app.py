@@ -232,7 +232,7 @@ def tune(
     of a model do not change by a bit. The table is kept in ~/.cache/quantkit (or QUANTKIT_CACHE) by device, Triton and version.
     """
     from quantkit.integrations.transformers.models import without_weights
-    from quantkit.ops.gpu import tunable
+    from quantkit.ops.gpu.devices import tunable
 
     if not model and not shape:
         raise typer.BadParameter("name a model or a --shape")
