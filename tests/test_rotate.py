@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import quantkit
 from quantkit import Hadamard, MethodError, Plan, Rotate, SmoothQuant, Stage
 from quantkit.cli.demo import outlier_twin
-from quantkit.core.transform import BlockRotation
+from quantkit.core.rotation import BlockRotation
 from quantkit.discovery.equivalence import outputs_of, relative_error
 from quantkit.discovery.residual import find_heads, find_stream
 from quantkit.model.experts import unfuse

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from quantkit.calibration.statistics import Statistic, TokenSample
 from quantkit.core.errors import MethodError
+from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Site
-from quantkit.core.transform import Rotation, Transform
+from quantkit.core.transform import Transform
 from quantkit.model.modules import weight_of
 from quantkit.pipeline.rotate import Turn
 

@@ -11,7 +11,8 @@ import torch
 from quantkit.calibration.statistics import Statistic
 from quantkit.calibrators.base import PerSite, SiteView, Stage
 from quantkit.core.errors import MethodError
-from quantkit.core.transform import Rotation, Transform
+from quantkit.core.rotation import Rotation
+from quantkit.core.transform import Transform
 
 LEAST = 8
 """Smaller blocks spread an outlier over too few channels to be worth a product."""

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import MethodError
+from quantkit.core.rotation import BlockRotation
 from quantkit.core.sites import Site
-from quantkit.core.transform import BlockRotation
 from quantkit.discovery.discover import _classes, _distance, _Prober
 from quantkit.discovery.probe import Probe, Trace, forward_replaced, norms_of
 from quantkit.model.modules import linears_of, map_tensors, tensors_in, weight_of

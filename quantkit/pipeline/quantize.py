@@ -21,16 +21,19 @@ from quantkit.calibration.statistics import Range, TokenSample
 from quantkit.calibrators import Calibrator, Codes, Plan, SiteView, Stage, View, resolve
 from quantkit.calibrators.base import HeadClusters, rotation_ahead
 from quantkit.core.errors import CalibrationError, EquivalenceError, MethodError, ModelError
+from quantkit.core.formats import groups_fault
 from quantkit.core.numerics import qmax, quantize_weight, sqnr_db
+from quantkit.core.operand import Operand, check_exact
 from quantkit.core.report import LayerRecord, Report, attach
+from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Site
-from quantkit.core.transform import Rotation, Transform, groups_fault
+from quantkit.core.transform import Transform
 from quantkit.discovery import discover
 from quantkit.discovery.discover import NEVER_RAN
 from quantkit.discovery.equivalence import folded_by_hooks, outputs_of, relative_error, reordered_by_hooks, tolerance_for
 from quantkit.layers.attention import AttentionQuantizer, attach_attention, calibrated, explained, find_attention
-from quantkit.layers.linear import W8A8Linear, check_exact
+from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import put_back, unfuse
 from quantkit.model.modules import linears_of, replace_module, weight_of
 from quantkit.model.targets import check_patterns, chosen
@@ -228,7 +231,7 @@ def _check_chosen(linears: dict[str, nn.Module], kept: dict[str, str], sites: Se
         )
     for name in names if scheme else ():
         assert scheme is not None
-        check_exact(weight_of(linears[name]).shape[1], scheme, name)
+        check_exact(weight_of(linears[name]).shape[1], scheme.input, name)
     if scheme is not None and scheme.norm_bits is not None and not any(_behind_norm(site) for site in sites):
         raise ModelError(
             f"scheme {scheme.name} gives bits to what norms write, and no linear alone reads the output of a norm: leave out "
@@ -577,7 +580,7 @@ def _convert(
                     )  # fmt: skip
                     layer.sqnr_db = _output_sqnr(view, linear, new, folded.get(view.name), rows, order)
                     if name in sources:
-                        new.reorder_rows(sources.pop(name))
+                        new = W8A8Linear.from_operand(reordered(new.operand, sources.pop(name))).train(linear.training)
                     layer.kind = "int8"
                     layer.at_run_time = leftovers[view.name].without("groups").steps
                     if view.scheme != scheme.of_linear():
@@ -689,6 +692,13 @@ def _to_int8(
         linear, scheme=view.scheme, codes=codes.codes, weight_scale=scale, bias=bias, leftover=leftover,
         outlier_weight=side, input_range=input_range,
     )  # fmt: skip
+
+
+def reordered(operand: Operand, source: Tensor) -> Operand:
+    """``operand`` with the output rows ``source [n]`` int64 in the place of its first n."""
+    order = torch.arange(operand.out_features, device=operand.device)
+    order[: len(source)] = source.to(order.device)
+    return operand.rows(order)
 
 
 def _output_sqnr(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import MethodError
-from quantkit.core.transform import BlockRotation
+from quantkit.core.rotation import BlockRotation
 from quantkit.discovery.residual import Gain, Heads, Stream, blocks_of
 from quantkit.model.modules import weight_of
 
