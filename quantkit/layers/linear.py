@@ -6,6 +6,7 @@ what PyTorch needs besides: buffers that move with the model and are saved with 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ class W8A8Linear(nn.Linear):
             "weight": own(codes, torch.int8),
             "weight_scale": own(weight_scale, torch.float32),
             "bias": own(bias, like.dtype),
-            **_static_input(scheme.input, input_range),
+            **_static_input(scheme.input, input_range, max(1, len(facts.groups))),
             # The side product sees channels before their scale, so its weight takes the scale back.
             "outlier_weight": None if leftover.outliers is None else own(outlier_weight, like.dtype),
             "outlier_index": own(leftover.outliers),
@@ -189,9 +190,19 @@ class W8A8Linear(nn.Linear):
     def rotation_block(self) -> int:
         return self._facts.rotation_block or 0
 
+    @rotation_block.setter
+    def rotation_block(self, block: int) -> None:
+        self._facts = replace(self._facts, rotation_block=block or None)
+        self._forget()
+
     @property
     def threshold(self) -> float:
         return self._facts.threshold or 0.0
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        self._facts = replace(self._facts, threshold=threshold or None)
+        self._forget()
 
     @property
     def rewrites_input(self) -> bool:
@@ -279,12 +290,12 @@ class W8A8Linear(nn.Linear):
         return ", ".join(parts)
 
 
-def _static_input(input_: Format, ends: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
-    """Scale and zero point of an activation, where its format is static, from its least and largest values."""
+def _static_input(input_: Format, ends: tuple[Tensor, Tensor] | None, groups: int) -> dict[str, Tensor]:
+    """Scales and zero points of ``groups`` groups of an activation, where its format is static, from its least and largest values."""
     if not isinstance(input_, Quantized) or not input_.is_static:
         return {}
     assert ends is not None
-    low, high = (end.view(-1) for end in ends)
+    low, high = (end.view(-1).expand(groups) for end in ends)
     if input_.number.symmetric:
         return {"input_scale": absmax_scale(torch.maximum(-low, high), input_.number.bits)}
     scale, zero = range_scale(low, high, input_.number.bits)
