@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from quantkit import ops
 from quantkit.core.errors import MethodError, ModelError
 from quantkit.core.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, absmax_scale, of_clusters, range_scale, shares
+from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
-from quantkit.core.transform import Rotation, Transform, groups_fault
+from quantkit.core.transform import Transform, groups_fault
 from quantkit.model.modules import applied_but_float32, weight_of
 
 log = logging.getLogger("quantkit")

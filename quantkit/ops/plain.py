@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.core.numerics import shares
-from quantkit.core.transform import Rotation
+from quantkit.core.rotation import Rotation
 from quantkit.ops import reference
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quantkit.core.sites import Site
+from quantkit.core.sites import Site, absorb
 from quantkit.core.transform import Transform
-from quantkit.discovery.discover import absorb
 
 
 class Rows(NamedTuple):

@@ -23,12 +23,14 @@ from quantkit.calibrators.base import HeadClusters, rotation_ahead
 from quantkit.core.errors import CalibrationError, EquivalenceError, MethodError, ModelError
 from quantkit.core.numerics import qmax, quantize_weight, sqnr_db
 from quantkit.core.report import LayerRecord, Report, attach
+from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
-from quantkit.core.sites import Site
-from quantkit.core.transform import Rotation, Transform, groups_fault
+from quantkit.core.sites import Kept, Site
+from quantkit.core.spaces import SpaceRotation
+from quantkit.core.transform import Transform, groups_fault
 from quantkit.discovery import discover
-from quantkit.discovery.discover import NEVER_RAN
-from quantkit.discovery.equivalence import folded_by_hooks, outputs_of, relative_error, reordered_by_hooks, tolerance_for
+from quantkit.discovery.equivalence import outputs_of, relative_error, tolerance_for
+from quantkit.discovery.hooks import PlayedFold, PlayedOrder, folded_by_hooks, reordered_by_hooks
 from quantkit.layers.attention import AttentionQuantizer, attach_attention, calibrated, explained, find_attention
 from quantkit.layers.linear import W8A8Linear, check_exact
 from quantkit.model.experts import put_back, unfuse
@@ -47,7 +49,7 @@ from quantkit.pipeline.fold import (
     store_norms,
 )
 from quantkit.pipeline.recipe import Recipe
-from quantkit.pipeline.rotate import Turn, turn
+from quantkit.pipeline.rotate import rotate
 
 log = logging.getLogger("quantkit")
 M = TypeVar("M", bound=nn.Module)
@@ -131,11 +133,11 @@ def _quantize(
         attend = functools.partial(
             calibrated, model, find_attention(model, first), number_format, data, label, progress=progress
         )
-    turned, rewrites = _rewrite(model, calibrators, (piece, first), seed, progress, undo)
+    rotations, rewrites = _rewrite(model, calibrators, (piece, first), seed, progress, undo)
 
     orders = number_format is not None and any(c.stage == Stage.PARTITION for c in calibrators)
     discovery = discover(model, piece, carriers=orders)
-    if any(reason == NEVER_RAN for reason in discovery.kept.values()):
+    if Kept.NEVER_RAN in discovery.kept.values():
         discovery = discover(model, first, carriers=orders)  # more tokens reach more experts
     kept = chosen(linears, discovery.kept, ignore, targets)
     placed = {name for site in discovery.sites for name in site.linears}
@@ -158,7 +160,7 @@ def _quantize(
             )
     views = _views(sites, linears, kept, statistics, number_format)
     for view in views:
-        view.turned = next((space for what in turned if (space := what.space_of(view.site.linears))), "")
+        view.rotated_space = next((space for what in rotations if (space := what.space_of(view.site.linears))), "")
     later = [c for c in calibrators if c.stage != Stage.MODEL]
     codes, notes = _plan(model, later, views, data, calibration is not None, seed, progress)
     record = Report(
@@ -262,18 +264,18 @@ def _rewrite(
     seed: int,
     progress: bool | None,
     undo: ExitStack,
-) -> tuple[list[Turn], list[str]]:
+) -> tuple[list[SpaceRotation], list[str]]:
     """Rewrite the float model as calibrators in ``Stage.MODEL`` say, and prove that it is still the same."""
-    piece, turned = batches[0], list[Turn]()
+    piece, rotations = batches[0], list[SpaceRotation]()
     said: list[str] = []
     for calibrator in (c for c in calibrators if c.stage == Stage.MODEL):
         plan = _decide(calibrator, View(model, [], lambda: batches, seed, functools.partial(_bar, progress)), [])
-        if plan.turn is None:
+        if plan.rotate is None:
             continue
         wanted = outputs_of(model, piece)
         noise = relative_error(wanted, outputs_of(model, piece))
         try:
-            said += turn(model, plan.turn, undo)
+            said += rotate(model, plan.rotate, undo)
         except MethodError as error:
             raise MethodError(f"{calibrator.name}: {error}") from error
         change, tolerance = relative_error(wanted, outputs_of(model, piece)), tolerance_for(wanted, noise, model)
@@ -282,9 +284,9 @@ def _rewrite(
                 f"{calibrator.name} changed the model by {change:.1e} (allowed {tolerance:.1e}); it was undone. In a short "
                 "format, rounding the rotated weights may be the cause: rotate in float32, and cast afterwards"
             )
-        turned.append(plan.turn)
+        rotations.append(plan.rotate)
         said.append(f"this changed the float model by {change:.1e} (relative)")
-    return turned, said
+    return rotations, said
 
 
 def _take_back(model: nn.Module, undo: ExitStack) -> None:
@@ -329,7 +331,9 @@ def _plan(
         return data
 
     codes: dict[str, Codes] = {}
-    notes: dict[str, dict[str, Any]] = {view.name: {"turned": view.turned} if view.turned else {} for view in views}
+    notes: dict[str, dict[str, Any]] = {
+        view.name: {"turned": view.rotated_space} if view.rotated_space else {} for view in views
+    }
     for index, calibrator in enumerate(calibrators):
         for view in views:
             view.rotation_ahead = rotation_ahead(view, calibrators[index + 1 :])
@@ -353,9 +357,9 @@ def _plan(
 def _check_plan(calibrator: Calibrator, plan: Plan, views: Sequence[SiteView]) -> None:
     """Raises MethodError for an answer that cannot be carried out, while nothing has changed."""
     name, sites = calibrator.name, {view.name: view for view in views}
-    if not isinstance(plan, Plan) or not all(isinstance(part, dict) for key, part in vars(plan).items() if key != "turn"):
+    if not isinstance(plan, Plan) or not all(isinstance(part, dict) for key, part in vars(plan).items() if key != "rotate"):
         raise MethodError(f"{name}.plan() returned {_kind(plan)}: return a quantkit.Plan, which holds dicts")
-    if plan.turn is not None and calibrator.stage != Stage.MODEL:
+    if plan.rotate is not None and calibrator.stage != Stage.MODEL:
         raise MethodError(f"{name} rotated the model in stage {calibrator.stage.name}: that is for Stage.MODEL")
     unknown = [str(site) for site in (*plan.transforms, *plan.notes) if site not in sites]
     if unknown:
@@ -611,8 +615,8 @@ def _store_and_prove(model: nn.Module, folds: Sequence[Fold], reorders: Sequence
     old = store_norms(model, folds)
     try:
         tolerance = tolerance_for(wanted, noise, model)
-        with folded_by_hooks(model, [(f.site, f.rows, f.scale, f.shift) for f in folds]):
-            with reordered_by_hooks(model, [(r.site.linears, r.inverse, r.sources) for r in reorders]):
+        with folded_by_hooks(model, [PlayedFold(f.site, f.rows, f.scale, f.shift) for f in folds]):
+            with reordered_by_hooks(model, [PlayedOrder(r.site.linears, r.inverse, r.sources) for r in reorders]):
                 record.equivalence = relative_error(wanted, outputs_of(model, piece))
             ordered = record.equivalence <= tolerance
             if not ordered and reorders:

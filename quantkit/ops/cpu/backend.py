@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantkit.core.numerics import qmax
-from quantkit.core.transform import Rotation
+from quantkit.core.rotation import Rotation
 from quantkit.ops.cpu.native import TILE, Clusters, Rewrite, library
 from quantkit.ops.plain import Plain, shares_of
 from quantkit.ops.reference import row_sums
