@@ -24,13 +24,15 @@ from quantkit.core.errors import MethodError
 
 @dataclass(frozen=True)
 class Rotation:
-    """A rotation at run time: the block-diagonal orthogonal matrix ``R = diag(signs) (I kron H)``, H a normalized Hadamard matrix.
+    """A rotation at run time: the block-diagonal orthogonal matrix ``R = diag(signs) (I kron H)``, H a normalized Hadamard
+    matrix.
 
     :class:`BlockRotation` is the other kind, for rotations that are written into the weights and take blocks of any width.
 
     Attributes:
         block: channels in a block, a power of two that divides the number of channels K.
-        signs: ``[K]`` of +1 and -1 in any dtype, by which channels are multiplied ahead of the Hadamard matrix. None for no signs.
+        signs: ``[K]`` of +1 and -1 in any dtype, by which channels are multiplied ahead of the Hadamard matrix. None for no
+            signs.
 
     Raises:
         MethodError: ``block`` is no power of two.
@@ -44,7 +46,7 @@ class Rotation:
             raise MethodError(f"Rotation(block={self.block!r}): a Hadamard block is a power of two, as an int")
 
     def factors(self, k: int) -> Tensor:
-        """``[k]`` float64: what ``k`` channels are multiplied by ahead of the additions, the signs divided by ``sqrt(block)``."""
+        """``[k]`` float64: what k channels are multiplied by ahead of the additions: the signs over ``sqrt(block)``."""
         signs = torch.ones(k) if self.signs is None else self.signs
         return signs.double() / math.sqrt(self.block)
 
@@ -90,8 +92,8 @@ class BlockRotation:
 
     1. random signs on the diagonal;
     2. a Hadamard matrix for the largest power of two that divides ``width``;
-    3. a Hartley matrix (``cos + sin``) for the odd number that is left, whose entries are at most ``sqrt(2 / odd)``, so that every
-       channel goes to all others of its block in about equal parts;
+    3. a Hartley matrix (``cos + sin``) for the odd number that is left, whose entries are at most ``sqrt(2 / odd)``, so that
+       every channel goes to all others of its block in about equal parts;
     4. a reflection that takes the image of the all-ones vector back to the all-ones vector.
 
     Because of the reflection the mean over channels stays what it is. So a LayerNorm without gain commutes with R, as an
