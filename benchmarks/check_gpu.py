@@ -23,10 +23,12 @@ from torch import Tensor
 
 import quantkit
 from quantkit.core.numerics import quantize_weight
-from quantkit.core.transform import Rotation, Transform
+from quantkit.core.rotation import Rotation
+from quantkit.core.transform import Transform
 from quantkit.layers.linear import W8A8Linear
 from quantkit.ops import reference
 from quantkit.ops.gpu import operators
+from quantkit.ops.gpu.backend import GPUPrepared
 from quantkit.ops.gpu.codes import kernels as makers
 from quantkit.ops.gpu.codes import shapes
 from quantkit.ops.gpu.codes.request import CodesRequest
@@ -183,7 +185,7 @@ def check_segments() -> None:
                 "borders": torch.tensor(borders, device=DEVICE, dtype=torch.int32), "align": align, "zero": zero,
                 "wsum": sums if zeros else None,
             }  # fmt: skip
-            acc = reference.segment_sum(products, sx[:, 1:], sw[:, 1:], zero, sums)
+            acc = reference.group_sum(products, sx[:, 1:], sw[:, 1:], zero, sums)
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 wanted = reference.epilogue(acc, sx[:, :1], sw[:, 0], None, None, None, dtype)
                 got = poisoned(lambda: operators.matmul(q, sx, w, packed, dtype, **pack), (m, n))  # noqa: B023
@@ -332,11 +334,9 @@ def check_clusters() -> None:
         k = sum(groups)
         order = torch.randperm(k, device=DEVICE)
         layer = layer_of(520, k, Transform(permutation=order, groups=groups))
-        packed, gain = layer.packed, rand(k).bfloat16()
-        where = {
-            "permutation": packed.permutation, "clusters": packed.clusters, "shares": packed.shares, "align": packed.align
-        }  # fmt: skip
-        assert packed.align == BLOCK, f"clusters {k, groups}"
+        gain = rand(k).bfloat16()
+        where = {name: layer.prepared.making[name] for name in ("permutation", "clusters", "shares", "align")}
+        assert where["align"] == BLOCK, f"clusters {k, groups}"
         for m in (1, 37, 3000):
             x, y = rand(m, k).bfloat16(), rand(m, k).bfloat16()
             x[:, order[: groups[0]]] *= 30
@@ -424,7 +424,7 @@ def check_layers() -> None:
         transforms.items(), ("w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym")
     ):
         layer = layer_of(n, k, transform, scheme=scheme)
-        assert layer.packed.backend.name == "triton"
+        assert isinstance(layer.prepared, GPUPrepared)
         x = rand(40, k).bfloat16()
         with torch.inference_mode():
             got = layer(x)

@@ -39,15 +39,16 @@ from quantkit.core.errors import (
     TargetError,
 )
 from quantkit.core.report import LayerRecord, Report, report
+from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Carriers, Discovery, Producer, Site
-from quantkit.core.transform import Rotation, Transform
+from quantkit.core.transform import Transform
 from quantkit.discovery import Equivalence, discover, verify_equivalence
 from quantkit.integrations import compressed_tensors_as_int8
 from quantkit.integrations import register_with_transformers as _register
 from quantkit.integrations.compressed.export import export
 from quantkit.layers.linear import W8A8Linear
-from quantkit.ops import backends, use_backend
+from quantkit.ops.table import Backend, backends, register_backend, use_backend
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.recipe import Recipe
 

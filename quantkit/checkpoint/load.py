@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantkit.core.errors import CheckpointError, ModelError, QuantkitError
+from quantkit.core.operand import Facts
 from quantkit.core.report import Report, attach, report
 from quantkit.core.scheme import Scheme
-from quantkit.core.transform import groups_fault
 from quantkit.integrations.compressed.layout import METHOD as COMPRESSED
 from quantkit.integrations.compressed.layout import parse
 from quantkit.layers.attention import CHILD, AttentionQuantizer, Heads, attach_attention, attention_quantizers
@@ -49,7 +49,6 @@ FILE_NAME = re.compile(r"[\w\- ][\w.\- ]{0,200}")
 LAYER_FACTS = {"in_features": int, "out_features": int, "scheme": str, "bias": bool, "rotation_block": int}
 LAYER_FACTS |= {"threshold": float, "outliers": int, "buffers": list, "groups": list}
 ATTENTION_FACTS = {"scheme": str, "queries": int, "keys": int, "width": int, "value_width": int, "clusters": int}
-OPTIONAL = ("pre_scale", "shift", "permutation", "rotation_signs", "outlier_index", "outlier_weight")
 DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
 }  # fmt: skip
@@ -251,17 +250,9 @@ def _write_transformers_files(model: Any, folder: Path, tokenizer: Any, version:
 
 def layer_record(layer: W8A8Linear) -> dict[str, Any]:
     """What :func:`empty_layer` needs to know."""
-    return {
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
-        "scheme": layer.scheme.name,
-        "bias": layer.bias is not None,
-        "rotation_block": layer.rotation_block,
-        "threshold": float(layer.threshold),
-        "outliers": 0 if layer.outlier_index is None else len(layer.outlier_index),
-        "buffers": [name for name in OPTIONAL if getattr(layer, name) is not None],
-        "groups": list(layer.groups),
-    }
+    operand = layer.operand
+    outliers = operand.rewrite.outliers
+    return operand.facts.record(list(operand.tensors()), 0 if outliers is None else len(outliers))
 
 
 def attention_records(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -550,49 +541,20 @@ def _empty_layers(model: nn.Module, records: dict[str, dict[str, Any]]) -> dict[
     return layers
 
 
-def empty_layer(name: str, facts: dict[str, Any]) -> W8A8Linear:
+def empty_layer(name: str, record: dict[str, Any]) -> W8A8Linear:
     """An INT8 layer on the meta device, with room for what :func:`layer_record` says that it has.
 
     Raises:
         CheckpointError: the record makes no sense.
     """
-    if not _is_record(facts, LAYER_FACTS):
+    if not _is_record(record, LAYER_FACTS):
         raise CheckpointError(f"the record of layer {name!r} is damaged")
-    n, k, block, outliers = (facts[key] for key in ("out_features", "in_features", "rotation_block", "outliers"))
-    groups = tuple(facts["groups"])
-    fault = groups_fault(groups, k) if groups else None
-    if fault:
-        raise CheckpointError(f"layer {name!r}: {fault}")
-    if block and any(size % block for size in groups):
-        raise CheckpointError(f"layer {name!r} rotates blocks of {block} across the borders of its groups {groups}")
-    if block < 0 or (block and (k % block or block & (block - 1))):
-        raise CheckpointError(f"layer {name!r} rotates blocks of {block}, which does not go with {k} channels")
-    if not 0 <= outliers <= k or not 0 <= facts["threshold"] < float("inf"):
-        raise CheckpointError(f"layer {name!r} has {outliers} outliers of {k} channels and a threshold of {facts['threshold']}")
     try:
-        layer = W8A8Linear(k, n, scheme=Scheme.parse(facts["scheme"]), bias=facts["bias"], groups=groups, device="meta")
+        facts = Facts.read(record)
     except QuantkitError as error:
         raise CheckpointError(f"layer {name!r}: {error}") from None
-    if layer.scheme != layer.scheme.of_linear():
-        raise CheckpointError(f"layer {name!r} has the scheme {facts['scheme']!r}, which says more than a linear does")
-    layer.rotation_block, layer.threshold = block, facts["threshold"]
-    room = {
-        "pre_scale": torch.empty(k, device="meta"),
-        "shift": torch.empty(k, device="meta"),
-        "permutation": torch.empty(k, dtype=torch.int64, device="meta"),
-        "rotation_signs": torch.empty(k, device="meta"),
-        "outlier_index": torch.empty(outliers, dtype=torch.int64, device="meta"),
-        "outlier_weight": torch.empty(n, outliers, device="meta"),
-    }
-    for buffer in facts["buffers"]:
-        if buffer not in OPTIONAL:
-            raise CheckpointError(f"layer {name!r} has {buffer!r}, which this quantkit does not know")
-        setattr(layer, buffer, room[buffer])
-    if (layer.outlier_index is None) != (layer.outlier_weight is None):
-        raise CheckpointError(f"layer {name!r} has outlier_index or outlier_weight without the other")
-    if layer.threshold and (facts["buffers"] or block or groups or not layer.scheme.takes_threshold):
-        raise CheckpointError(f"layer {name!r} has a threshold, which goes with symmetric scales per token and nothing else")
-    return layer
+    bias, optional, outliers = record["bias"], record["buffers"], record["outliers"]
+    return W8A8Linear.from_operand(facts.empty(bias=bias, optional=optional, outliers=outliers, device="meta"))
 
 
 def empty_quantizers(model: nn.Module, records: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, AttentionQuantizer]:
@@ -632,7 +594,9 @@ def _check_fit(
         own = {f"{name}.{key}": t for key, t in layer.state_dict().items()}
         wanted |= own
         # The C passes read these as they are, so nothing but float32 will do.
-        scales |= {key for key, t in own.items() if t.is_floating_point() and not key.endswith((".bias", ".outlier_weight"))}
+        scales |= {
+            key for key, t in own.items() if t.is_floating_point() and key.rpartition(".")[2] not in ("bias", "outlier_weight")
+        }
     for name, tensor in wanted.items():
         source = tied.get(name, name)
         if source not in stored:

@@ -1,144 +1,178 @@
 """The backend for GPUs with INT8 Tensor Cores: quantize, multiply and rescale in two launches, or in one for one token.
 
 :mod:`.codes` turns activations into INT8 codes, :mod:`.product` multiplies them; both are reached through :mod:`.operators`.
-This file decides what they are given: a weight is laid out once (:mod:`.packing`), and each call is then two operators. Triton
-is imported with the operators, when a layer first runs on a GPU.
+This file decides what they are given: an operand is laid out once (:mod:`.packing`), and each call is then two operators.
+Triton is imported with the operators, when an operand first runs on a GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from quantkit.core.formats import Float, Storage
 from quantkit.core.numerics import shared
+from quantkit.core.operand import Operand
+from quantkit.core.rewrite import Rewrite
 from quantkit.core.tracing import constant_while_tracing
-from quantkit.ops.gpu.devices import why_not
+from quantkit.ops.gpu import devices
 from quantkit.ops.gpu.layout import BLOCK, padded, padded_side
 from quantkit.ops.gpu.packing import alignment, narrow, places_of
-from quantkit.ops.plain import Plain, shares_of
+from quantkit.ops.plain import Plain, PlainPrepared, other_than_w8a8, shares_of
 from quantkit.ops.reference import row_sums
 
-if TYPE_CHECKING:
-    from quantkit.layers.linear import W8A8Linear
-
-
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of activations that the kernels read; others go through the reference operations."""
 
 
-@dataclass
-class GPUPacked:
-    """A weight ready to run: ``codes`` in rows of 16; ``vector`` says whether one token may take the fused kernel.
+@dataclass(eq=False)
+class GPUPrepared(PlainPrepared):
+    """An operand laid out for the kernels.
 
-    With clusters of channels, each starts at a multiple of 16 of the P places in a row: ``permutation [P]`` says which channel
-    is where, -1 where none is, ``borders [G + 1]`` int32 where clusters begin, all at multiples of ``align``, and ``clusters
-    [P / 16]`` int32 whose 16 places are, with their ``shares [G]``; ``in_scale``, if static, is then ``[1 + G]``, and
-    ``scale`` is ``[1 + G, N]`` unless all multiples are 1. ``permutation`` is always as :func:`narrow` makes it.
+    Attributes:
+        codes: ``[N, P]`` int8, rows in whole steps of 16 bytes; with groups each of them begins at a whole step.
+        scale: ``[N]`` float32, base scales; where groups have other multipliers than 1, ``[1 + G, N]``, these below.
+        making: what the kernels that make codes are asked for, beside x: see :class:`.codes.request.CodesRequest`.
+        wsum: sums of the codes for zero points, as in ``sums``; None where codes of activations have none.
+        side_weight: ``[N, padded_side(n)]``, columns of the side product; None without outliers.
+        pre_scale: ``[K]`` float32, the factors of channels, signs of the rotation included; None without.
+        borders: ``[G + 1]`` int32, where groups begin and the last one ends; None without groups.
+        align: a number that divides all borders.
+        vector: whether one token may take the kernel that quantizes on its way in.
+        finds_zero: whether zero points are found with the codes.
+        bits: of codes of activations.
     """
 
-    backend: Any
-    device: torch.device
-    weight: Tensor
     codes: Tensor
     scale: Tensor
-    sums: Tensor | None
+    making: dict[str, Any]
+    wsum: Tensor | None
     side_weight: Tensor | None
-    side_mask: Tensor | None
     pre_scale: Tensor | None
-    permutation: Tensor | None
     borders: Tensor | None
-    clusters: Tensor | None
-    shares: Tensor | None
-    in_scale: Tensor | None
     align: int
     vector: bool
+    finds_zero: bool
+    bits: int
 
-
-class GPU(Plain):
-    """See the module."""
-
-    name = "triton"
-
-    def why_not(self, device: torch.device) -> str | None:
-        return why_not(device)
-
-    def pack(self, layer: W8A8Linear) -> GPUPacked:
-        k = layer.in_features
-        weight, permutation = layer.weight.contiguous(), layer.permutation
-        borders = clusters = None
-        scale = (layer.weight_scale.t() if _by_row(layer.weight_scale) else layer.weight_scale[:, 0]).contiguous()
-        shares, in_scale = shares_of(layer), layer.input_scale
-        align = alignment(layer.groups, layer.weight.device)
-        if layer.groups:
-            free = permutation if align == BLOCK and not layer.rotation_block else None
-            borders, clusters, places = places_of(layer.groups, align, free, weight.device)
-            assert shares is not None
-            in_scale = None if in_scale is None else shared(in_scale, shares)
-            width = 16 * len(clusters)
-            weight = weight.new_zeros(len(weight), width).index_copy_(1, places, weight)
-            if permutation is not None or width > k:
-                order = torch.arange(k, device=weight.device) if permutation is None else permutation
-                permutation = torch.full((width,), -1, device=weight.device).index_copy_(0, places, order)
-        elif padded(k) != k:
-            weight = torch.nn.functional.pad(weight, (0, padded(k) - k))
-        side, mask = layer.outlier_weight, None
-        if side is not None and layer.outlier_index is not None:
-            mask = torch.zeros(k, dtype=torch.int8, device=side.device).index_fill(0, layer.outlier_index, 1)
-            side = torch.nn.functional.pad(side, (0, padded_side(side.shape[1]) - side.shape[1])).contiguous()
-        if permutation is not None:
-            permutation = narrow(permutation, k)
-        rest = (layer.shift, layer.permutation, layer.outlier_index)
-        vector = layer.scheme.symmetric and not layer.scheme.is_static and not layer.rotation_block and not layer.groups
-        sums = None if layer.scheme.symmetric else row_sums(layer.weight, layer.groups)
-        return GPUPacked(
-            self, layer.weight.device, layer.weight, weight, scale, sums,
-            side, mask, _signed_scale(layer), permutation, borders, clusters, shares, in_scale, align,
-            vector and not layer.threshold and all(v is None for v in rest),
-        )  # fmt: skip
-
-    def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
-        packed, scheme = layer.packed, layer.scheme
-        if x.dtype not in DTYPES or not packed.codes.numel():
-            return super().linear(layer, x)
+    def run(self, x: Tensor) -> Tensor:
+        operand = self.operand
+        if x.dtype not in DTYPES or not self.codes.numel():
+            return super().run(x)
         ops = kernels()  # also under torch.compile: it registers the operators
         if torch.compiler.is_compiling():
             ops = torch.ops.quantkit
-        if x.shape[0] == 1 and packed.vector:
-            return ops.gemv(x, packed.codes, packed.scale, scheme.activation_bits, layer.bias, packed.pre_scale)
-        if layer.threshold:
-            q, scale, active = ops.quantize(x, bits=scheme.activation_bits, threshold=layer.threshold)
-            return ops.matmul(q, scale, packed.codes, packed.scale, x.dtype, bias=layer.bias, side=x, active=active)
-        out = ops.quantize(
-            x, bits=scheme.activation_bits, symmetric=scheme.symmetric, shift=layer.shift, pre_scale=packed.pre_scale,
-            permutation=packed.permutation, rotation=layer.rotation_block, side_index=layer.outlier_index,
-            side_mask=packed.side_mask, in_scale=packed.in_scale, in_zero=layer.input_zero_point, clusters=packed.clusters,
-            shares=packed.shares, align=packed.align,
-        )  # fmt: skip
-        q, scale = out[:2]
-        zero = out[2] if not scheme.symmetric and not scheme.is_static else layer.input_zero_point
-        side = (None, None) if packed.side_weight is None else (out[-1], packed.side_weight.to(x.dtype))
+        if self.vector and x.shape[0] == 1:
+            return ops.gemv(x, self.codes, self.scale, self.bits, operand.bias, self.pre_scale)
+        made = ops.quantize(x, **self.making)
+        if operand.rewrite.threshold is not None:
+            q, scale, active = made
+            return ops.matmul(q, scale, self.codes, self.scale, x.dtype, bias=operand.bias, side=x, active=active)
+        zero = made[2] if self.finds_zero else operand.input_zero_point
+        side = (None, None) if self.side_weight is None else (made[-1], self.side_weight.to(x.dtype))
         return ops.matmul(
-            q, scale, packed.codes, packed.scale, x.dtype, zero, packed.sums, layer.bias, *side, packed.borders,
-            packed.align,
+            made[0], made[1], self.codes, self.scale, x.dtype, zero, self.wsum, operand.bias, *side, self.borders, self.align
+        )
+
+
+class GPU(Plain):
+    """The backend called ``"triton"``."""
+
+    name = "triton"
+
+    def why_not(self, operand: Operand | None, device: torch.device) -> str | None:
+        return devices.why_not(device) or (None if operand is None else _why_not(operand))
+
+    def why_simulated(self, operand: Operand) -> str | None:
+        return other_than_w8a8(operand)
+
+    def prepare(self, operand: Operand) -> GPUPrepared:
+        assert not isinstance(operand.input, Float)
+        number, k, rewrite = operand.input.number, operand.in_features, operand.rewrite
+        codes, order = operand.codes.contiguous(), rewrite.permutation
+        of_tokens, in_scale = shares_of(operand), operand.input_scale
+        align, borders, group_of = alignment(operand.groups, operand.device), None, None
+        if of_tokens is not None:
+            free = order if align == BLOCK and rewrite.rotation is None else None
+            borders, group_of, places = places_of(operand.groups, align, free, codes.device)
+            in_scale = None if in_scale is None else shared(in_scale, of_tokens)
+            width = 16 * len(group_of)
+            codes = codes.new_zeros(len(codes), width).index_copy_(1, places, codes)
+            if order is not None or width > k:
+                channels = torch.arange(k, device=codes.device) if order is None else order
+                order = torch.full((width,), -1, device=codes.device).index_copy_(0, places, channels)
+        elif padded(k) != k:
+            codes = F.pad(codes, (0, padded(k) - k))
+        sums, pre_scale = row_sums(operand.codes, operand.groups), factors_of(rewrite)
+        simple = number.symmetric and not operand.is_static and of_tokens is None
+        making = {
+            "bits": number.bits, "symmetric": number.symmetric, "shift": rewrite.shift, "pre_scale": pre_scale,
+            "permutation": None if order is None else narrow(order, k),
+            "rotation": 0 if rewrite.rotation is None else rewrite.rotation.block,
+            "side_index": rewrite.outliers, "side_mask": _mask_of(rewrite, k), "in_scale": in_scale,
+            "in_zero": operand.input_zero_point, "clusters": group_of, "shares": of_tokens, "align": align,
+            "threshold": rewrite.threshold or 0.0,
+        }  # fmt: skip
+        return GPUPrepared(
+            operand, sums, of_tokens, codes, _row_scales(operand), making,
+            wsum=None if number.symmetric else sums, side_weight=_side_of(operand), pre_scale=pre_scale, borders=borders,
+            align=align, vector=simple and not set(rewrite.steps) - {"pre_scale"},
+            finds_zero=not number.symmetric and not operand.is_static, bits=number.bits,
         )  # fmt: skip
 
 
-@constant_while_tracing  # which values they have cannot be traced
-def _by_row(scale: Tensor) -> bool:
-    """Whether clusters count differently in rows of a weight, of ``scale [N, 1 + G]``."""
-    return bool((scale[:, 1:] != 1).any())
+def _why_not(operand: Operand) -> str | None:
+    """What of an operand the kernels cannot run, if anything."""
+    if isinstance(operand.input, Float):
+        return "its activations stay in floating point"
+    if operand.weight.storage is not Storage.BYTES or operand.input.storage is not Storage.BYTES:
+        return "its codes are not stored one in a byte"
+    if operand.groups != operand.input_groups:
+        return "the groups of its weight are not those of its input"
+    if operand.rewrite.threshold is not None:
+        if set(operand.rewrite.steps) != {"threshold"} or operand.groups:
+            return "a threshold stands beside other steps of the rewrite, or groups"
+        if operand.is_static or not operand.input.number.symmetric:
+            return "a threshold stands beside static or asymmetric codes"
+    return None
 
 
-def _signed_scale(layer: W8A8Linear) -> Tensor | None:
-    """Pre-scale and signs of the rotation in one vector ``[K]``, in the channels of the input."""
-    signs = layer.rotation_signs
-    if signs is not None and layer.permutation is not None:
-        signs = torch.empty_like(signs).index_copy_(0, layer.permutation, signs)
-    if layer.pre_scale is None or signs is None:
-        return signs if layer.pre_scale is None else layer.pre_scale
-    return layer.pre_scale * signs
+@constant_while_tracing
+def _counts_by_row(multipliers: Tensor) -> bool:
+    """Whether groups count differently in rows of a weight. Which values ``multipliers [N, G]`` have cannot be traced."""
+    return bool((multipliers != 1).any())
+
+
+def _row_scales(operand: Operand) -> Tensor:
+    """``[N]``, or with multipliers that are not all 1 ``[1 + G, N]``, float32, contiguous."""
+    by_row = operand.multipliers is not None and _counts_by_row(operand.multipliers)
+    return (operand.weight_scale.t() if by_row else operand.scale[:, 0]).contiguous()
+
+
+def _side_of(operand: Operand) -> Tensor | None:
+    """The weight of the side product, padded to whole steps of columns."""
+    side = operand.outlier_weight
+    return None if side is None else F.pad(side, (0, padded_side(side.shape[1]) - side.shape[1])).contiguous()
+
+
+def _mask_of(rewrite: Rewrite, k: int) -> Tensor | None:
+    """``[K]`` int8, 1 at the outlier channels: the kernels would search their index for every channel."""
+    index = rewrite.outliers
+    return None if index is None else torch.zeros(k, dtype=torch.int8, device=index.device).index_fill(0, index, 1)
+
+
+def factors_of(rewrite: Rewrite) -> Tensor | None:
+    """Pre-scale and signs of the rotation as one factor of each channel of the input, ``[K]``; None without both."""
+    signs = None if rewrite.rotation is None else rewrite.rotation.signs
+    if signs is not None and rewrite.permutation is not None:
+        signs = torch.empty_like(signs).index_copy_(0, rewrite.permutation, signs)
+    if rewrite.pre_scale is None or signs is None:
+        return signs if rewrite.pre_scale is None else rewrite.pre_scale
+    return rewrite.pre_scale * signs
 
 
 @constant_while_tracing

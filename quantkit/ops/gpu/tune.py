@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from quantkit.core.errors import BackendError
+from quantkit.core.operand import Operand
 from quantkit.model.modules import is_linear, weight_of
 from quantkit.ops.gpu.devices import capability, tunable
 from quantkit.ops.gpu.layout import padded
@@ -140,11 +141,11 @@ def fastest(device: torch.device, m: int, n: int, k: int, rounds: int = 7) -> tu
 
 
 def shapes_of(model: nn.Module) -> list[tuple[int, int]]:
-    """(N, K) of the linears that are INT8, or would be, each once; they may be on the meta device."""
+    """(N, K) of the operands that modules hold, or of linears that would be INT8, each once; all may be on the meta device."""
     embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = embeddings()
-    int8: list[Any] = [m for m in model.modules() if hasattr(m, "weight_scale")]
-    found = {(m.out_features, m.in_features) for m in int8}
+    operands = [getattr(m, "operand", None) for m in model.modules()]
+    found = {(operand.out_features, operand.in_features) for operand in operands if isinstance(operand, Operand)}
     return sorted(found or {tuple(weight_of(m).shape) for m in model.modules() if is_linear(m) and m is not head})
 
 

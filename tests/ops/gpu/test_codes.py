@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantkit.core.errors import BackendError
-from quantkit.core.transform import Rotation
+from quantkit.core.rotation import Rotation
 from quantkit.ops import reference
 from quantkit.ops.gpu import operators
 from quantkit.ops.gpu.codes.door import make_codes

@@ -82,7 +82,7 @@ def summed(
     sums: Tensor | None = None,
 ) -> Tensor:
     products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
-    return reference.segment_sum(products, sx[:, 1:], sw[:, 1:], zero, sums)
+    return reference.group_sum(products, sx[:, 1:], sw[:, 1:], zero, sums)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 64), (20, 40, 208)])
