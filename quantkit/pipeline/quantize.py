@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from quantkit.calibration.attention import calibrate_attention
 from quantkit.calibration.data import _off, _peek, calibration_batches, probe_batch
 from quantkit.calibration.observe import SiteStatistics, observe
 from quantkit.calibration.statistics import Range, TokenSample
@@ -27,9 +28,10 @@ from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Site
 from quantkit.core.transform import Rotation, Transform, groups_fault
 from quantkit.discovery import discover
+from quantkit.discovery.attention import find_attention
 from quantkit.discovery.discover import NEVER_RAN
 from quantkit.discovery.equivalence import folded_by_hooks, outputs_of, relative_error, reordered_by_hooks, tolerance_for
-from quantkit.layers.attention import AttentionQuantizer, attach_attention, calibrated, explained, find_attention
+from quantkit.layers.attention import AttentionQuantizer, attach_attention, explained
 from quantkit.layers.linear import W8A8Linear, check_exact
 from quantkit.model.experts import put_back, unfuse
 from quantkit.model.modules import linears_of, replace_module, weight_of
@@ -129,7 +131,7 @@ def _quantize(
         if static or label is not None:
             _check_walks_again(data, "calibrating attention, once linears are quantized,")
         attend = functools.partial(
-            calibrated, model, find_attention(model, first), number_format, data, label, progress=progress
+            calibrate_attention, model, find_attention(model, first), number_format, data, label, progress=progress
         )
     turned, rewrites = _rewrite(model, calibrators, (piece, first), seed, progress, undo)
 
