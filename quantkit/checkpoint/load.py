@@ -29,11 +29,12 @@ from torch import Tensor, nn
 
 from quantkit.core.errors import CheckpointError, ModelError, QuantkitError
 from quantkit.core.operand import Facts
+from quantkit.core.heads import HeadSizes
 from quantkit.core.report import Report, attach, report
 from quantkit.core.scheme import Scheme
 from quantkit.integrations.compressed.layout import METHOD as COMPRESSED
 from quantkit.integrations.compressed.layout import parse
-from quantkit.layers.attention import CHILD, AttentionQuantizer, Heads, attach_attention, attention_quantizers
+from quantkit.layers.attention import CHILD, AttentionQuantizer, attach_attention, attention_quantizers
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import put_back, unfuse
 from quantkit.model.modules import linears_of, replace_module, weight_of
@@ -567,7 +568,7 @@ def empty_quantizers(model: nn.Module, records: Mapping[str, Any], layers: Mappi
     for name, facts in records.items():
         if not _is_record(facts, ATTENTION_FACTS):
             raise CheckpointError(f"the record of the attention of {name!r} is damaged")
-        heads, clusters = Heads(*(facts[key] for key in ("queries", "keys", "width", "value_width"))), facts["clusters"]
+        heads, clusters = HeadSizes(*(facts[key] for key in ("queries", "keys", "width", "value_width"))), facts["clusters"]
         if name not in modules or name in layers or hasattr(modules[name], CHILD):
             raise CheckpointError(f"the checkpoint quantizes the attention of {name!r}, which the model does not have")
         fault = heads.fault or (None if 1 <= clusters <= max(heads.width, heads.value_width) else f"{clusters} clusters")
