@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from tqdm.auto import tqdm
 
-from quantkit.calibration.data import _off
 from quantkit.core.errors import CalibrationError, ModelError
 from quantkit.core.numerics import absmax_scale, decode, encode, encode_asymmetric, poison, range_scale
+from quantkit.core.progress import Progress, tracked
 from quantkit.core.scheme import FLOAT, Scheme
 from quantkit.model.modules import applied_but_float32, call, evaluating
 
@@ -347,7 +346,7 @@ def calibrated(
     batches: Iterable[Any],
     label: Callable[[Tensor, Tensor, bool, str], Tensor] | None,
     *,
-    progress: bool | None = None,
+    progress: Progress = None,
 ) -> dict[str, AttentionQuantizer]:
     """A quantizer for each module that calls attention, from a pass over ``batches`` where it needs one.
 
@@ -357,7 +356,7 @@ def calibrated(
         scheme: number formats.
         batches: calibration data.
         label: clusters of a head, see :class:`quantkit.calibrators.HeadClusters`; None for none.
-        progress: show a progress bar; None decides by the terminal.
+        progress: see :mod:`quantkit.core.progress`.
 
     Raises:
         CalibrationError: a module was not called, or read what is not finite, or another one is called.
@@ -382,7 +381,7 @@ def calibrated(
 
     if label is not None or scheme.is_static:
         with evaluating(model), watching(model, see):
-            for batch in tqdm(batches, desc="calibrating attention", unit="batch", disable=_off(progress)):
+            for batch in tracked(batches, "calibrating attention", progress, "batch"):
                 call(model, batch)
     return {name: _calibrated(name, heads, scheme, seen, label) for name, heads in found.items()}
 

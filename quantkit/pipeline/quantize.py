@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from quantkit.calibration.data import _off, _peek, calibration_batches, probe_batch
+from quantkit.calibration.data import calibration_batches, peek, probe_batch
 from quantkit.calibration.observe import SiteStatistics, observe
 from quantkit.calibration.statistics import Range, TokenSample
 from quantkit.calibrators import Calibrator, Codes, Plan, SiteView, Stage, View, resolve
 from quantkit.calibrators.base import HeadClusters, rotation_ahead
 from quantkit.core.errors import CalibrationError, EquivalenceError, MethodError, ModelError
 from quantkit.core.numerics import qmax, quantize_weight, sqnr_db
+from quantkit.core.progress import Progress, tracked
 from quantkit.core.report import LayerRecord, Report, attach
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Site
@@ -65,7 +65,7 @@ def quantize(
     ignore: Sequence[str | type] = (),
     targets: Sequence[str | type] | None = None,
     seed: int = 0,
-    progress: bool | None = None,
+    progress: Progress = None,
 ) -> M:
     """Quantize the linears of ``model`` to INT8 weights and INT8 activations, in place.
 
@@ -81,7 +81,8 @@ def quantize(
         ignore: layer names, globs or classes that stay in floating point.
         targets: if given, only these are quantized; they may include output heads and routers.
         seed: for sampled calibration data and for calibrators.
-        progress: show progress bars; None decides by the terminal.
+        progress: show progress bars; None decides by the terminal. A function is called with what is done, the items so far
+            and the items in all, see :mod:`quantkit.core.progress`.
 
     Returns:
         The same object. :func:`quantkit.report` tells what happened to every layer.
@@ -112,14 +113,14 @@ def _quantize(
     ignore: Sequence[str | type],
     targets: Sequence[str | type] | None,
     seed: int,
-    progress: bool | None,
+    progress: Progress,
     undo: ExitStack,
 ) -> M:
     linears = _linears(model, ignore, targets)
     static = number_format is not None and number_format.is_static
     kinds = dict.fromkeys([kind for c in calibrators for kind in c.statistics] + ([Range] if static else []))
     data = calibration_batches(model, calibration, tokenizer=tokenizer, needed=bool(kinds), seed=seed, progress=progress)
-    first, data = _peek(data)
+    first, data = peek(data)
     if static and any(c.stage == Stage.ROTATE for c in calibrators):
         _check_walks_again(data, "a static scale behind a rotation")
     piece = probe_batch(model, first)
@@ -260,14 +261,14 @@ def _rewrite(
     calibrators: Sequence[Calibrator],
     batches: tuple[Any, Any],
     seed: int,
-    progress: bool | None,
+    progress: Progress,
     undo: ExitStack,
 ) -> tuple[list[Turn], list[str]]:
     """Rewrite the float model as calibrators in ``Stage.MODEL`` say, and prove that it is still the same."""
     piece, turned = batches[0], list[Turn]()
     said: list[str] = []
     for calibrator in (c for c in calibrators if c.stage == Stage.MODEL):
-        plan = _decide(calibrator, View(model, [], lambda: batches, seed, functools.partial(_bar, progress)), [])
+        plan = _decide(calibrator, View(model, [], lambda: batches, seed, functools.partial(tracked, progress=progress)), [])
         if plan.turn is None:
             continue
         wanted = outputs_of(model, piece)
@@ -304,10 +305,6 @@ def _decide(calibrator: Calibrator, view: View, views: Sequence[SiteView]) -> Pl
     return plan
 
 
-def _bar(progress: bool | None, items: Sequence[Any], what: str) -> Iterable[Any]:
-    return tqdm(items, desc=what, disable=_off(progress))
-
-
 def _plan(
     model: nn.Module,
     calibrators: Sequence[Calibrator],
@@ -315,7 +312,7 @@ def _plan(
     data: Iterable[Any],
     given: bool,
     seed: int,
-    progress: bool | None,
+    progress: Progress,
 ) -> tuple[dict[str, Codes], dict[str, dict[str, Any]]]:
     """Let each calibrator decide on top of the ones before it; nothing changes but the views."""
 
@@ -333,7 +330,8 @@ def _plan(
     for index, calibrator in enumerate(calibrators):
         for view in views:
             view.rotation_ahead = rotation_ahead(view, calibrators[index + 1 :])
-        view_of_model = View(model, views, functools.partial(again, calibrator), seed, functools.partial(_bar, progress))
+        track = functools.partial(tracked, progress=progress)
+        view_of_model = View(model, views, functools.partial(again, calibrator), seed, track)
         plan = _decide(calibrator, view_of_model, views)
         for view in views:
             if view.name in plan.transforms:
@@ -497,7 +495,7 @@ def _check_walks_again(data: Iterable[Any], what: str) -> None:
 
 
 def _static_ranges(
-    model: nn.Module, views: Sequence[SiteView], data: Iterable[Any], seed: int, progress: bool | None
+    model: nn.Module, views: Sequence[SiteView], data: Iterable[Any], seed: int, progress: Progress
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Least and largest value of every transformed site; behind a rotation, from a second pass over the data."""
     seen: dict[str, Any] = {view.name: view.statistic(Range) for view in views if view.transform.rotation is None}
@@ -541,7 +539,7 @@ def _convert(
     attend: Callable[[], dict[str, AttentionQuantizer]] | None,
     piece: Any,
     record: Report,
-    progress: bool | None,
+    progress: Progress,
 ) -> None:
     folds: list[Fold] = []
     reorders: list[Reorder] = []
@@ -558,7 +556,7 @@ def _convert(
         changes, sources = changed_rows(folds), row_sources(reorders)
         orders = {reorder.site.name: reorder for reorder in reorders}
         folded = {fold.site.name: fold for fold in folds}
-        for view in tqdm(views, desc="converting", unit="site", disable=_off(progress)):
+        for view in tracked(views, "converting", progress, "site"):
             for name in view.site.linears:
                 linear = model.get_submodule(name)
                 order = orders.get(view.name)
