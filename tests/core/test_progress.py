@@ -74,9 +74,7 @@ def test_sampling_and_evaluating_end_at_their_totals() -> None:
 
 def test_attention_tells_a_function() -> None:
     log = Log()
-    quantkit.quantize(
-        llama(), quantkit.RPTQ(), calibration=[tokens(2, 16), tokens(2, 16)], scheme="w4a16-kv4", progress=log
-    )
+    quantkit.quantize(llama(), quantkit.RPTQ(), calibration=[tokens(2, 16), tokens(2, 16)], scheme="w4a16-kv4", progress=log)
     assert log.of("calibrating attention") == [(n, 2) for n in range(3)]
 
 
