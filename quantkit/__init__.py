@@ -25,6 +25,7 @@ from quantkit.calibrators import (
     SmoothQuant,
     Stage,
     View,
+    register_method,
 )
 from quantkit.checkpoint.load import load, save
 from quantkit.core.errors import (
@@ -34,10 +35,12 @@ from quantkit.core.errors import (
     EquivalenceError,
     MethodError,
     ModelError,
+    PluginError,
     QuantkitError,
     SchemeError,
     TargetError,
 )
+from quantkit.core.progress import Progress
 from quantkit.core.report import LayerRecord, Report, report
 from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
@@ -55,10 +58,10 @@ from quantkit.pipeline.recipe import Recipe
 __all__ = [
     "GPTQ", "RPTQ", "RTN", "BackendError", "CalibrationError", "Calibrator", "Carriers", "CheckpointError", "Codes",
     "Discovery", "Equivalence", "EquivalenceError", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError",
-    "ModelError", "OmniQuant", "PerSite", "Plan", "Producer", "QuantkitError", "Range", "Recipe", "Report", "Rotate",
-    "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage", "Statistic", "TargetError",
-    "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "compressed_tensors_as_int8", "discover",
-    "export", "load", "quantize", "report", "save", "use_backend", "verify_equivalence",
+    "ModelError", "OmniQuant", "PerSite", "Plan", "PluginError", "Producer", "Progress", "QuantkitError", "Range", "Recipe",
+    "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage", "Statistic",
+    "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "compressed_tensors_as_int8",
+    "discover", "export", "load", "quantize", "register_method", "report", "save", "use_backend", "verify_equivalence",
 ]  # fmt: skip
 
 _register()

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from quantkit.calibration.data import _off
+from quantkit.core.progress import Progress, tracked
 from quantkit.core.errors import CalibrationError
 from quantkit.core.heads import HeadSizes, count_heads
 from quantkit.core.scheme import Scheme
@@ -38,7 +37,7 @@ def calibrate_attention(
     batches: Iterable[Any],
     label: Label | None,
     *,
-    progress: bool | None = None,
+    progress: Progress = None,
 ) -> dict[str, AttentionQuantizer]:
     """Make a quantizer for each module that calls attention, with a pass over ``batches`` if it is needed.
 
@@ -48,14 +47,14 @@ def calibrate_attention(
         scheme: the number formats.
         batches: the calibration data.
         label: puts the channels of a head into clusters; None leaves each head in one.
-        progress: show a progress bar; None decides by the terminal.
+        progress: see :mod:`quantkit.core.progress`.
 
     Raises:
         CalibrationError: a module was not called, a module was called that is not in ``found``, or a value is NaN or infinite.
     """
     if label is None and not scheme.is_static:
         return {name: AttentionQuantizer(scheme, heads) for name, heads in found.items()}
-    ranges = observe_attention(model, found, tqdm(batches, desc="calibrating attention", unit="batch", disable=_off(progress)))
+    ranges = observe_attention(model, found, tracked(batches, "calibrating attention", progress, "batch"))
     return {name: _quantizer(name, heads, scheme, ranges[name], label) for name, heads in found.items()}
 
 
