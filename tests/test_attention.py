@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit import RPTQ, CalibrationError, CheckpointError, MethodError, ModelError, Scheme, W8A8Linear
-from quantkit.checkpoint import load as checkpoint
+from quantkit.checkpoint.record import digest_of
 from quantkit.core.numerics import qmax
 from quantkit.layers import attention as module
 from quantkit.layers.attention import (
@@ -716,7 +716,7 @@ def test_hostile_records(case: str, tmp_path: Path) -> None:
     body = json.loads(file.read_text())
     del body["digest"]
     damage(body)
-    file.write_text(json.dumps(body | {"digest": checkpoint._digest(body)}))
+    file.write_text(json.dumps(body | {"digest": digest_of(body)}))
     model = Bare()
     before = state(model)
     with pytest.raises(CheckpointError) as caught:
