@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit import RPTQ, CalibrationError, CheckpointError, MethodError, ModelError, Scheme, W8A8Linear
-from quantkit.checkpoint import load as checkpoint
+from quantkit.checkpoint.record import digest_of
 from quantkit.core.heads import HeadSizes
 from quantkit.discovery.attention import find_attention
 from quantkit.layers.attention import AttentionQuantizer, attach_attention, attention_quantizers, detach_attention
@@ -608,7 +608,7 @@ def test_hostile_records(case: str, tmp_path: Path) -> None:
     body = json.loads(file.read_text())
     del body["digest"]
     damage(body)
-    file.write_text(json.dumps(body | {"digest": checkpoint._digest(body)}))
+    file.write_text(json.dumps(body | {"digest": digest_of(body)}))
     model = Bare()
     before = state(model)
     with pytest.raises(CheckpointError) as caught:
