@@ -21,13 +21,13 @@ types: $(VENV)/.ready
 check: lint types test
 
 transformers-matrix: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python tests/transformers_matrix.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/integrations/transformers_matrix.py
 
 transformers-oldest: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python tests/transformers_matrix.py 5.17.0
+	OMP_NUM_THREADS=1 $(BIN)/python tests/integrations/transformers_matrix.py 5.17.0
 
 compressed-tensors-matrix: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python tests/compressed_tensors_matrix.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/integrations/compressed_tensors_matrix.py
 
 # A CPU build of vLLM in an environment of its own (3.5 GB, two minutes), and our exports served by it.
 engine-test: $(VENV)/.ready $(ENGINE)/.ready

@@ -4,6 +4,9 @@
 >>> model = quantkit.quantize(model, method="smoothquant")
 >>> quantkit.save(model, "out/")
 >>> model = quantkit.load("out/")
+
+This file is the list of the public names, and the one place where the rooms of the package are connected. Importing it imports
+torch and nothing heavier, and changes nothing outside of quantkit.
 """
 
 from quantkit._version import __version__
@@ -25,8 +28,8 @@ from quantkit.calibrators import (
     SmoothQuant,
     Stage,
     View,
+    register_method,
 )
-from quantkit.checkpoint.load import load, save
 from quantkit.core.errors import (
     BackendError,
     CalibrationError,
@@ -34,19 +37,24 @@ from quantkit.core.errors import (
     EquivalenceError,
     MethodError,
     ModelError,
+    PluginError,
     QuantkitError,
     SchemeError,
     TargetError,
 )
+from quantkit.core.progress import Progress
+from quantkit.core.report import LISTENERS as _LISTENERS
 from quantkit.core.report import LayerRecord, Report, report
 from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Carriers, Discovery, Producer, Site
 from quantkit.core.transform import Transform
 from quantkit.discovery import Equivalence, discover, verify_equivalence
-from quantkit.integrations import compressed_tensors_as_int8
-from quantkit.integrations import register_with_transformers as _register
 from quantkit.integrations.compressed.export import export
+from quantkit.integrations.compressed.folder import compressed_tensors_as_int8
+from quantkit.integrations.folders import load, save
+from quantkit.integrations.transformers.register import prepare_for_saving as _prepare_for_saving
+from quantkit.integrations.transformers.register import register_with_transformers
 from quantkit.layers.linear import W8A8Linear
 from quantkit.ops.table import Backend, backends, register_backend, use_backend
 from quantkit.pipeline.quantize import quantize
@@ -55,20 +63,20 @@ from quantkit.pipeline.recipe import Recipe
 __all__ = [
     "GPTQ", "RPTQ", "RTN", "BackendError", "CalibrationError", "Calibrator", "Carriers", "CheckpointError", "Codes",
     "Discovery", "Equivalence", "EquivalenceError", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError",
-    "ModelError", "OmniQuant", "PerSite", "Plan", "Producer", "QuantkitError", "Range", "Recipe", "Report", "Rotate",
-    "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage", "Statistic", "TargetError",
-    "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "compressed_tensors_as_int8", "discover",
-    "export", "load", "quantize", "report", "save", "use_backend", "verify_equivalence",
+    "ModelError", "OmniQuant", "PerSite", "Plan", "PluginError", "Producer", "Progress", "QuantkitError", "Range", "Recipe",
+    "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage", "Statistic",
+    "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "compressed_tensors_as_int8",
+    "discover", "export", "load", "quantize", "register_method", "register_with_transformers", "report", "save", "use_backend",
+    "verify_equivalence", "Backend", "register_backend",
 ]  # fmt: skip
 
-_register()
+_LISTENERS.append(_prepare_for_saving)
 
 
 def __getattr__(name: str) -> object:
     if name == "QuantKitConfig":  # not in __all__: it needs transformers, and takes the seconds of importing it
-        try:
-            from quantkit.integrations.transformers.quantizer import QuantKitConfig
-        except ImportError as error:
-            raise ImportError(f"quantkit.QuantKitConfig: pip install 'quantkit-w8a8[transformers]' ({error})") from error
+        register_with_transformers()
+        from quantkit.integrations.transformers.quantizer import QuantKitConfig
+
         return QuantKitConfig
     raise AttributeError(f"module 'quantkit' has no attribute {name!r}")

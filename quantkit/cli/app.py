@@ -1,4 +1,8 @@
-"""The command line: quantkit quantize | export | eval | inspect | tune | demo. Knows only the public names of the library."""
+"""The commands: ``quantkit quantize | export | eval | inspect | tune | demo``.
+
+A command is a function, and its parameters are the arguments and options that typer shows in ``--help``; this is why some of them
+have many. Each uses the library as anybody would.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,13 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+
+import quantkit
+from quantkit.calibration.data import packed_text, self_sampled
+from quantkit.calibrators import METHODS
+from quantkit.evaluation.perplexity import compare, windows_of
+from quantkit.integrations.folders import is_checkpoint
+from quantkit.integrations.transformers.models import load_float, load_tokenizer, without_weights
 
 app = typer.Typer(
     name="quantkit",
@@ -33,8 +44,6 @@ def main(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        import quantkit
-
         console.print(quantkit.__version__)
         raise typer.Exit
 
@@ -54,8 +63,7 @@ def quantize(
         typer.Option(
             "--method",
             "-m",
-            help="smoothquant, rtn, best, llm_int8, rotate, rptq, hadamard, gptq, omniquant; repeat to compose, in order.  "
-            "[default: smoothquant]",
+            help=f"{', '.join(METHODS)}; repeat to compose, in order.  [default: smoothquant]",
         ),
     ] = None,
     scheme: Annotated[
@@ -92,9 +100,6 @@ def quantize(
     Linear layers become INT8; embeddings, output heads, routers and tied weights stay in floating point. Outlier scales are
     folded into the layers before them wherever a probe proves that this is safe.
     """
-    import quantkit
-    from quantkit.integrations.transformers.models import load_float
-
     how: dict[str, Any] = {
         "method": method or "smoothquant", "scheme": scheme, "seed": seed, "ignore": ignore or [], "targets": targets,
     }  # fmt: skip
@@ -110,7 +115,7 @@ def quantize(
     net, tokenizer = load_float(model, dtype=dtype)
     data = None
     if calibration is not None:
-        data = quantkit.calibration.data.packed_text([calibration.read_text(encoding="utf-8")], tokenizer)[:windows]
+        data = packed_text([calibration.read_text(encoding="utf-8")], tokenizer)[:windows]
     quantkit.quantize(net, **how, calibration=data, progress=not quiet)
     quantkit.save(net, output, tokenizer=tokenizer)
     console.print(quantkit.report(net).summary)
@@ -135,8 +140,6 @@ def export(
 
     Refuses what that layout cannot carry, with the layer and the reason, before it writes anything. The tokenizer goes along.
     """
-    import quantkit
-
     quantkit.export(checkpoint, output, outliers=outliers, rewrites=rewrites)
     console.print(f"exported to [bold]{output}[/] ({_size(output)})")
 
@@ -157,10 +160,6 @@ def evaluate(
 
     KL is the mean of KL(reference || model) over full next-token distributions, in nats.
     """
-    import quantkit
-    from quantkit.evaluation.perplexity import compare, windows_of
-    from quantkit.integrations.transformers.models import load_float
-
     net, tokenizer = _open(model)
     ids = windows_of(tokenizer, text.read_text(encoding="utf-8"), length, windows)
     base = load_float(reference)[0] if reference is not None else None
@@ -181,15 +180,12 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Show what happened to every layer of a checkpoint, or the sites that quantkit finds in a float model."""
-    import quantkit
-    from quantkit.integrations.transformers.models import is_checkpoint, load_float
-
     if is_checkpoint(model):
         record = quantkit.report(quantkit.load(model))
         print(json.dumps(record.to_dict()) if as_json else record)
         return
     net, _ = load_float(model)
-    found = quantkit.discover(net, quantkit.calibration.data.self_sampled(net, sequences=1, length=16, progress=False)[0])
+    found = quantkit.discover(net, self_sampled(net, sequences=1, length=16, progress=False)[0])
     if as_json:
         sites = [
             {
@@ -231,7 +227,6 @@ def tune(
     A minute or a few for each shape. quantkit has a table for every architecture and works well without this; the results
     of a model do not change by a bit. The table is kept in ~/.cache/quantkit (or QUANTKIT_CACHE) by device, Triton and version.
     """
-    from quantkit.integrations.transformers.models import without_weights
     from quantkit.ops.gpu.devices import tunable
 
     if not model and not shape:
@@ -264,9 +259,6 @@ def demo(
 
 
 def _open(model: str) -> tuple[Any, Any]:
-    import quantkit
-    from quantkit.integrations.transformers.models import is_checkpoint, load_float, load_tokenizer
-
     if is_checkpoint(model):
         return quantkit.load(model), load_tokenizer(model)
     return load_float(model)
@@ -278,8 +270,6 @@ def _size(folder: Path) -> str:
 
 def run() -> None:
     """Entry point: errors in one line and exit code 1, misuse with exit code 2, Ctrl-C with 130."""
-    from quantkit.core.errors import QuantkitError
-
     quiet = "--quiet" in sys.argv or "-q" in sys.argv
     logging.basicConfig(
         level=logging.WARNING,
@@ -289,7 +279,7 @@ def run() -> None:
     logging.getLogger("quantkit").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         app()
-    except (QuantkitError, OSError) as error:
+    except (quantkit.QuantkitError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -1,4 +1,8 @@
-"""What happened to every layer, and why, as data that saves with the checkpoint."""
+"""The report: what happened to every linear of a model, and why, as data that is saved with the checkpoint.
+
+A model carries its report as an attribute, from the end of :func:`quantkit.quantize` on and again after :func:`quantkit.load`.
+Whoever has to do something with every such model, as the bridge to transformers has, adds a listener.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +14,25 @@ from torch import nn
 
 from quantkit.core.errors import ModelError
 
-RECORD = "_quantkit_record"
+ATTRIBUTE = "_quantkit_record"
 LISTENERS: list[Callable[[nn.Module], None]] = []
-"""Called with every model that gets a report; integrations add themselves once their library is there."""
-
-
-def attach(model: nn.Module, record: Report) -> None:
-    """Make ``record`` the report of ``model``."""
-    setattr(model, RECORD, record)
-    for listen in LISTENERS:
-        listen(model)
+"""Called, in order, with every model that gets a report."""
 
 
 @dataclass
 class LayerRecord:
-    """One linear.
+    """What happened to one linear.
 
     Attributes:
-        name: in the model.
-        kind: ``"int8"`` or ``"float"``.
-        site: name of the site it belongs to, if any.
-        folded_into: the producer that took the scale over, if any.
+        name: of the linear in the model.
+        kind: ``"int8"``, or ``"float"`` where it stays in floating point.
+        site: name of the site it belongs to, if any: the linears that read the same activation.
+        folded_into: name of the producer of its activation that took the scale over, if any.
         at_run_time: what is done to its activation at run time, such as ``["pre_scale"]``.
-        sqnr_db: of its output on the sampled calibration tokens, in the number format of the scheme.
+        sqnr_db: signal to quantization noise ratio, in dB, of its output on the sampled calibration tokens, in the number
+            format of the scheme.
         reason: why it stays in floating point, or why nothing could be folded.
-        notes: what calibrators said, such as ``{"alpha": 0.55}``.
+        notes: what calibrators said about its site, such as ``{"alpha": 0.55}``.
     """
 
     name: str
@@ -54,13 +52,15 @@ class Report:
     Attributes:
         method: names of the calibrators, in order.
         scheme: name of the number format, None for a model left in floating point.
-        seed, calibration: how to repeat it.
-        calibration_sha256: of the tensors of the data, in order; None where none was read.
-        equivalence: relative error of the folded float model against the original on one batch.
-        layers: one record per linear.
-        rewrites: what was done to the model as a whole, beside its linears: a rotation before, attention after them.
-        recipe: all arguments that decided it, for :meth:`quantkit.Recipe.from_dict`; None in reports of older versions, and
-            where a layer was chosen by its class.
+        seed: seed of everything that was drawn at random.
+        calibration: where the calibration data came from, in words.
+        equivalence: relative error of the output of the folded model, still in floating point, against that of the original
+            model, on one batch; None where nothing was folded.
+        layers: one record for each linear.
+        rewrites: what was done to the model as a whole, besides its linears: a rotation before, and attention after them.
+        recipe: all arguments that decided the result, for :meth:`quantkit.Recipe.from_dict`; None in reports of older versions,
+            and where a layer was chosen by its class.
+        calibration_sha256: SHA-256 of the tensors of the calibration data, in order; None where none was read.
     """
 
     method: list[str]
@@ -74,16 +74,17 @@ class Report:
     calibration_sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """The report in plain JSON types."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The report that :meth:`to_dict` wrote."""
         return cls(**{**data, "layers": [LayerRecord(**layer) for layer in data["layers"]]})
 
     @property
     def summary(self) -> str:
-        """One paragraph."""
+        """The report without its layers, in a few lines."""
         int8 = [r for r in self.layers if r.kind == "int8"]
         folded = sum(r.folded_into is not None for r in self.layers)
         online = sum(bool(r.at_run_time) for r in int8)
@@ -116,7 +117,25 @@ def report(model: nn.Module) -> Report:
     Raises:
         ModelError: quantkit has not touched this model.
     """
-    record = getattr(model, RECORD, None)
+    record = getattr(model, ATTRIBUTE, None)
     if not isinstance(record, Report):
         raise ModelError("quantkit has not quantized this model: call quantkit.quantize(model) or quantkit.load(path) first")
     return record
+
+
+def attach(model: nn.Module, record: Report) -> None:
+    """Make ``record`` the report of ``model``, and call the listeners with it."""
+    setattr(model, ATTRIBUTE, record)
+    for listener in LISTENERS:
+        listener(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Take the report of a model away, if it has one: it is in floating point again."""
+    if hasattr(model, ATTRIBUTE):
+        delattr(model, ATTRIBUTE)
+
+
+def has_report(model: nn.Module) -> bool:
+    """Whether quantkit has quantized or loaded a model."""
+    return hasattr(model, ATTRIBUTE)

@@ -1,59 +1,15 @@
-"""Other libraries. Nothing here is imported before the library itself is."""
+"""Bridges to other libraries: transformers, PEFT through it, and the engines that read the compressed-tensors layout.
 
-from __future__ import annotations
+Importing this room imports none of those libraries, and importing quantkit changes nothing in them. What needs transformers
+imports it when it is called. transformers itself learns of quantkit by :func:`quantkit.register_with_transformers` and no sooner;
+whatever of quantkit's has a model of transformers in its hands calls this by itself.
 
-import importlib
-import importlib.abc
-import importlib.util
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+- ``folders`` has the public ``save`` and ``load``, which know both layouts: quantkit's own and compressed-tensors.
+- ``transformers/`` makes models out of ``config.json`` and writes it (``files``), registers (``register``), is the quantizer
+  behind ``from_pretrained`` and ``save_pretrained`` (``quantizer``), knows what files call the tensors of a model (``names``),
+  and finds models for the command line (``models``).
+- ``compressed/`` knows the layout as JSON (``layout``), writes it (``export``), looks at folders of it from strangers (``folder``)
+  and runs them (``load``).
 
-QUANTIZERS = "transformers.quantizers.auto"
-QUANTIZER = "quantkit.integrations.transformers.quantizer"
-
-
-def register_with_transformers() -> None:
-    """Make quantkit known to ``from_pretrained``: now, or when transformers loads its list of quantizers."""
-    if QUANTIZERS in sys.modules:
-        importlib.import_module(QUANTIZER)
-    else:
-        sys.meta_path.insert(0, _Watch())
-
-
-@contextmanager
-def compressed_tensors_as_int8() -> Iterator[None]:
-    """Inside, ``from_pretrained`` of transformers gives W8A8 checkpoints of compressed-tensors INT8 layers that stay INT8.
-
-    Outside, and by default, transformers turns them into 16 bit at the first forward. The tables of transformers come back as
-    they were, whatever happens inside.
-
-    Raises:
-        ImportError: transformers is not installed.
-    """
-    from quantkit.integrations.compressed.load import replaced
-
-    with replaced():
-        yield
-
-
-class _Watch(importlib.abc.MetaPathFinder):
-    """Registers right after transformers has its list: ``import quantkit`` must not take the seconds of importing it."""
-
-    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != QUANTIZERS:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                run(module)
-                importlib.import_module(QUANTIZER)  # which registers at its end; it may be what imports transformers now
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+The room stands above ``checkpoint``, which knows no library but safetensors.
+"""

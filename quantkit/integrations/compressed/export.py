@@ -12,49 +12,35 @@ import json
 import logging
 import os
 import shutil
-import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from quantkit._version import __version__
-from quantkit.checkpoint.load import CONFIG, INDEX, RECORD_FILE, WEIGHTS, inside, is_compressed, load, unshared, written_whole
+from quantkit.checkpoint.files import inside, read_object, written_whole
+from quantkit.checkpoint.record import RECORD_FILE
+from quantkit.checkpoint.tensors import Entry, unshared, write_shards
 from quantkit.core.errors import CheckpointError, ModelError
 from quantkit.core.numerics import encode, qmax, quantize_weight
 from quantkit.core.report import Report, report
+from quantkit.integrations.compressed.folder import INDEX, WEIGHTS, is_compressed
 from quantkit.integrations.compressed.layout import METHOD, describe
+from quantkit.integrations.folders import load
+from quantkit.integrations.transformers.files import CONFIG, GENERATION_CONFIG, class_name
 from quantkit.layers.attention import attention_quantizers
 from quantkit.layers.linear import W8A8Linear
-from quantkit.model.modules import is_conv1d, is_linear, linears_of, memory_of
+from quantkit.model.modules import is_conv1d, is_linear, linears_of
 
 log = logging.getLogger("quantkit")
-TYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 HALF_FLOOR = 2.0**-17
 """Below it, a number of eight significant bits is no float16."""
 ALIGNMENT = 16
 """Of the sizes that CUTLASS takes."""
-
-
-@dataclass
-class _Entry:
-    """A tensor to be written: made when its turn comes, so that only one is in memory."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
-
-    @property
-    def size(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @torch.inference_mode(False)
@@ -119,20 +105,25 @@ def export(
         if generation is not None:
             generation.save_pretrained(folder)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
-        _write(entries, folder, shard_bytes)
+        total = sum(entry.nbytes for entry in entries)
+        written = write_shards(entries, folder, shard_bytes, alone=WEIGHTS)
+        if len(written) > 1:
+            places = {name: file for file, names in written.items() for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return target
 
 
 def _is_export(folder: Path) -> bool:
     try:
-        return is_compressed(folder) and "quantkit" in json.loads((folder / CONFIG).read_text())["quantization_config"]
+        return is_compressed(folder) and "quantkit" in read_object(folder, CONFIG)["quantization_config"]
     except CheckpointError:
         return False
 
 
 def _is_text(file: Path) -> bool:
     """Whether a file of a checkpoint goes along: tokenizer, chat template, processor."""
-    ours = (RECORD_FILE, CONFIG, INDEX, "generation_config.json")
+    ours = (RECORD_FILE, CONFIG, INDEX, GENERATION_CONFIG)
     return file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken") and file.name not in ours
 
 
@@ -145,7 +136,7 @@ def _check(model: Any, record: Report, drop: bool, undo: bool) -> set[str]:
     Returns:
         The INT8 layers that have a bias in an engine.
     """
-    if not hasattr(model, "config") or not type(model).__module__.startswith("transformers."):
+    if class_name(model) is None:
         raise ModelError(
             f"{type(model).__name__} is no transformers model, and engines build models from config.json: use quantkit.save()"
         )
@@ -252,7 +243,7 @@ def _warn(layers: Mapping[str, W8A8Linear], record: Report) -> None:
 
 
 def _configuration(model: Any, record: Report) -> dict[str, Any]:
-    from quantkit.integrations.compressed.load import checkpoint_names
+    from quantkit.integrations.transformers.names import checkpoint_names
 
     names = checkpoint_names(model)
     config = copy.deepcopy(model.config)
@@ -286,8 +277,8 @@ def _left_out(model: nn.Module) -> list[str]:
     return found
 
 
-def _entries(model: nn.Module, biased: set[str]) -> list[_Entry]:
-    from quantkit.integrations.compressed.load import checkpoint_names
+def _entries(model: nn.Module, biased: set[str]) -> list[Entry]:
+    from quantkit.integrations.transformers.names import checkpoint_names
 
     names = checkpoint_names(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
@@ -295,17 +286,13 @@ def _entries(model: nn.Module, biased: set[str]) -> list[_Entry]:
     floats = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] not in layers}
     entries = []
     for name, tensor in unshared(floats)[0].items():
-        entries.append(_Entry(names[name], tensor.dtype, tuple(tensor.shape), partial(_itself, tensor)))
+        entries.append(Entry.of(names[name], tensor))
     for name, layer in layers.items():
         entries += _layer_entries(_source(names, name), layer, half, name in biased)
     return entries
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _layer_entries(name: str, layer: W8A8Linear, half: bool, biased: bool) -> list[_Entry]:
+def _layer_entries(name: str, layer: W8A8Linear, half: bool, biased: bool) -> list[Entry]:
     codes, scale, bias = layer.weight, layer.weight_scale, layer.bias if biased else None
     if layer.outlier_index is not None or layer.rewrites_input:
         plain = layer.to_float()
@@ -313,16 +300,16 @@ def _layer_entries(name: str, layer: W8A8Linear, half: bool, biased: bool) -> li
         bias = None if plain.bias is None or bias is None else plain.bias.detach().to(bias.dtype)
     stored = on_grid(scale, half)
     n, k = codes.shape
-    made = [_Entry(f"{name}.weight", torch.int8, (n, k), partial(_rounded, codes, scale, stored))]
-    made.append(_Entry(f"{name}.weight_scale", torch.float32, (n, 1), partial(_itself, stored)))
+    made = [Entry(f"{name}.weight", torch.int8, (n, k), partial(_rounded, codes, scale, stored))]
+    made.append(Entry.of(f"{name}.weight_scale", stored))
     if bias is not None:
-        made.append(_Entry(f"{name}.bias", bias.dtype, (n,), partial(_itself, bias)))
+        made.append(Entry.of(f"{name}.bias", bias))
     if layer.input_scale is not None:
         up = on_grid(layer.input_scale, half, up=True)
-        made.append(_Entry(f"{name}.input_scale", torch.float32, (1,), partial(_itself, up)))
+        made.append(Entry.of(f"{name}.input_scale", up))
     if layer.input_zero_point is not None:
         zero = layer.input_zero_point.to(torch.int8)
-        made.append(_Entry(f"{name}.input_zero_point", torch.int8, (1,), partial(_itself, zero)))
+        made.append(Entry.of(f"{name}.input_zero_point", zero))
     return made
 
 
@@ -344,41 +331,3 @@ def _rounded(codes: Tensor, scale: Tensor, stored: Tensor) -> Tensor:
     codes = codes.clone()
     codes[grown] = encode(codes[grown].float() * scale[grown], stored[grown] * float(qmax(8)))
     return codes
-
-
-def _write(entries: list[_Entry], folder: Path, shard_bytes: int) -> None:
-    shards: list[list[_Entry]] = [[]]
-    for entry in entries:
-        if shards[-1] and sum(e.size for e in shards[-1]) + entry.size > shard_bytes:
-            shards.append([])
-        shards[-1].append(entry)
-    total = sum(entry.size for entry in entries)
-    entries.clear()
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files = files if len(shards) > 1 else [WEIGHTS]
-    places = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
-    for file, shard in zip(files, shards, strict=True):
-        with (folder / file).open("wb") as out:
-            _write_shard(out, shard)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def _write_shard(out: BinaryIO, shard: list[_Entry]) -> None:
-    """The safetensors format. Wide numbers come first, so that all of them lie at multiples of their size."""
-    shard.sort(key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in shard:
-        header[entry.name] = {"dtype": TYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [end, end + entry.size]}
-        end += entry.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    out.write(struct.pack("<Q", len(text)) + text)
-    while shard:
-        entry = shard.pop(0)
-        tensor = entry.make().cpu().contiguous()
-        assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape)
-        if tensor.numel():
-            out.write(memory_of(tensor))

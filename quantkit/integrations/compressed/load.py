@@ -15,24 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.core_model_loading import WeightConverter, WeightRenaming, revert_weight_conversion
+from torch import nn
 from transformers.quantizers import auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantkit.checkpoint.load import Stored, read_header, read_tensor
-from quantkit.core.errors import CheckpointError, ModelError
+from quantkit.checkpoint.tensors import Stored, read_header, read_tensor
+from quantkit.core.errors import CheckpointError
 from quantkit.core.report import LayerRecord, Report, attach
 from quantkit.core.scheme import Scheme
 from quantkit.integrations.compressed.layout import METHOD, TENSORS, parse
+from quantkit.integrations.transformers.files import model_class
+from quantkit.integrations.transformers.names import checkpoint_names, one_by_one
 from quantkit.integrations.transformers.quantizer import QuantKitConfig, QuantKitQuantizer, mark
 from quantkit.layers.linear import W8A8Linear
-from quantkit.model.experts import Experts, unfuse
+from quantkit.model.experts import unfuse
 from quantkit.model.modules import is_conv1d, linears_of, replace_module, weight_of
 
 log = logging.getLogger("quantkit")
-MARK: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-"""Of the numbers that are sent through conversions, whatever transformers made the default."""
 
 
 class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -58,7 +57,7 @@ class CompressedQuantizer(QuantKitQuantizer):
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
         """Experts that were taken apart are read one by one, not joined into one tensor."""
-        return [r for c in weight_conversions for r in (_one_by_one(c) if self._apart else [c])]
+        return [r for c in weight_conversions for r in (one_by_one(c) if self._apart else [c])]
 
     def _convert_model_for_quantization(self, model: Any) -> None:
         """Experts are taken apart where the checkpoint has them apart, which is known later."""
@@ -189,64 +188,6 @@ def _check_values(name: str, found: Stored) -> None:
         raise CheckpointError(f"tensor {name!r} holds a scale that is negative or not finite")
 
 
-def _one_by_one(conversion: Any) -> list[Any]:
-    """In place of a conversion that joins the weights of experts, the renamings that its parts need."""
-    if not isinstance(conversion, WeightConverter) or not all("*" in p for p in conversion.source_patterns):
-        return [conversion]
-    (target,) = conversion.target_patterns
-    stem, _, leaf = target.rpartition(".")
-    leaves = {"gate_up_proj": ["gate_proj", "up_proj"]}.get(leaf, [leaf])
-    if len(leaves) != len(conversion.source_patterns):
-        return [conversion]
-    renamings = []
-    for source, name in zip(conversion.source_patterns, leaves, strict=True):
-        pattern = source.removesuffix("weight").rstrip(".").replace("\\", "").split("*")
-        renamings.append(WeightRenaming(rf"{re.escape(pattern[0])}(\d+){re.escape(pattern[1])}\.", rf"{stem}.\1.{name}."))
-    return renamings
-
-
-def checkpoint_names(model: Any) -> dict[str, str]:
-    """What each tensor of ``model`` is called in a checkpoint of transformers, experts that quantkit took apart included.
-
-    Found by sending one number for every tensor through the conversion that ``save_pretrained`` does.
-
-    Raises:
-        ModelError: a checkpoint stores some tensor in another form than the model holds it.
-    """
-    apart = {name: m for name, m in model.named_modules() if isinstance(m, Experts)}
-    names = [n for n in model.state_dict() if not any(n.startswith(f"{prefix}.") for prefix in apart)]
-    marks: dict[str, Tensor] = {name: torch.tensor([float(i)], **MARK) for i, name in enumerate(names)}
-    made = revert_weight_conversion(model, dict(marks))
-    by_mark = {float(tensor): name for name, tensor in made.items() if tensor.numel() == 1}
-    missing = [name for i, name in enumerate(names) if float(i) not in by_mark]
-    if missing or len(made) != len(names):
-        raise ModelError(
-            f"checkpoints of this architecture store {(missing or names)[0]!r} in another form than the model holds it: save "
-            "it with quantkit.save()"
-        )
-    found = {name: by_mark[float(i)] for i, name in enumerate(names)}
-    for prefix, experts in apart.items():
-        for name, source in _expert_names(model, prefix, experts).items():
-            for tensor in model.get_submodule(f"{prefix}.{name}").state_dict():
-                found[f"{prefix}.{name}.{tensor}"] = f"{source}.{tensor}"
-    return found
-
-
-def _expert_names(model: Any, prefix: str, experts: Experts) -> dict[str, str]:
-    """``0.gate_proj`` -> what a checkpoint calls it, for every linear of every expert."""
-    e = experts.num_experts
-    leaves = ["gate_proj", "up_proj"] if experts.has_gate else ["up_proj"]
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
-    rows = torch.arange(e * len(leaves), **MARK).view(e, len(leaves), 1)
-    down = torch.arange(e, **MARK).view(e, 1, 1) + rows.numel()
-    made = revert_weight_conversion(model, {f"{prefix}.{first}": rows, f"{prefix}.down_proj": down})
-    by_mark = {float(t): n.removesuffix(".weight") for n, t in made.items() if t.numel() == 1}
-    order = {f"{i}.{leaf}": float(i * len(leaves) + j) for i in range(e) for j, leaf in enumerate(leaves)}
-    order |= {f"{i}.down_proj": float(rows.numel() + i) for i in range(e)}
-    # A checkpoint that stores experts as one tensor has no names for its parts: these are what other tools call them.
-    return {name: by_mark.get(mark_, f"{prefix}.{name}") for name, mark_ in order.items()}
-
-
 @contextmanager
 def replaced() -> Iterator[None]:
     """See :func:`quantkit.compressed_tensors_as_int8`."""
@@ -273,12 +214,7 @@ def load_compressed(folder: Path, name: str, device: torch.device | str) -> nn.M
     Raises:
         CheckpointError: whatever transformers makes of a folder that it cannot load.
     """
-    import transformers
-
-    found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise CheckpointError(f"{folder}: this transformers has no model class {name!r}")
-    cls: Any = found
+    cls = model_class(folder, name)
     try:
         with replaced():
             model, info = cls.from_pretrained(

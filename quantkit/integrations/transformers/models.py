@@ -9,16 +9,11 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint.load import RECORD_FILE, is_compressed, load
 from quantkit.core.errors import ModelError
+from quantkit.integrations.folders import is_checkpoint, load
 
 SMOLLM2 = "smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is a folder that :func:`quantkit.load` opens without a model."""
-    return (Path(path) / RECORD_FILE).is_file() or is_compressed(Path(path))
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:

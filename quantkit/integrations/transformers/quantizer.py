@@ -1,7 +1,14 @@
 """quantkit as a quantizer of transformers: ``from_pretrained(path, quantization_config=quantkit.QuantKitConfig(...))``.
 
-Importing quantkit registers it, as soon as transformers is there (:mod:`quantkit.integrations`). Tested from transformers
-5.17 on, whose hooks for quantizers still move: what is overridden here takes the arguments of all versions.
+transformers asks a quantizer of the method that ``config.json`` or the caller names. It is called with the empty model before the
+weights are read, to put other modules in place; with every tensor that is read, to convert it; and with the finished model. Here
+that means one of three things. A saved model gets empty INT8 layers, which take the codes from the files as they are. Methods
+that need no data round each weight when it has been read, so that the model is never whole in floating point. All other methods
+let transformers load the model and then call :func:`quantkit.quantize`.
+
+Nothing happens when this file is imported; :func:`quantkit.register_with_transformers` enters it into the tables of transformers.
+Tested from transformers 5.17 on, whose hooks for quantizers still move: what is overridden here takes the arguments of all
+versions.
 """
 
 from __future__ import annotations
@@ -19,20 +26,21 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from quantkit.calibrators import RTN, LLMInt8, resolve
-from quantkit.checkpoint.load import (
+from quantkit.checkpoint.record import (
+    ATTENTION_VERSION,
     FORMAT_VERSION,
-    READABLE,
     attention_records,
+    check_version,
     empty_layer,
     empty_quantizers,
-    from_version_2,
-    layer_record,
+    layer_records,
+    upgraded,
     version_of,
-)  # fmt: skip
+)
 from quantkit.core.errors import CheckpointError, MethodError, ModelError
 from quantkit.core.numerics import quantize_weight
 from quantkit.core.operand import Facts, check_exact
-from quantkit.core.report import LISTENERS, RECORD, LayerRecord, Report, attach
+from quantkit.core.report import LayerRecord, Report, attach, detach, has_report, report
 from quantkit.core.scheme import Scheme
 from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
@@ -47,24 +55,29 @@ OUTPUT_HEAD, SKIPPED = "output head or tied", "ignored"
 
 
 class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What ``from_pretrained`` shall do, and what ``save_pretrained`` writes into config.json.
+    """What ``from_pretrained`` shall do, and what ``save_pretrained`` writes into ``config.json``.
 
-    ``"rtn"`` and ``"llm_int8"`` by itself (which means the paper's method, with its threshold, here) need no data: weights are
-    rounded one by one while they are read. Other methods, and lists of several, first load the model whole.
+    Two methods need no data, so that weights are rounded one by one while they are read: ``"rtn"``, and ``"llm_int8"`` by itself,
+    which means the paper's method with its threshold here. Other methods, and lists of several, first load the model whole.
+
+    The arguments are the keys in ``config.json``. The last three are for models that were saved; nobody writes them by hand.
 
     Args:
         method: as in :func:`quantkit.quantize`: a name, a calibrator, or a list of them.
-        scheme: a name, such as ``"w8a8"``.
-        ignore: names, parts of names or globs of linears that stay in floating point, beside output heads and tied weights.
-        threshold: of ``"llm_int8"``; 6.0 as in the paper.
+        scheme: name of the number formats, such as ``"w8a8"``.
+        ignore: names, parts of names or globs of linears that stay in floating point, besides output heads and tied weights.
+        threshold: for ``"llm_int8"``: columns of the activation with an element of this magnitude or more are not rounded; 6.0
+            as in the paper.
         calibration, tokenizer: as in :func:`quantkit.quantize`, for methods that need data; left out, a causal language model
             samples its own. They are not saved.
-        seed: of whatever is drawn.
-        layers: names and formats of the INT8 layers of a saved model.
-        attention: the same of the modules whose attention is rounded, if any.
+        seed: seed of everything that is drawn at random.
+        layers: the record of every INT8 layer of a saved model, by name.
+        attention: the record of every module whose attention is rounded, by name, if there is any.
+        format_version: version of these records.
 
     Raises:
         MethodError, SchemeError: for what :func:`quantkit.quantize` would refuse.
+        CheckpointError: the records are of a version that is not known, or damaged.
     """
 
     def __init__(
@@ -85,15 +98,11 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         unknown.pop("quant_method", None)
         if unknown:
             log.warning("QuantKitConfig: %s not known to this quantkit, and left alone", ", ".join(unknown))
-        if format_version not in READABLE:
-            raise CheckpointError(
-                f"the model has format version {format_version} and this quantkit reads {' and '.join(map(str, READABLE))}: "
-                "upgrade quantkit-w8a8, or quantize the model again"
-            )
+        check_version("the model", format_version)
         self.quant_method = NAME
-        if layers and format_version == 2:
-            layers = {name: from_version_2(facts) for name, facts in layers.items()}
-        if bool(attention) != (format_version == version_of(True)):
+        if layers:
+            layers = upgraded(layers, format_version)
+        if bool(attention) != (format_version == ATTENTION_VERSION):
             raise CheckpointError("the model's config.json is damaged: 'attention' does not go with its format version")
         self.format_version, self.attention = version_of(attention), attention
         self.scheme = Scheme.parse(scheme).name
@@ -107,7 +116,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_bitsandbytes(cls, config: BitsAndBytesConfig) -> QuantKitConfig:
-        """What ``BitsAndBytesConfig(load_in_8bit=True, ...)`` asks for.
+        """The configuration that does what ``BitsAndBytesConfig(load_in_8bit=True, ...)`` asks for.
 
         Raises:
             MethodError: it asks for 4 bits.
@@ -129,7 +138,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return all(isinstance(c, RTN) or (isinstance(c, LLMInt8) and c.threshold) for c in self._calibrators)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON; without calibration data."""
+        """What is written into ``config.json``, in plain JSON types: all but the calibration data and the tokenizer."""
         names = {name for name in vars(self) if not name.startswith("_")} - (set() if self.attention else {"attention"})
         return {name: copy.deepcopy(value) for name, value in vars(self).items() if name in names}
 
@@ -140,7 +149,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class RoundToNearest(ConversionOps):  # type: ignore[misc]
-    """A weight that has just been read, to codes and scale."""
+    """The conversion of a weight that has just been read to its codes and scales."""
 
     def __init__(self, quantizer: QuantKitQuantizer) -> None:
         self.hf_quantizer = quantizer
@@ -164,7 +173,12 @@ class RoundToNearest(ConversionOps):  # type: ignore[misc]
 
 
 class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
-    """The hooks of ``from_pretrained`` and ``save_pretrained``."""
+    """The hooks that ``from_pretrained`` and ``save_pretrained`` call.
+
+    Attributes:
+        quantization_config: what to do.
+        transposed: names of the INT8 layers whose weights are stored ``[K, N]``, since they were a ``Conv1D``.
+    """
 
     requires_calibration = False
     quantization_config: QuantKitConfig
@@ -207,7 +221,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
             self._expect_float(model)
 
     def _expect_int8(self, model: Any) -> None:
-        """Put empty INT8 layers where the saved model has them."""
+        """Put empty INT8 layers where the saved model has them; the files hold their codes."""
         records = self.quantization_config.layers
         if not records:
             raise CheckpointError(
@@ -222,7 +236,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         attach_attention(model, empty_quantizers(model, self.quantization_config.attention or {}, records))
 
     def _expect_float(self, model: Any) -> None:
-        """Put INT8 layers in place whose weight is still to be rounded."""
+        """Put INT8 layers in place whose weights arrive in floating point and are rounded then."""
         config = self.quantization_config
         scheme, dtype = Scheme.parse(config.scheme), model.dtype
         if scheme.is_static:
@@ -255,7 +269,8 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
             self.transposed.add(name)
         facts = Facts(k, n, scheme, threshold=threshold or None)
         layer = W8A8Linear.from_operand(facts.empty(bias=linear.bias is not None, device="meta", dtype=dtype))
-        # A float placeholder in the shape of the file: up to 5.22 weights are cast to its dtype before they are rounded.
+        # A placeholder in floating point and in the shape of the file: transformers up to 5.22 casts a weight to the dtype of
+        # what it will replace before it is rounded.
         layer.weight = torch.empty(linear.weight.shape, dtype=dtype, device="meta")
         replace_module(model, name, layer)
 
@@ -266,16 +281,16 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
                 model, config._calibrators, calibration=config._calibration, tokenizer=config._tokenizer, scheme=config.scheme,
                 ignore=config.ignore, seed=config.seed,
             )  # fmt: skip
-        elif not hasattr(model, RECORD):
+        elif not has_report(model):
             layers = [
                 LayerRecord(name, "int8", at_run_time=["threshold"] if m.threshold else [])
                 for name, m in model.named_modules()
                 if isinstance(m, W8A8Linear)
             ]
             layers += [LayerRecord(name, "float", reason=reason) for name, reason in self._kept.items()]
-            report = Report(config.method, config.scheme, config.seed, "not needed")
-            report.layers, report.rewrites = layers, explained(attention_quantizers(model))
-            attach(model, report)
+            record = Report(config.method, config.scheme, config.seed, "not needed")
+            record.layers, record.rewrites = layers, explained(attention_quantizers(model))
+            attach(model, record)
         mark(model, config)
         return model
 
@@ -295,22 +310,24 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(layer, W8A8Linear):
                 replace_module(model, name, layer.to_float(dtype or model.dtype))
         detach_attention(model)
-        if hasattr(model, RECORD):
-            delattr(model, RECORD)
+        detach(model)
         return model
 
 
 def mark(model: Any, config: QuantKitConfig | None = None) -> None:
-    """Let ``save_pretrained`` of a quantized model write what ``from_pretrained`` needs; other modules are left alone."""
-    from transformers import PreTrainedModel  # which imports its quantizers, and so this file
+    """Let ``save_pretrained`` of a quantized transformers model write what ``from_pretrained`` needs.
 
-    layers = {name: layer_record(m) for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
-    if not layers or not isinstance(model, PreTrainedModel):
+    Args:
+        model: a model with a report; without any INT8 layer it is left alone, since transformers can save it by itself.
+        config: what it was loaded with; left out, it is made from the report.
+    """
+    layers = layer_records(model)
+    if not layers:
         return
     if config is None:
-        report: Report = getattr(model, RECORD)
-        threshold = max(record["threshold"] for record in layers.values())
-        config = QuantKitConfig(report.method, report.scheme or "w8a8", threshold=threshold, seed=report.seed, layers=layers)
+        record = report(model)
+        threshold = max(facts["threshold"] for facts in layers.values())
+        config = QuantKitConfig(record.method, record.scheme or "w8a8", threshold=threshold, seed=record.seed, layers=layers)
     config.layers, config.attention = layers, attention_records(model) or None
     config.format_version = version_of(config.attention)
     model.config.quantization_config = config
@@ -319,7 +336,8 @@ def mark(model: Any, config: QuantKitConfig | None = None) -> None:
         model.hf_quantizer = QuantKitQuantizer(config, pre_quantized=True)
 
 
-LISTENERS.append(mark)
-if NAME not in auto.AUTO_QUANTIZER_MAPPING:
-    auto.register_quantization_config(NAME)(QuantKitConfig)
-    auto.register_quantizer(NAME)(QuantKitQuantizer)
+def enter_tables() -> None:
+    """Enter quantkit into the tables of transformers, unless it is there already."""
+    if NAME not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(NAME)(QuantKitConfig)
+        auto.register_quantizer(NAME)(QuantKitQuantizer)

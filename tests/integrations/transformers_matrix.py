@@ -14,7 +14,7 @@ from pathlib import Path
 
 VERSIONS = ("5.17.0", "5.19.0", "5.20.2", "5.21.1", "")  # the last: the newest
 TESTS = [Path(__file__).with_name(name) for name in ("test_transformers.py", "test_export.py")]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
 
 

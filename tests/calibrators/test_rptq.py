@@ -34,7 +34,7 @@ from quantkit import (
     W8A8Linear,
 )
 from quantkit.calibrators.rptq import by_kmeans, by_tiles
-from quantkit.checkpoint.load import _digest
+from quantkit.checkpoint.record import digest_of
 from quantkit.core.numerics import (
     MAX_EXACT_K,
     MAX_EXACT_K_ASYMMETRIC,
@@ -444,7 +444,7 @@ def test_version_2_is_read_and_bad_groups_are_refused(tmp_path: Path) -> None:
         body = json.loads((tmp_path / "m" / "quantkit.json").read_text())
         body.pop("digest")
         change(body)
-        (tmp_path / "m" / "quantkit.json").write_text(json.dumps(body | {"digest": _digest(body)}))
+        (tmp_path / "m" / "quantkit.json").write_text(json.dumps(body | {"digest": digest_of(body)}))
 
     def older(body: Any) -> None:
         body["format_version"] = 2

@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+HERE = Path(__file__).parents[1]
+"""Where ``helpers`` are."""
 VERSIONS = ("0.9.0", "0.15.0", "0.17.0", "0.18.0", "0.20.0")
 SCHEMES = ("w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym")
 LOADS_FROM = (0, 15)
@@ -66,6 +68,7 @@ def read(folder: Path) -> None:
 
 def main() -> None:
     versions, failed = sys.argv[1:] or VERSIONS, []
+    sys.path.insert(0, str(HERE))
     with tempfile.TemporaryDirectory() as place:
         write(Path(place))
         for version in versions:
@@ -73,7 +76,7 @@ def main() -> None:
             pip = [sys.executable, "-m", "pip", "install", "-q", "--target", str(site)]
             subprocess.run([*pip, "--no-deps", f"compressed-tensors=={version}"], check=True)
             subprocess.run([*pip, "pydantic>=2", "loguru", "frozendict"], check=True)
-            paths = [str(site), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+            paths = [str(site), str(HERE), os.environ.get("PYTHONPATH", "")]
             env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
             command = [sys.executable, __file__, "--read", place]
             failed += [] if subprocess.run(command, env=env).returncode == 0 else [version]

@@ -29,7 +29,7 @@ from quantkit.integrations.compressed.layout import parse
 from quantkit.model.modules import call, replace_module, tensors_in
 
 SCHEMES = ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym"]
-FIXTURES = Path(__file__).parent / "fixtures" / "llmcompressor"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "llmcompressor"
 MADE = ["dynamic", "dynamic-asym", "static", "static-asym", "pertensor"]
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -23,8 +23,8 @@ from torch import nn
 
 import quantkit
 from quantkit import CheckpointError, ModelError, Plan, Rotation, SmoothQuant, Stage, Transform
-from quantkit.calibrators import METHODS
-from quantkit.checkpoint import load as checkpoint
+from quantkit.calibrators import methods
+from quantkit.checkpoint import files, record, save
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -74,7 +74,7 @@ def test_schemes(scheme: str, tmp_path: Path) -> None:
     assert_same(outputs(fresh), outputs(model))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 def test_methods(method: str, tmp_path: Path) -> None:
     model = quantized(llama(), method)
     again = quantkit.load(quantkit.save(model, tmp_path / "out"))
@@ -141,10 +141,10 @@ def test_buffers_of_a_model_that_was_cast(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("cast", "says"), [({"nowhere": "bfloat16"}, "nowhere"), ({"x": "int8"}, "'cast'"), ([], "'cast'")])
 def test_a_record_of_buffers_that_is_wrong(tmp_path: Path, cast: Any, says: str) -> None:
     folder = quantkit.save(quantized(llama(), "rtn"), tmp_path / "out")
-    file = folder / checkpoint.RECORD_FILE
+    file = folder / record.RECORD_FILE
     body = json.loads(file.read_text()) | {"cast": cast}
     body.pop("digest")
-    file.write_text(json.dumps(body | {"digest": checkpoint._digest(body)}))
+    file.write_text(json.dumps(body | {"digest": record.digest_of(body)}))
     with pytest.raises(CheckpointError, match=says):
         quantkit.load(folder)
 
@@ -207,7 +207,7 @@ def test_only_quantized_models_and_own_folders(tmp_path: Path) -> None:
     quantkit.load(quantkit.save(model, tmp_path / "a" / "b"), model=mlp())
 
 
-@pytest.mark.parametrize("where", ["save_file", "_sha256"])
+@pytest.mark.parametrize("where", ["write_shards", "sha256_of"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
 def test_a_failure_leaves_the_old_checkpoint(
     where: str, error: BaseException, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -217,7 +217,7 @@ def test_a_failure_leaves_the_old_checkpoint(
     def fail(*args: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr(checkpoint, where, fail)
+    monkeypatch.setattr(save, where, fail)
     for target in (folder, folder.parent / "new"):
         with pytest.raises(type(error)):
             quantkit.save(quantized(mlp()), target)
@@ -392,7 +392,7 @@ def test_records_that_are_no_json(text: str, folder: Path) -> None:
 
 def test_a_record_of_unreasonable_size(folder: Path) -> None:
     with (folder / "quantkit.json").open("ab") as file:
-        file.truncate(checkpoint.MAX_RECORD_BYTES + 1)
+        file.truncate(files.MAX_JSON_BYTES + 1)
     with refused("larger than") as model:
         quantkit.load(folder, model=model)
 
@@ -451,7 +451,7 @@ def test_hostile_tensors(case: str, folder: Path) -> None:
     def listed(body: dict[str, Any]) -> None:
         """The record lies with the tensors."""
         held = load_file(folder / SHARD)
-        body["layers"]["up"]["buffers"] = [b for b in checkpoint.OPTIONAL if f"up.{b}" in held]
+        body["layers"]["up"]["buffers"] = [b for b in record.OPTIONAL if f"up.{b}" in held]
         body["layers"]["up"]["outliers"] = len(held.get("up.outlier_index", ()))
 
     sign(folder, listed)

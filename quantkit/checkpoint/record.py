@@ -1,0 +1,220 @@
+"""The record of a checkpoint: what ``quantkit.json`` says, and how it is believed.
+
+The record is one JSON object. It names the format and its version, the INT8 layers and the modules whose attention is rounded
+with all that is needed to make empty ones (sizes, scheme, which optional buffers there are), the second names of tied tensors,
+the buffers that were cast although no checkpoint holds them, the report, and the size and SHA-256 of every file. A digest over
+all of it shows accidental changes. It is no signature, since anybody can compute it: therefore every key is checked for its
+presence and type, and every fact of a layer for its sense, before a model is touched.
+
+Whoever writes a checkpoint may add keys of their own; this file carries them and does not look at them.
+
+Versions: layers of version 2 have no groups of channels, and nothing else is new in version 3. Version 4 is written for models
+whose attention is rounded, so that a quantkit that knows nothing of this refuses them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.checkpoint.files import read_json
+from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.core.heads import HeadSizes
+from quantkit.core.operand import Facts
+from quantkit.core.scheme import Scheme
+from quantkit.core.transform import groups_fault
+from quantkit.layers.attention import CHILD, AttentionQuantizer, attention_quantizers
+from quantkit.layers.linear import W8A8Linear
+
+RECORD_FILE = "quantkit.json"
+FORMAT_VERSION = 3
+ATTENTION_VERSION = 4
+READABLE = (2, 3, 4)
+LAYER_FACTS = {
+    "in_features": int, "out_features": int, "scheme": str, "bias": bool, "rotation_block": int, "threshold": float,
+    "outliers": int, "buffers": list, "groups": list,
+}  # fmt: skip
+ATTENTION_FACTS = {"scheme": str, "queries": int, "keys": int, "width": int, "value_width": int, "clusters": int}
+CASTS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+# ---- the record as a whole
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a checkpoint, as the newest version has it, with every key checked.
+
+    Raises:
+        CheckpointError: it is missing, damaged, changed, of a version that is not known, or not quantkit's.
+    """
+    file = folder / RECORD_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{folder} is no quantkit checkpoint: it has no {RECORD_FILE}")
+    body = read_json(file)
+    if not isinstance(body, dict) or body.get("format") != "quantkit":
+        raise CheckpointError(f"{file} was not written by quantkit")
+    check_version(folder, body.get("format_version"))
+    digest = body.pop("digest", None)
+    try:
+        wanted = digest_of(body)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    if digest != wanted:
+        raise CheckpointError(f"{file} was changed after it was written (its digest does not match)")
+    if isinstance(body.get("layers"), dict):
+        body["layers"] = upgraded(body["layers"], body["format_version"])
+    bad = _malformed(body)
+    if bad is not None:
+        raise CheckpointError(f"{file} is damaged: {bad!r} is missing or malformed")
+    return body
+
+
+def check_version(source: Any, version: Any) -> None:
+    """Raise a CheckpointError if ``source`` (which the message names) has a version that this quantkit cannot read."""
+    if version not in READABLE:
+        raise CheckpointError(
+            f"{source} has format version {version!r} and this quantkit reads {' and '.join(map(str, READABLE))}: "
+            "upgrade quantkit-w8a8, or quantize the model again"
+        )
+
+
+def version_of(attention: Mapping[str, Any] | None) -> int:
+    """The format version of a model with these :func:`attention_records`."""
+    return ATTENTION_VERSION if attention else FORMAT_VERSION
+
+
+def upgraded(layers: dict[str, Any], version: int) -> dict[str, Any]:
+    """Records of layers that a checkpoint of ``version`` has, as the newest version has them."""
+    if version != 2:
+        return layers
+    return {name: {**facts, "groups": []} if isinstance(facts, dict) else facts for name, facts in layers.items()}
+
+
+def digest_of(body: dict[str, Any]) -> str:
+    """SHA-256 over a record without its ``"digest"``, as hexadecimal digits."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _malformed(body: dict[str, Any]) -> str | None:
+    """The first key of a record that is missing or holds something of another type than it should, if any."""
+    rounds_attention = body["format_version"] == ATTENTION_VERSION
+    for key in ("files", "layers", "tied", "report", *(["attention"] if rounds_attention else [])):
+        if not isinstance(body.get(key), dict):
+            return key
+    if bool(body.get("attention")) != rounds_attention:
+        return "attention"
+    if not all(_has(facts, {"sha256": str, "bytes": int}) for facts in body["files"].values()):
+        return "files"
+    if not all(_has(facts, LAYER_FACTS) for facts in body["layers"].values()):
+        return "layers"
+    if not all(isinstance(name, str) for name in body["tied"].values()):
+        return "tied"
+    cast = body.get("cast", {})
+    if not isinstance(cast, dict) or not all(dtype in CASTS.values() for dtype in cast.values()):
+        return "cast"
+    return None
+
+
+def _has(value: Any, facts: dict[str, type]) -> bool:
+    return isinstance(value, dict) and all(type(value.get(key)) is kind for key, kind in facts.items())
+
+
+# ---- buffers that a checkpoint does not hold
+
+
+def cast_buffers(model: nn.Module) -> dict[str, str]:
+    """Buffers in 16 bits that are in no state dict, and their dtype.
+
+    Rotary frequencies are such buffers. They are computed anew in float32 when a model is built, and whoever cast the whole
+    model has cast them too, which changes what it computes.
+    """
+    held = model.state_dict().keys()
+    return {name: CASTS[b.dtype] for name, b in model.named_buffers() if b.dtype in CASTS and name not in held}
+
+
+def check_cast_buffers(model: nn.Module, cast: Mapping[str, str]) -> None:
+    """Raise a CheckpointError unless ``model`` has all buffers that :func:`cast_buffers` listed."""
+    buffers = dict(model.named_buffers())
+    missing = next((name for name in cast if name not in buffers), None)
+    if missing is not None:
+        raise CheckpointError(f"the checkpoint casts the buffer {missing!r}, and the model has none of this name")
+
+
+# ---- layers
+
+
+def layer_records(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The record of every INT8 layer of a model, by name: what :func:`empty_layer` needs to know."""
+    return {name: _layer_record(m) for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
+
+
+def _layer_record(layer: W8A8Linear) -> dict[str, Any]:
+    operand = layer.operand
+    outliers = operand.rewrite.outliers
+    return operand.facts.record(list(operand.tensors()), 0 if outliers is None else len(outliers))
+
+
+def empty_layer(name: str, facts: Any) -> W8A8Linear:
+    """An INT8 layer on the meta device, with the buffers that its record says it has.
+
+    Args:
+        name: of the layer, for messages.
+        facts: the record.
+
+    Raises:
+        CheckpointError: the record makes no sense.
+    """
+    if not _has(facts, LAYER_FACTS):
+        raise CheckpointError(f"the record of layer {name!r} is damaged")
+    try:
+        own = Facts.read(facts)
+    except QuantkitError as error:
+        raise CheckpointError(f"layer {name!r}: {error}") from None
+    empty = own.empty(bias=facts["bias"], optional=facts["buffers"], outliers=facts["outliers"], device="meta")
+    return W8A8Linear.from_operand(empty)
+
+
+# ---- attention
+
+
+def attention_records(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What :func:`empty_quantizers` needs to know, by the name of the module whose attention is rounded."""
+    return {
+        name: {"scheme": q.scheme.name, **vars(q.heads), "clusters": q.clusters}
+        for name, q in attention_quantizers(model).items()
+    }
+
+
+def empty_quantizers(model: nn.Module, records: Mapping[str, Any], layers: Collection[str]) -> dict[str, AttentionQuantizer]:
+    """Quantizers of attention on the meta device, by the name of the module of ``model`` that each belongs to.
+
+    Args:
+        model: the model that they will be attached to.
+        records: what :func:`attention_records` wrote.
+        layers: names of the INT8 layers, which compute no attention.
+
+    Raises:
+        CheckpointError: a record makes no sense, or there is no such module.
+    """
+    modules, quantizers = dict(model.named_modules()), {}
+    for name, facts in records.items():
+        if not _has(facts, ATTENTION_FACTS):
+            raise CheckpointError(f"the record of the attention of {name!r} is damaged")
+        heads, clusters = HeadSizes(*(facts[key] for key in ("queries", "keys", "width", "value_width"))), facts["clusters"]
+        if name not in modules or name in layers or hasattr(modules[name], CHILD):
+            raise CheckpointError(f"the checkpoint quantizes the attention of {name!r}, which the model does not have")
+        fault = heads.fault or (None if 1 <= clusters <= max(heads.width, heads.value_width) else f"{clusters} clusters")
+        try:
+            scheme = Scheme.parse(facts["scheme"])
+        except QuantkitError as error:
+            raise CheckpointError(f"attention of {name!r}: {error}") from None
+        if fault or not scheme.quantizes_attention:
+            raise CheckpointError(f"attention of {name!r}: {fault or f'{scheme.name} does not quantize it'}")
+        quantizers[name] = AttentionQuantizer(scheme, heads, clusters, "meta")
+    return quantizers

@@ -1,0 +1,64 @@
+"""Writing a quantized model to a folder: its tensors, whatever the caller puts beside them, and at last the record."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quantkit.checkpoint.files import sha256_of, written_whole
+from quantkit.checkpoint.record import RECORD_FILE, attention_records, cast_buffers, digest_of, layer_records, version_of
+from quantkit.checkpoint.tensors import Entry, unshared, write_shards
+from quantkit.core.errors import CheckpointError
+from quantkit.core.report import report
+
+
+def write_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    shard_bytes: int,
+    beside: Callable[[Path], dict[str, Any]],
+) -> Path:
+    """Write a quantized model to the folder ``path``, which exists as a whole afterwards or is as it was.
+
+    Args:
+        model: a model with a report.
+        path: a folder that does not exist, is empty, or holds a checkpoint of quantkit's (which is replaced as a whole).
+        shard_bytes: largest size of one safetensors file, in bytes.
+        beside: called with the folder while it is written; may put files into it, and returns keys for the record.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: quantkit has not quantized the model.
+        CheckpointError: the folder holds something else.
+    """
+    record, target = report(model), Path(path)
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / RECORD_FILE).is_file())):
+        raise CheckpointError(f"{target} exists and is no quantkit checkpoint: choose an empty or a new folder")
+    tensors, tied = unshared(model.state_dict())
+    attention, cast = attention_records(model), cast_buffers(model)
+    with written_whole(target) as folder:
+        files = list(write_shards([Entry.of(name, tensor) for name, tensor in tensors.items()], folder, shard_bytes))
+        more = beside(folder)
+        files += [p.name for p in sorted(folder.iterdir()) if p.name not in files and p.is_file()]
+        body = {
+            "format": "quantkit",
+            "format_version": version_of(attention),
+            **more,
+            "layers": layer_records(model),
+            **({"attention": attention} if attention else {}),
+            "tied": tied,
+            **({"cast": cast} if cast else {}),
+            "files": {name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in files},
+            "report": record.to_dict(),
+        }
+        body["digest"] = digest_of(body)
+        (folder / RECORD_FILE).write_text(json.dumps(body, indent=1), encoding="utf-8")
+    return target

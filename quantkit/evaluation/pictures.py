@@ -1,0 +1,78 @@
+"""A picture of what smoothing does to the activations and weights of one site of a language model.
+
+The site is the one behind a norm whose largest channel stands out most, since there quantization loses most.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.core.sites import Site
+from quantkit.discovery import discover
+from quantkit.layers.linear import W8A8Linear
+from quantkit.model.modules import call, evaluating
+
+
+def draw(before: nn.Module, after: nn.Module, window: Tensor, path: Path, *, title: str) -> Path:
+    """|activation| over tokens and channels, and |weight| over channels, of the spikiest norm site, before and after."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with torch.no_grad():
+        sites = [s for s in discover(before, window[None, :16]).sites if s.producer and s.producer.kind == "norm"]
+        inputs = {site.name: input_of(before, site, window) for site in sites}
+        site = max(sites, key=lambda s: spikiness(inputs[s.name]))
+        panels = {
+            "activation, original": inputs[site.name],
+            "activation, smoothed": input_of(after, site, window),
+            "weight, original": weights_of(before, site),
+            "weight, smoothed": weights_of(after, site),
+        }
+    figure = plt.figure(figsize=(13, 8.5), layout="constrained")
+    for index, (panel, values) in enumerate(panels.items()):
+        axes: Any = figure.add_subplot(2, 2, index + 1, projection="3d")
+        rows = values.abs()[: min(len(values), 96)].numpy()
+        y, x = torch.meshgrid(torch.arange(rows.shape[0]), torch.arange(rows.shape[1]), indexing="ij")
+        axes.plot_surface(
+            x.numpy(), y.numpy(), rows, cmap="viridis", rcount=96, ccount=rows.shape[1], linewidth=0, antialiased=False
+        )
+        axes.set(xlabel="input channel", ylabel="token" if index < 2 else "output channel", zlabel="|value|", title=panel)
+        axes.set_zlim(0, float(panels[panel.replace("smoothed", "original")].abs().max()) if index < 2 else None)
+        axes.view_init(elev=25, azim=-55)
+    figure.suptitle(
+        f"{title}, input of {', '.join(n.rpartition('.')[2] for n in site.linears)} in {site.name.rpartition('.')[0]}"
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def spikiness(x: Tensor) -> float:
+    """Largest channel maximum over the median one."""
+    top = x.abs().amax(0)
+    return float(top.max() / top.median())
+
+
+def input_of(model: nn.Module, site: Site, window: Tensor) -> Tensor:
+    """``[T, K]`` float32: what the linears of ``site`` read."""
+    seen: list[Tensor] = []
+    hook = model.get_submodule(site.name).register_forward_pre_hook(lambda _, args: seen.append(args[0][0].float()))
+    try:
+        with evaluating(model):
+            call(model, window[None])
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def weights_of(model: nn.Module, site: Site) -> Tensor:
+    """``[N, K]`` float32 of the first linear of ``site``."""
+    linear: Any = model.get_submodule(site.name)
+    weight: Tensor = linear.dequantized_weight() if isinstance(linear, W8A8Linear) else linear.weight.detach().float()
+    return weight
