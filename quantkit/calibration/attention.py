@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.core.progress import Progress, tracked
 from quantkit.core.errors import CalibrationError
 from quantkit.core.heads import HeadSizes, count_heads
+from quantkit.core.progress import Progress, tracked
 from quantkit.core.scheme import Scheme
 from quantkit.discovery.attention import watching
 from quantkit.layers.attention import LABELS, AttentionQuantizer, parts_of

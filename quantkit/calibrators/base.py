@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quantkit.calibration.statistics import Statistic, TokenSample
 from quantkit.core.errors import MethodError
+from quantkit.core.plan import Codes as Codes
 from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Site
@@ -33,17 +34,6 @@ class Stage(IntEnum):
     PARTITION = 3  # which channels go together
     ROTATE = 4  # orthogonal mixing of channels
     ROUND = 5  # the integers themselves
-
-
-@dataclass(frozen=True)
-class Codes:
-    """The integers of one linear: ``codes [N, K]`` int8 and ``scale [N, 1]`` float32, for the transformed weight.
-
-    With clusters of channels ``scale`` is ``[N, 1 + G]``, see :func:`quantkit.core.numerics.weight_grid`.
-    """
-
-    codes: Tensor
-    scale: Tensor
 
 
 @dataclass(frozen=True)

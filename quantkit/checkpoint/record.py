@@ -28,7 +28,6 @@ from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.heads import HeadSizes
 from quantkit.core.operand import Facts
 from quantkit.core.scheme import Scheme
-from quantkit.core.transform import groups_fault
 from quantkit.layers.attention import CHILD, AttentionQuantizer, attention_quantizers
 from quantkit.layers.linear import W8A8Linear
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import ModelError
-from quantkit.core.numerics import quantize_weight, sqnr_db
 from quantkit.core.formats import PerTensor
+from quantkit.core.numerics import quantize_weight, sqnr_db
 from quantkit.core.operand import Operand
 from quantkit.core.plan import Codes, LinearPlan, ModelPlan, SitePlan
 from quantkit.core.progress import Progress, tracked
@@ -66,12 +66,12 @@ def check_fits(model: nn.Module, plan: ModelPlan) -> None:
             raise ModelError(f"the plan is of another model: it folds into {producer.module!r}, which this model does not have")
     missing = next((name for name in plan.attention if name not in modules), None)
     if missing is not None:
-        raise ModelError(f"the plan is of another model: it rounds the attention of {missing!r}, which this model does not have")
+        raise ModelError(
+            f"the plan is of another model: it rounds the attention of {missing!r}, which this model does not have"
+        )
 
 
-def convert_rotated(
-    model: nn.Module, plan: ModelPlan, *, tokens: Tokens | None = None, progress: Progress = None
-) -> Report:
+def convert_rotated(model: nn.Module, plan: ModelPlan, *, tokens: Tokens | None = None, progress: Progress = None) -> Report:
     """Carry out what is left of ``plan`` on a model whose spaces are rotated already; returns the report, which is attached.
 
     Args:

@@ -1,10 +1,9 @@
-"""quantize(): the straight line. Everything up to ``convert`` only looks, and what it decides is a value; ``convert`` changes the
-model.
+"""quantize(): the straight line. Everything up to ``convert`` only looks, and decides; ``convert`` changes the model.
 
 ===============  =====================================================================================================
 check            refuse what cannot work before the model runs (:mod:`.check`)
 data             the calibration data, and a small piece of it to probe with (:mod:`.data`)
-rotate           rewrite the float model as a whole, if a method asks for it, and prove it the same (:mod:`.rotate`)
+rotate           rewrite the float model as a whole, if a method asks for it, and prove it the same (:mod:`.spaces`)
 find             the sites of the model, and which linears stay in floating point (:mod:`.find`)
 observe          one pass over the data collects statistics (:mod:`quantkit.calibration.observe`)
 decide           calibrators turn statistics into a plan (:mod:`.decide`)
@@ -37,7 +36,7 @@ from quantkit.pipeline.decide import Decision, decide
 from quantkit.pipeline.find import find_sites
 from quantkit.pipeline.prove import prove
 from quantkit.pipeline.restore import as_it_was, experts_apart
-from quantkit.pipeline.rotate import rotate_spaces
+from quantkit.pipeline.spaces import rotate_spaces
 
 log = logging.getLogger("quantkit")
 M = TypeVar("M", bound=nn.Module)
