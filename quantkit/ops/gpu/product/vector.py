@@ -1,16 +1,15 @@
-"""One token: a product of a vector and the weight, bound by reading the weight. The token is quantized on the way in."""
+"""Device code, in Triton, for one token: a product of a vector and the weight, as fast as the weight can be read.
+
+The token comes as codes, or in floating point and is quantized on the way in.
+"""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.core.numerics import qmax
-from quantkit.ops.gpu.configs import Vector
-from quantkit.ops.gpu.quantize import FLOOR, ROUND, hopper, reachable, whole
+from quantkit.ops.gpu.numbers import FLOOR, ROUND, whole
 
 
 @triton.jit
@@ -49,49 +48,49 @@ def _scale_and_bias(SW, BIAS, n, N):
 
 
 @triton.jit
-def _segment_of(borders, places):
-    """Which segment ``places`` are in."""
-    segment = tl.zeros_like(places)
+def _group_of(borders, places):
+    """Which group ``places`` are in."""
+    group = tl.zeros_like(places)
     for g in tl.static_range(1, len(borders)):
-        segment += (places >= borders[g]).to(tl.int32)
-    return segment
+        group += (places >= borders[g]).to(tl.int32)
+    return group
 
 
 @triton.jit
 def gemv_kernel(
     X, SX, W, Y, SW, BIAS, PRE, BORDERS, N, K, K4, stride_xk,
-    SEGMENTS: tl.constexpr, BY_ROW: tl.constexpr, QMAX: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr, BY_ROW: tl.constexpr, QMAX: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr,
     B4: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``GROUPS`` times ``ROWS`` outputs of ``y [N]`` from ``w [N, K4]`` int32, four codes each, and x: float, or words too."""
-    n = tl.program_id(0) * (ROWS * GROUPS) + tl.arange(0, ROWS)
+    """``ROUNDS`` times ``ROWS`` outputs of ``y [N]`` from ``w [N, K4]`` int32, four codes each, and x: float, or words too."""
+    n = tl.program_id(0) * (ROWS * ROUNDS) + tl.arange(0, ROWS)
     k = tl.arange(0, B4)
     inside = k < K4
     borders = tl.tuple(())
-    for g in tl.static_range(SEGMENTS if SEGMENTS > 1 else 0):
+    for g in tl.static_range(GROUPS if GROUPS > 1 else 0):
         borders += (tl.load(BORDERS + g),)
     # The weight does not depend on the kernel before: its first part is on the way while that one ends.
     w = _weights(W, n, k, inside, N, K4, EVEN_N, EVEN_K)
     if PDL:
         gdc_launch_dependents()  # which also keeps the compiler from loading anything else before
     sw, bias = _scale_and_bias(SW, BIAS, n, N)
-    if SEGMENTS > 1:
-        tl.static_assert(GROUPS == 1)
+    if GROUPS > 1:
+        tl.static_assert(ROUNDS == 1)
         # they begin at multiples of 16 places: four words count alike
-        segment = _segment_of(borders, 16 * tl.arange(0, B4 // 4))
+        group = _group_of(borders, 16 * tl.arange(0, B4 // 4))
     if BY_ROW:
         # (^ 0: were rows known to be neighbours, the compiler would give threads others than those whose weights they have)
         row = (n if EVEN_N else tl.minimum(n, N - 1)) ^ borders[0]
-        of_rows = tl.trans(tl.load(SW + (1 + segment)[:, None] * N + row[None, :]))
+        row_multipliers = tl.trans(tl.load(SW + (1 + group)[:, None] * N + row[None, :]))
     if PDL:
         gdc_wait()
     if SX is not None:
         xq = tl.load(X + k, mask=inside, other=0)
         sx = tl.load(SX)
-        if SEGMENTS > 1:
-            times = whole(tl.load(SX + 1 + segment))[None, :]
+        if GROUPS > 1:
+            multiplier = whole(tl.load(SX + 1 + group))[None, :]
             if BY_ROW:
-                times *= whole(of_rows)
+                multiplier *= whole(row_multipliers)
     else:
         j = tl.arange(0, 4)
         source = k[:, None] * 4 + j[None, :]
@@ -106,51 +105,18 @@ def gemv_kernel(
         q = (x * tl.div_rn(limit, absmax) + ROUND).to(tl.int32, bitcast=True) & 255
         xq = tl.sum(q << (8 * j)[None, :], 1)
     xq = tl.broadcast_to(xq[None, :], (ROWS, B4))
-    for g in tl.static_range(GROUPS):
-        if g + 1 < GROUPS:
+    for g in tl.static_range(ROUNDS):
+        if g + 1 < ROUNDS:
             ahead = _weights(W, n + ROWS, k, inside, N, K4, EVEN_N, EVEN_K)
             ahead_sw, ahead_bias = _scale_and_bias(SW, BIAS, n + ROWS, N)
         products = _dot4(w, xq, NATIVE)
-        if SEGMENTS > 1:
-            products = tl.sum(products.reshape(ROWS, B4 // 4, 4), 2) * times
+        if GROUPS > 1:
+            products = tl.sum(products.reshape(ROWS, B4 // 4, 4), 2) * multiplier
         acc = tl.sum(products, 1)
         y = acc.to(tl.float32) * sx * sw
         if BIAS is not None:
             y += bias
         tl.store(Y + n, y.to(Y.dtype.element_ty), mask=n < N)
         n += ROWS
-        if g + 1 < GROUPS:
+        if g + 1 < ROUNDS:
             w, sw, bias = ahead, ahead_sw, ahead_bias
-
-
-def gemv(
-    x: Tensor,
-    weight: Tensor,
-    sw: Tensor,
-    *,
-    sx: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    bits: int = 8,
-    bias: Tensor | None = None,
-    pre_scale: Tensor | None = None,
-    borders: Tensor | None = None,
-    config: Vector,
-) -> Tensor:
-    """``[1, N]`` in the dtype of ``x [1, K]``, for ``weight [N, padded(K)]`` int8.
-
-    Args:
-        sx: ``[1, 1]``, with codes ``x [1, padded(K)]`` in place of floats; the result is then of ``dtype``.
-        borders: with ``sx [1, 1 + G]`` and ``sw [N]`` or ``[1 + G, N]``, of segments of K, see
-            :func:`quantkit.ops.gpu.matmul.matmul`.
-    """
-    n, words, rows = len(weight), weight.shape[1] // 4, config.rows * config.groups
-    x, y = reachable(x), x.new_empty((1, n), dtype=dtype)
-    pdl, block = hopper(x.device), triton.next_power_of_2(words)
-    gemv_kernel[(triton.cdiv(n, rows),)](
-        x if sx is None else x.view(torch.int32), sx, weight.view(torch.int32), y, sw, bias, pre_scale, borders,
-        n, x.shape[1], words, x.stride(1),
-        1 if borders is None else len(borders) - 1, sw.dim() == 2, qmax(bits), config.rows, config.groups, block,
-        n % rows == 0, block == words, x.device.type == "cuda", pdl,
-        num_warps=config.warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
-    return y

@@ -1,22 +1,19 @@
-"""Channels put in order on the way to INT8, after a norm or not, at the speed of memory, in Gluon.
+"""Device code, in Gluon, that puts channels in order on their way to codes, after a norm or not, at the speed of memory.
 
-An order is a gather, and shared memory serves one only a few elements at a time, as many lie in the same bank. So a program
-takes two rows of 16 bit at once: a word of shared memory holds one channel of both, and one gather moves them together.
+An order is a gather, and shared memory serves a gather only a few elements at a time, because many of them lie in the same
+bank. So a program takes two rows of 16 bit at once: a word of shared memory holds one channel of both, and one gather moves
+them together.
 """
 
 from __future__ import annotations
 
-import torch
-import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.core.numerics import qmax
-from quantkit.ops.gpu.configs import IN_PAIRS, PROCESSORS, padded
-from quantkit.ops.gpu.quantize import FLOOR, ROUND, hopper, with_unit
-from quantkit.ops.gpu.rows import LEAST, LINE, MOST_CLUSTERS, add, by_cluster, larger, low_bytes, of_lines, read, shared
+from quantkit.ops.gpu.codes.lines import add, by_group, larger, low_bytes, of_lines, read, shared
+from quantkit.ops.gpu.codes.shapes import LINE
+from quantkit.ops.gpu.numbers import FLOOR, ROUND
 
 WIDTH = gl.constexpr(LINE)
 
@@ -35,20 +32,20 @@ def beside(g: int, warps: int) -> gl.DistributedLinearLayout:
 
 
 @gluon.constexpr_function
-def by_warp(warps: int, clusters: int) -> gl.DistributedLinearLayout:
-    """How ``[warps, clusters]`` copies of results lie, one in each warp, as :func:`aside` leaves them there."""
-    bits = [[0, 0]] + [[0, 1 << i] for i in range(clusters.bit_length() - 1)]
+def by_warp(warps: int, groups: int) -> gl.DistributedLinearLayout:
+    """How ``[warps, groups]`` copies of results lie, one in each warp, as :func:`aside` leaves them there."""
+    bits = [[0, 0]] + [[0, 1 << i] for i in range(groups.bit_length() - 1)]
     lanes, own = (bits + [[0, 0]] * 5)[:5], [[1 << i, 0] for i in range(warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout(bits[5:], lanes, own, [], [warps, clusters])
+    return gl.DistributedLinearLayout(bits[5:], lanes, own, [], [warps, groups])
 
 
 @gluon.constexpr_function
-def aside(warps: int, clusters: int) -> gl.DistributedLinearLayout:
-    """How ``[warps, clusters, 2]`` results lie, the same in every warp: beside each other, as far as its threads go."""
-    bits = [[0, 0, 1]] + [[0, 1 << i, 0] for i in range(clusters.bit_length() - 1)]
+def aside(warps: int, groups: int) -> gl.DistributedLinearLayout:
+    """How ``[warps, groups, 2]`` results lie, the same in every warp: beside each other, as far as its threads go."""
+    bits = [[0, 0, 1]] + [[0, 1 << i, 0] for i in range(groups.bit_length() - 1)]
     bits += [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)]
     lanes = (bits + [[0, 0, 0]] * 5)[:5]
-    return gl.DistributedLinearLayout(bits[5:], lanes, [[0, 0, 0]] * (warps.bit_length() - 1), [], [warps, clusters, 2])
+    return gl.DistributedLinearLayout(bits[5:], lanes, [[0, 0, 0]] * (warps.bit_length() - 1), [], [warps, groups, 2])
 
 
 @gluon.jit
@@ -110,7 +107,7 @@ def squares(x, B: gl.constexpr):
 
 @gluon.jit
 def for_lines(values, where, layout: gl.constexpr):
-    """``values [CLUSTERS]`` for lines ``[G, 1]``, found by each warp in its own threads, at ``where [warps, G / warps]``."""
+    """``values [GROUPS]`` for lines ``[G, 1]``, found by each warp in its own threads, at ``where [warps, G / warps]``."""
     W: gl.constexpr = where.shape[0]
     N: gl.constexpr = where.shape[1]
     copies: gl.constexpr = by_warp(W, values.shape[0])
@@ -129,12 +126,12 @@ def put(Q, row, M, k, x, inverse, padded, EVEN: gl.constexpr):
 
 
 @gluon.jit
-def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, SHARES, Q, S, SUM, M, K, padded, stride_x, stride_2, eps, offset,
-                 SOURCE: gl.constexpr, QMAX: gl.constexpr, CLUSTERS: gl.constexpr, COUNT: gl.constexpr, B: gl.constexpr,
+def order_kernel(X, X2, GAIN, PRE, PERM, GROUP, SHARES, Q, S, SUM, M, K, padded, stride_x, stride_2, eps, offset,
+                 SOURCE: gl.constexpr, QMAX: gl.constexpr, GROUPS: gl.constexpr, COUNT: gl.constexpr, B: gl.constexpr,
                  EVEN: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """Two rows of K channels at a time; see :func:`quantkit.ops.gpu.quantize.quantize` for the arguments.
 
-    What concerns whole rows, or clusters of them, is worked out once for both: ``[CLUSTERS, 2]`` in the threads of each warp.
+    What concerns whole rows, or groups of them, is worked out once for both: ``[GROUPS, 2]`` in the threads of each warp.
     """
     G: gl.constexpr = B // WIDTH
     W: gl.constexpr = gl.num_warps()
@@ -145,23 +142,23 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, SHARES, Q, S, SUM, M, K, padde
     # comes behind this kernel may begin with what does not depend on it, too.
     if PDL:
         gdc_launch_dependents()
-    perm = gl.load(PERM + k, mask=k < (padded if CLUSTERS > 1 else K), other=-1).to(gl.int32)
+    perm = gl.load(PERM + k, mask=k < (padded if GROUPS > 1 else K), other=-1).to(gl.int32)
     perm = gl.where(perm < 0, K, perm)  # where there is padding, channel K is 0
-    of_all: gl.constexpr = aside(W, CLUSTERS)
+    of_all: gl.constexpr = aside(W, GROUPS)
     results: gl.constexpr = gl.SliceLayout(0, of_all)
-    both, c = gl.arange(0, 2, gl.SliceLayout(0, results)), gl.arange(0, CLUSTERS, gl.SliceLayout(1, results))
-    if CLUSTERS > 1:
-        small: gl.constexpr = by_cluster(layout, CLUSTERS)
-        n, line = gl.arange(0, CLUSTERS, gl.SliceLayout(0, small))[None, :], gl.arange(0, G, gl.SliceLayout(1, small))
-        cluster = gl.load(CLUSTER + line * (WIDTH // 16), mask=line * WIDTH < padded, other=-1)
-        where = gl.maximum(cluster, 0).reshape([G // (4 * W), W, 4]).permute([1, 0, 2]).reshape([W, G // W])
+    both, c = gl.arange(0, 2, gl.SliceLayout(0, results)), gl.arange(0, GROUPS, gl.SliceLayout(1, results))
+    if GROUPS > 1:
+        small: gl.constexpr = by_group(layout, GROUPS)
+        n, line = gl.arange(0, GROUPS, gl.SliceLayout(0, small))[None, :], gl.arange(0, G, gl.SliceLayout(1, small))
+        group = gl.load(GROUP + line * (WIDTH // 16), mask=line * WIDTH < padded, other=-1)
+        where = gl.maximum(group, 0).reshape([G // (4 * W), W, 4]).permute([1, 0, 2]).reshape([W, G // W])
         shares = gl.load(SHARES + c, mask=c < COUNT, other=0.0)[:, None]
     if PRE is not None:
         pre = in_order(gl.load(PRE + k, mask=k < K, other=0.0), perm, B)
     if GAIN is not None:
         gain = in_order(gl.load(GAIN + k, mask=k < K, other=0.0), perm, B).to(gl.float32) + offset
     all_sums = gl.allocate_shared_memory(gl.float32, [W, 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    all_tops = gl.allocate_shared_memory(gl.float32, [W, CLUSTERS, 2], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    all_tops = gl.allocate_shared_memory(gl.float32, [W, GROUPS, 2], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     share = 1.0 / K
     gl.thread_barrier()  # behind these gathers: else there is one in every round of the loop
     if PDL:
@@ -191,16 +188,16 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, SHARES, Q, S, SUM, M, K, padde
             a, b = a * gain, b * gain
         if PRE is not None:
             a, b = a * pre, b * pre
-        if CLUSTERS > 1:
-            top_a, top_b = of_lines(a, cluster, n), of_lines(b, cluster, n)
-            top_a = top_a.reshape([G // (4 * W), W, 4, CLUSTERS]).permute([0, 2, 1, 3]).reshape([G // W, W, CLUSTERS])
-            top_b = top_b.reshape([G // (4 * W), W, 4, CLUSTERS]).permute([0, 2, 1, 3]).reshape([G // W, W, CLUSTERS])
+        if GROUPS > 1:
+            top_a, top_b = of_lines(a, group, n), of_lines(b, group, n)
+            top_a = top_a.reshape([G // (4 * W), W, 4, GROUPS]).permute([0, 2, 1, 3]).reshape([G // W, W, GROUPS])
+            top_b = top_b.reshape([G // (4 * W), W, 4, GROUPS]).permute([0, 2, 1, 3]).reshape([G // W, W, GROUPS])
             top_a, top_b = gl.reduce((top_a, top_b), 0, both_larger)
         else:  # bits of absolute values are in the order of these, and NaN is the largest: one instruction finds it in a warp
             top_a, top_b = gl.reduce((of_threads(a, B), of_threads(b, B)), 0, both_larger)
             top_a = gl.max(top_a.to(gl.int32, bitcast=True), 0).to(gl.float32, bitcast=True)
             top_b = gl.max(top_b.to(gl.int32, bitcast=True), 0).to(gl.float32, bitcast=True)
-        all_tops.store(gl.join(top_a, top_b).reshape([W, CLUSTERS, 2]))
+        all_tops.store(gl.join(top_a, top_b).reshape([W, GROUPS, 2]))
         tops, factor = gl.reduce(all_tops.load(of_all), 0, larger), gl.full([1, 2], 1.0, gl.float32, results)
         if SOURCE == "rms":  # the root commutes with all that follows it
             sums = gl.reduce(all_sums.load(gl.SliceLayout(1, of_all)), 0, add)
@@ -211,15 +208,15 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, SHARES, Q, S, SUM, M, K, padde
         absmax = gl.maximum(absmax, FLOOR)
         limit = gl.full_like(absmax, 1.0 * QMAX)
         scale = gl.div_rn(absmax, limit)
-        if CLUSTERS > 1:
-            scale, multiple = shared(scale, shares, 0)
-            inverse = gl.div_rn(gl.full_like(absmax, 1.0), scale * multiple)
+        if GROUPS > 1:
+            scale, multiplier = shared(scale, shares, 0)
+            inverse = gl.div_rn(gl.full_like(absmax, 1.0), scale * multiplier)
         else:
             inverse = gl.div_rn(limit, absmax)
         inverse = gl.where(finite, inverse * factor, 0.0)
         inverse_a = gl.reduce(gl.where(both[None, :] == 0, inverse, 0.0), 1, add)
         inverse_b = gl.reduce(gl.where(both[None, :] == 1, inverse, 0.0), 1, add)
-        if CLUSTERS > 1:
+        if GROUPS > 1:
             inverse_a, inverse_b = for_lines(inverse_a, where, layout), for_lines(inverse_b, where, layout)
         else:
             inverse_a, inverse_b = gl.reduce(inverse_a, 0, add), gl.reduce(inverse_b, 0, add)
@@ -228,80 +225,8 @@ def order_kernel(X, X2, GAIN, PRE, PERM, CLUSTER, SHARES, Q, S, SUM, M, K, padde
         scale = gl.where(finite, scale, float("nan"))
         at = S + (row + both).to(gl.int64)[None, :] * (1 if COUNT == 1 else 1 + COUNT)
         gl.store(at, scale, mask=(row + both < M)[None, :])
-        if CLUSTERS > 1:
+        if GROUPS > 1:
             there = (row + both < M)[None, :] & (c < COUNT)[:, None]
-            gl.store(at + 1 + c[:, None], gl.where(finite, multiple, 1.0), mask=there)
+            gl.store(at + 1 + c[:, None], gl.where(finite, multiplier, 1.0), mask=there)
         if X2 is None:
             word = words(x, y)
-
-
-FEW, FEW_IN_CLUSTERS = 32, 4
-"""So few rows are put in order sooner by :mod:`.rows`, each by a program of its own; measured on an H100."""
-
-
-def warps_of(block: int) -> int:
-    """Of a program: one alone would gather without shared memory."""
-    return max(block // 512, 2)
-
-
-def takes(
-    x: Tensor,
-    *,
-    symmetric: bool = True,
-    source: str = "",
-    bias: Tensor | None = None,
-    permutation: Tensor | None = None,
-    rotation: int = 0,
-    shift: Tensor | None = None,
-    side_index: Tensor | None = None,
-    side_mask: Tensor | None = None,
-    in_scale: Tensor | None = None,
-    clusters: Tensor | None = None,
-    shares: Tensor | None = None,
-    align: int = 16,
-    threshold: float = 0.0,
-    **_: object,
-) -> bool:
-    """Whether this kernel does what is asked of ``quantize``."""
-    others = (bias, shift, side_index, side_mask, in_scale)
-    if permutation is None or not symmetric or rotation or threshold or any(v is not None for v in others):
-        return False
-    if clusters is not None and shares is not None and (align % LINE or len(shares) > MOST_CLUSTERS):
-        return False
-    if x.shape[0] <= (FEW if clusters is None else FEW_IN_CLUSTERS):
-        return False
-    places = x.shape[1] if clusters is None else 16 * len(clusters)
-    fits = x.shape[1] >= LEAST and places <= IN_PAIRS
-    return source in ("", "rms") and fits and x.element_size() == 2 and x.stride(1) == 1
-
-
-def quantize(
-    x: Tensor,
-    *,
-    permutation: Tensor,
-    bits: int = 8,
-    source: str = "",
-    x2: Tensor | None = None,
-    gain: Tensor | None = None,
-    eps: float = 0.0,
-    offset: float = 0.0,
-    pre_scale: Tensor | None = None,
-    clusters: Tensor | None = None,
-    shares: Tensor | None = None,
-    **_: object,
-) -> list[Tensor]:
-    """As :func:`quantkit.ops.gpu.quantize.quantize`, for what :func:`takes`."""
-    m, k = x.shape
-    x2 = x2 if x2 is None or x2.stride(1) == 1 else x2.contiguous()
-    places, count = (padded(k), 1) if clusters is None or shares is None else (16 * len(clusters), len(shares))
-    q, scale = x.new_empty((m, places), dtype=torch.int8), x.new_empty((m, with_unit(count)), dtype=torch.float32)
-    kept = x.new_empty((m, k)) if x2 is not None else None
-    block = triton.next_power_of_2(places)
-    warps, pdl = warps_of(block), hopper(x.device)
-    order_kernel[(min(triton.cdiv(m, 2), PROCESSORS * (16 // warps)),)](
-        x, x2, gain, pre_scale, permutation, clusters, shares, q, scale, kept, m, k, places,
-        x.stride(0), 0 if x2 is None else x2.stride(0), eps, offset,
-        source, qmax(bits), triton.next_power_of_2(count), count, block, block == k == places, pdl,
-        num_warps=warps, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
-    return [q, scale] if kept is None else [q, scale, kept]

@@ -10,9 +10,10 @@ from gluon_values import DType, Pointer, Program, Value, on_cpu
 from torch import Tensor
 
 from quantkit.core.numerics import of_clusters, shared
-from quantkit.ops.gpu import narrow, order, places_of
-from quantkit.ops.gpu.configs import BLOCK, padded
-from quantkit.ops.gpu.quantize import FLOOR, with_unit
+from quantkit.ops.gpu.codes import order, shapes
+from quantkit.ops.gpu.layout import BLOCK, padded, scale_columns
+from quantkit.ops.gpu.numbers import FLOOR
+from quantkit.ops.gpu.packing import narrow, places_of
 from quantkit.ops.reference import poisoned
 
 
@@ -36,17 +37,21 @@ def low_bytes(x: Value, mask: Value) -> Value:
 
 
 def quantize(x: Tensor, *, programs: int = 3, **vectors: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``order.quantize``."""
+    """As the kernel ``order`` launches it."""
     m, k = x.shape
     clusters, shares = vectors.get("clusters"), vectors.get("shares")
     places, count = (padded(k), 1) if clusters is None else (16 * len(clusters), len(shares))
-    q, scale, kept = torch.full((m, places), 99, dtype=torch.int8), torch.full((m, with_unit(count)), 7.0), torch.zeros_like(x)
+    q, scale, kept = (
+        torch.full((m, places), 99, dtype=torch.int8),
+        torch.full((m, scale_columns(count)), 7.0),
+        torch.zeros_like(x),
+    )
     block, most = (1 << (n - 1).bit_length() for n in (places, count))
     names = ("x2", "gain", "pre_scale", "permutation", "clusters", "shares")
     pointers = [None if t is None else Pointer(t) for t in (x, *map(vectors.get, names), q, scale, kept)]
     source = "rms" if "gain" in vectors else ""
     for number in range(programs):
-        program = Program(number, programs, order.warps_of(block))
+        program = Program(number, programs, shapes.order_warps(block))
         kernel = on_cpu(order.order_kernel, program, larger=larger, words=words, halves=halves, low_bytes=low_bytes)
         kernel(*pointers, m, k, places, k, k, 1e-6, 0.0, source, 127, most, count, block, block == k == places, False)
     return q, scale, kept
