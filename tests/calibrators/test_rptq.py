@@ -14,7 +14,7 @@ from families import FAMILIES
 from helpers import assert_same, example, gpt2, llama, mlp, normal, outputs, tokens
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_architectures import build
+from randomised import build
 from torch import Tensor, nn
 
 import quantkit
