@@ -1,4 +1,8 @@
-"""One streaming pass of calibration data through the float model."""
+"""One pass of the calibration data through the float model, while statistics are collected.
+
+Hooks on one linear of each site hand its input to the statistics that calibrators asked for, batch by batch. Nothing else is
+kept, so memory does not grow with the amount of data.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from quantkit.core.transform import Transform
 from quantkit.model.modules import all_tensors, call, evaluating, first_input, memory_of
 
 SiteStatistics = dict[type[Statistic], Statistic]
+"""The statistics of one site, by their class."""
 
 
 def observe(
@@ -31,14 +36,24 @@ def observe(
     progress: bool | None = None,
     digest: Any = None,
 ) -> dict[str, SiteStatistics]:
-    """Statistics of every site, keyed by site name and then by kind.
+    """Collect statistics of the activation of every site.
 
-    The model is only watched: hooks are removed even when the pass is interrupted. Memory holds the statistics and one
-    batch, whatever the amount of data. With ``transforms``, by site, it is their INT8 side that is measured, in float32. A
-    ``digest`` of hashlib, if given, is fed with the tensors of each batch.
+    Args:
+        model: only watched; hooks are removed even when the pass is interrupted.
+        batches: the calibration data.
+        sites: whose activations are measured.
+        kinds: which statistics to collect.
+        transforms: by the name of the site. If given, what is measured is the transformed activation, in float32 and without
+            its outlier channels.
+        seed: for statistics that draw random samples.
+        progress: show a progress bar; None decides by the terminal.
+        digest: a hash object of hashlib, which takes in the tensors of each batch.
+
+    Returns:
+        The statistics by the name of the site and then by kind. Sites that no token reached are left out.
 
     Raises:
-        CalibrationError: an activation is NaN or Inf (naming the layer), or no batch came.
+        CalibrationError: an activation is NaN or infinite, or there was no batch.
     """
     statistics: dict[str, SiteStatistics] = {}
     finite: dict[str, Tensor] = {}
