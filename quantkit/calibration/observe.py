@@ -6,7 +6,7 @@ kept, so memory does not grow with the amount of data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -55,39 +55,20 @@ def observe(
     Raises:
         CalibrationError: an activation is NaN or infinite, or there was no batch.
     """
-    statistics: dict[str, SiteStatistics] = {}
-    finite: dict[str, Tensor] = {}
-
-    def watch(site: Site, index: int, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = first_input(args, kwargs).detach()
-            x = x.reshape(-1, x.shape[-1])
-            if not len(x):
-                return  # an expert that no token chose
-            entry = statistics.setdefault(site.name, {})
-            finite[name] = finite.get(name, torch.ones((), dtype=torch.bool, device=x.device)) & x.isfinite().all()
-            if transforms is not None:
-                x, _ = transforms[site.name].activation(x.float())
-            for kind in kinds:
-                if kind not in entry:
-                    entry[kind] = kind(site.channels, x.device, seed + index)
-                entry[kind].update(x)
-
-        return hook
-
+    observer = _Observer(kinds, transforms, seed)
     count = 0
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for index, site in enumerate(sites):
             for name in site.taps:
-                hook = model.get_submodule(name).register_forward_pre_hook(watch(site, index, name), with_kwargs=True)
+                hook = model.get_submodule(name).register_forward_pre_hook(observer.hook(site, index, name), with_kwargs=True)
                 stack.callback(hook.remove)
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=_off(progress)):
             if digest is not None:
                 _hash(digest, batch)
             call(model, batch)
             count += 1
-            bad = next((name for name, ok in finite.items() if not ok), None)
+            bad = next((name for name, ok in observer.finite.items() if not ok), None)
             if bad is not None:
                 raise CalibrationError(
                     f"calibration batch {count} puts NaN or Inf into the input of {bad!r}: look at the data and at the "
@@ -95,11 +76,41 @@ def observe(
                 )
     if not count:
         raise CalibrationError("calibration is empty: pass at least one batch")
-    return statistics
+    return observer.statistics
+
+
+class _Observer:
+    """Statistics that grow while a model runs, and whether all inputs were finite, by the name of the linear that read them."""
+
+    def __init__(self, kinds: Sequence[type[Statistic]], transforms: Mapping[str, Transform] | None, seed: int) -> None:
+        self.kinds, self.transforms, self.seed = kinds, transforms, seed
+        self.statistics: dict[str, SiteStatistics] = {}
+        self.finite: dict[str, Tensor] = {}
+
+    def hook(self, site: Site, index: int, name: str) -> Callable[..., None]:
+        """A forward pre-hook for the linear ``name``, which reads the activation of ``site``, the site of number ``index``."""
+
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_input(args, kwargs).detach()
+            x = x.reshape(-1, x.shape[-1])
+            if not len(x):
+                return  # an expert that no token chose
+            entry = self.statistics.setdefault(site.name, {})
+            before = self.finite.get(name, torch.ones((), dtype=torch.bool, device=x.device))
+            self.finite[name] = before & x.isfinite().all()
+            if self.transforms is not None:
+                x, _ = self.transforms[site.name].activation(x.float())
+            for kind in self.kinds:
+                if kind not in entry:
+                    entry[kind] = kind(site.channels, x.device, self.seed + index)
+                entry[kind].update(x)
+
+        return take
 
 
 def _hash(digest: Any, batch: Any) -> None:
     for tensor in all_tensors(batch):
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        if tensor.numel():
-            digest.update(memory_of(tensor.detach().cpu().contiguous()))
+        here = tensor.detach().cpu().contiguous()  # has a name, since memory_of() does not keep its tensor alive
+        if here.numel():
+            digest.update(memory_of(here))
