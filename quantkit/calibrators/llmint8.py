@@ -71,7 +71,7 @@ class LLMInt8(PerSite):
             raise MethodError(f"LLMInt8(columns={columns}, threshold={threshold}): a threshold finds its own columns; give one")
 
     @property
-    def statistics(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
+    def statistics(self) -> tuple[type[Statistic], ...]:
         """A sample of tokens, from which the columns are chosen; nothing with a threshold, which needs no data."""
         return () if self.threshold else (TokenSample,)
 
