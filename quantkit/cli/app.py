@@ -1,7 +1,7 @@
 """The commands: ``quantkit quantize | export | eval | inspect | tune | demo``.
 
-A command is a function, and its parameters are the arguments and options that typer shows in ``--help``; this is why some of them
-have many. Each uses the library as anybody would.
+A command is a function, and its parameters are the arguments and options that typer shows in ``--help``; this is why some of
+them have many. Each uses the library as anybody would.
 """
 
 from __future__ import annotations

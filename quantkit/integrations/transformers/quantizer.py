@@ -1,14 +1,14 @@
 """quantkit as a quantizer of transformers: ``from_pretrained(path, quantization_config=quantkit.QuantKitConfig(...))``.
 
-transformers asks a quantizer of the method that ``config.json`` or the caller names. It is called with the empty model before the
-weights are read, to put other modules in place; with every tensor that is read, to convert it; and with the finished model. Here
-that means one of three things. A saved model gets empty INT8 layers, which take the codes from the files as they are. Methods
-that need no data round each weight when it has been read, so that the model is never whole in floating point. All other methods
-let transformers load the model and then call :func:`quantkit.quantize`.
+transformers asks a quantizer of the method that ``config.json`` or the caller names. It is called with the empty model before
+the weights are read, to put other modules in place; with every tensor that is read, to convert it; and with the finished
+model. Here that means one of three things. A saved model gets empty INT8 layers, which take the codes from the files as they
+are. Methods that need no data round each weight when it has been read, so that the model is never whole in floating point.
+All other methods let transformers load the model and then call :func:`quantkit.quantize`.
 
-Nothing happens when this file is imported; :func:`quantkit.register_with_transformers` enters it into the tables of transformers.
-Tested from transformers 5.17 on, whose hooks for quantizers still move: what is overridden here takes the arguments of all
-versions.
+Nothing happens when this file is imported; :func:`quantkit.register_with_transformers` enters it into the tables of
+transformers. Tested from transformers 5.17 on, whose hooks for quantizers still move: what is overridden here takes the
+arguments of all versions.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ OUTPUT_HEAD, SKIPPED = "output head or tied", "ignored"
 class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What ``from_pretrained`` shall do, and what ``save_pretrained`` writes into ``config.json``.
 
-    Two methods need no data, so that weights are rounded one by one while they are read: ``"rtn"``, and ``"llm_int8"`` by itself,
-    which means the paper's method with its threshold here. Other methods, and lists of several, first load the model whole.
+    Two methods need no data, so that weights are rounded one by one while they are read: ``"rtn"``, and ``"llm_int8"`` by
+    itself, which means the paper's method with its threshold here. Other methods, and lists of several, first load the model
+    whole.
 
     The arguments are the keys in ``config.json``. The last three are for models that were saved; nobody writes them by hand.
 
