@@ -23,7 +23,8 @@ from torch import Tensor
 
 import quantkit
 from quantkit.core.numerics import quantize_weight
-from quantkit.core.transform import Rotation, Transform
+from quantkit.core.rotation import Rotation
+from quantkit.core.transform import Transform
 from quantkit.layers.linear import W8A8Linear
 from quantkit.ops import reference
 from quantkit.ops.gpu import configs, hopper, operators, order, rows

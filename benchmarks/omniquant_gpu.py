@@ -21,11 +21,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 import quantkit
 from quantkit import SmoothQuant
-from quantkit.calibration.blocks import Stream, record_calls
+from quantkit.calibration.blocks import HiddenStates, record_calls
 from quantkit.calibration.observe import observe
 from quantkit.calibration.statistics import Range, TokenSample
 from quantkit.calibrators.base import SiteView, View
-from quantkit.calibrators.learned.omniquant import HELD, Block, OmniQuant, distance, fast_products
+from quantkit.calibrators.learned.layers import Block
+from quantkit.calibrators.learned.omniquant import HELD, OmniQuant, distance, fast_products
 from quantkit.core.scheme import Scheme
 from quantkit.core.transform import Transform
 
@@ -108,8 +109,8 @@ def main() -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    inputs = Stream("cpu", torch.device(device))
-    target = Stream("cpu", torch.device(device))
+    inputs = HiddenStates("cpu", torch.device(device))
+    target = HiddenStates("cpu", torch.device(device))
     _, calls = record_calls(model, ("layers.0",), [samples[0].to(device)], "cpu")
     way = calls[0][0]
     for i, sample in enumerate(samples):

@@ -28,6 +28,7 @@ from quantkit.calibrators import (
     SmoothQuant,
     Stage,
     View,
+    register_method,
 )
 from quantkit.core.errors import (
     BackendError,
@@ -36,15 +37,18 @@ from quantkit.core.errors import (
     EquivalenceError,
     MethodError,
     ModelError,
+    PluginError,
     QuantkitError,
     SchemeError,
     TargetError,
 )
+from quantkit.core.progress import Progress
 from quantkit.core.report import LISTENERS as _LISTENERS
 from quantkit.core.report import LayerRecord, Report, report
+from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Carriers, Discovery, Producer, Site
-from quantkit.core.transform import Rotation, Transform
+from quantkit.core.transform import Transform
 from quantkit.discovery import Equivalence, discover, verify_equivalence
 from quantkit.integrations.compressed.export import export
 from quantkit.integrations.compressed.folder import compressed_tensors_as_int8
@@ -52,17 +56,18 @@ from quantkit.integrations.folders import load, save
 from quantkit.integrations.transformers.register import prepare_for_saving as _prepare_for_saving
 from quantkit.integrations.transformers.register import register_with_transformers
 from quantkit.layers.linear import W8A8Linear
-from quantkit.ops import backends, use_backend
+from quantkit.ops.table import Backend, backends, register_backend, use_backend
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.recipe import Recipe
 
 __all__ = [
     "GPTQ", "RPTQ", "RTN", "BackendError", "CalibrationError", "Calibrator", "Carriers", "CheckpointError", "Codes",
     "Discovery", "Equivalence", "EquivalenceError", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError",
-    "ModelError", "OmniQuant", "PerSite", "Plan", "Producer", "QuantkitError", "Range", "Recipe", "Report", "Rotate",
-    "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage", "Statistic", "TargetError",
-    "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "compressed_tensors_as_int8", "discover",
-    "export", "load", "quantize", "register_with_transformers", "report", "save", "use_backend", "verify_equivalence",
+    "ModelError", "OmniQuant", "PerSite", "Plan", "PluginError", "Producer", "Progress", "QuantkitError", "Range", "Recipe",
+    "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage", "Statistic",
+    "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "compressed_tensors_as_int8",
+    "discover", "export", "load", "quantize", "register_method", "register_with_transformers", "report", "save", "use_backend",
+    "verify_equivalence", "Backend", "register_backend",
 ]  # fmt: skip
 
 _LISTENERS.append(_prepare_for_saving)

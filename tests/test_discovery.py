@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import quantkit
 from quantkit.core.sites import Site
 from quantkit.discovery import discover
-from quantkit.discovery.discover import _fused_layouts
+from quantkit.discovery.layouts import fused_layouts
 
 WIDTH, INNER = 16, 24
 X = normal(2, 10, WIDTH)
@@ -320,7 +320,7 @@ def test_fused_gate_and_up(order: str) -> None:
 
 def test_layouts_are_distinct_rows_in_range() -> None:
     for n, k in ((96, 32), (48, 32), (4608, 1536), (18, 9), (7, 5), (40, 24)):
-        for rows in _fused_layouts(n, k):
+        for rows in fused_layouts(n, k):
             assert len(rows.unique()) == len(rows) < n
             assert int(rows.max()) < n
             assert k % len(rows) == 0

@@ -1,64 +1,14 @@
-"""What users may rely on, and which room of the package may look into which."""
+"""What users may rely on."""
 
 from __future__ import annotations
 
-import ast
 import inspect
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import quantkit
-
-ROOT = Path(quantkit.__file__).parent
-
-ROOMS = [
-    {"_version", "errors"},
-    {"numerics", "scheme", "transform", "sites", "modules", "targets"},
-    {"statistics", "report"},
-    {"ops"},
-    {"linear", "experts"},
-    {"discovery", "data"},
-    {"fold", "turn", "observe", "attention", "calibrators"},
-    {"pipeline", "compressed", "checkpoint", "export", "evaluate", "recipe"},
-    {"integrations"},
-    {"__init__"},
-    {"demo", "cli", "__main__"},
-]
-"""From the ground up. A room may look into its own and those before it, at run time."""
-
-
-def room(module: str) -> str:
-    return module.split(".")[1] if "." in module else "__init__"
-
-
-def imports(file: Path) -> set[str]:
-    """Rooms that a file imports at its top level, but for type checking."""
-    found = set()
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.Import):
-            found |= {room(a.name) for a in node.names if a.name.split(".")[0] == "quantkit"}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: imports are absolute"
-            if node.module == "quantkit":
-                found |= {a.name for a in node.names}
-            elif node.module and node.module.startswith("quantkit."):
-                found.add(room(node.module))
-    return found
-
-
-FILES = {".".join(("quantkit", *p.relative_to(ROOT).with_suffix("").parts)): p for p in sorted(ROOT.rglob("*.py"))}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_imports_flow_downwards(name: str) -> None:
-    height = {r: i for i, rooms in enumerate(ROOMS) for r in rooms}
-    own = room(name)
-    assert own in height, f"give {own} a room"
-    for other in imports(FILES[name]):
-        assert height[other] <= height[own], f"{name} imports {other} from above"
 
 
 def test_all_is_the_truth() -> None:
@@ -82,7 +32,7 @@ def test_public_names_are_explained(name: str) -> None:
 
 def test_errors_are_one_family() -> None:
     errors = [v for v in vars(quantkit).values() if isinstance(v, type) and issubclass(v, Exception)]
-    assert len(errors) == 9
+    assert len(errors) == 10
     assert all(issubclass(e, quantkit.QuantkitError) for e in errors)
     assert issubclass(quantkit.QuantkitError, ValueError)
 

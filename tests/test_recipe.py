@@ -17,7 +17,7 @@ from torch import nn
 
 import quantkit
 from quantkit import GPTQ, Hadamard, LLMInt8, OmniQuant, PerSite, QuantkitError, Recipe, Scheme, SmoothQuant, Stage, Transform
-from quantkit.calibrators import METHODS, RTN, resolve
+from quantkit.calibrators import RTN, methods, resolve
 from quantkit.pipeline.quantize import quantize
 
 BATCHES = [tokens(2, 24, seed=i) for i in range(3)]
@@ -64,7 +64,7 @@ def test_round_trip(calibrator: Any, scheme: Scheme | None, seed: int, names: li
 
 
 def test_every_built_in_calibrator_makes_the_trip() -> None:
-    for name in METHODS:
+    for name in methods():
         recipe = Recipe(tuple(resolve(name)))
         assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
         assert Recipe.from_dict({"method": name}) == recipe
@@ -139,6 +139,8 @@ def test_what_cannot_be_written_is_told() -> None:
         ({"method": "nothing"}, "not known"),
         ({"method": [{"name": "nothing"}]}, "names 'nothing'"),
         ({"method": [{"alpha": 0.5}]}, "names None"),
+        ({"method": [{"name": ["rtn"]}]}, "names"),
+        ({"method": [{"name": "best"}]}, "calibrators of other names"),
         ({"method": [{"name": "smoothquant", "beta": 1}]}, "no option 'beta'"),
         ({"method": [{"name": "smoothquant", "alpha": 7}]}, "alpha is a number from 0 to 1"),
         ({"method": [3]}, "write a name"),

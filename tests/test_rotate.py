@@ -18,9 +18,11 @@ from torch import Tensor, nn
 import quantkit
 from quantkit import Hadamard, MethodError, Plan, Rotate, SmoothQuant, Stage
 from quantkit.cli.demo import outlier_twin
-from quantkit.core.transform import BlockRotation
+from quantkit.core.rotation import BlockRotation
+from quantkit.core.spaces import SpaceRotation
 from quantkit.discovery.equivalence import outputs_of, relative_error
-from quantkit.discovery.residual import find_heads, find_stream
+from quantkit.discovery.heads import find_heads
+from quantkit.discovery.residual import find_stream
 from quantkit.model.experts import unfuse
 from quantkit.model.modules import weight_of
 
@@ -458,7 +460,7 @@ def test_orders_and_values_that_make_no_sense() -> None:
         name, stage = "late", Stage.SCALE
 
         def plan(self, view: Any) -> Plan:
-            return Plan(turn=quantkit.calibrators.rotate.Turn())
+            return Plan(rotate=SpaceRotation())
 
     with pytest.raises(MethodError, match=r"Stage\.MODEL"):
         rotated(build("llama"), tokens(), Late())

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit import MethodError, Rotation, Transform
-from quantkit.core.transform import hadamard
+from quantkit.core.rotation import hadamard
 
 TOKENS, ROWS = 3, 5
 

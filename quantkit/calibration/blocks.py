@@ -1,4 +1,11 @@
-"""A model as a chain of blocks, for calibrators that learn one block at a time."""
+"""A model as a chain of blocks, for calibrators that learn one block at a time.
+
+Transformers and most other deep models are a list of blocks, each of which reads the *hidden state* that the one before it
+returned. To learn a block by itself one needs the hidden states that go into it and everything else that it is called with,
+such as masks and positions. :func:`find_blocks` finds the list, without knowing the architecture. :func:`record_calls` runs the
+model once and records how each block is called on each sample (:class:`Call`) and the hidden states before the first block
+(:class:`HiddenStates`); those before the next block follow by running the first, and so on.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +26,23 @@ from quantkit.core.errors import MethodError
 from quantkit.model.modules import all_tensors, call, evaluating, map_tensors
 
 Place = Literal["device", "cpu", "disk"]
+"""Where hidden states are kept: on the device of the model, in main memory, or in files of a temporary folder."""
 
 
 def find_blocks(model: nn.Module, linears: Iterable[str]) -> tuple[str, ...]:
-    """Names of the blocks: the entries of that module list in which most of ``linears`` are.
+    """The names of the blocks of ``model``, in their order.
 
-    Lists whose entries are all of one class come first; hybrid models have blocks of two classes in an ``nn.ModuleList``.
+    The blocks are the entries of one module list: that which contains most of ``linears``, and more than half of them. First
+    only lists are considered whose entries are all of one class, ``nn.ModuleList`` or ``nn.Sequential``. If that finds none,
+    lists of mixed classes are, but only ``nn.ModuleList``: hybrid models alternate blocks of two classes, while an
+    ``nn.Sequential`` of different modules is seldom a list of blocks.
+
+    Args:
+        model: the model.
+        linears: names of the linears that are to be quantized.
 
     Raises:
-        MethodError: there is none.
+        MethodError: no list contains more than half of ``linears``.
     """
     wanted = list(linears)
     for one_class, kinds in ((True, (nn.ModuleList, nn.Sequential)), (False, (nn.ModuleList,))):
@@ -38,7 +53,7 @@ def find_blocks(model: nn.Module, linears: Iterable[str]) -> tuple[str, ...]:
                 continue
             blocks = tuple(f"{name}.{child}" if name else child for child, _ in module.named_children())
             count = sum(linear.startswith(tuple(f"{block}." for block in blocks)) for linear in wanted)
-            if count > most:  # of a list and one inside of it, the outer comes first
+            if count > most:  # a list inside of a block contains no more, and comes later, so the outer list wins
                 best, most = blocks, count
         if 2 * most > len(wanted):
             return best
@@ -49,14 +64,18 @@ def find_blocks(model: nn.Module, linears: Iterable[str]) -> tuple[str, ...]:
 
 
 def samples_of(batches: Iterable[Any], count: int) -> list[Any]:
-    """At most ``count`` batches of one sample each; a batch that cannot be taken apart stays whole."""
+    """The first ``count`` samples of ``batches``, each as a batch of its own.
+
+    A batch is taken apart along its first dimension if all of its tensors have the same length there. A batch that cannot be
+    taken apart counts as one sample, as does one of plain features ``[rows, channels]``, whose rows are tokens.
+    """
     return list(islice((piece for batch in batches for piece in _pieces(batch)), count))
 
 
 def _pieces(batch: Any) -> Iterator[Any]:
     tensors = all_tensors(batch)
     lengths = {len(t) if t.dim() else -1 for t in tensors}
-    # As in a probe: rows of plain features are tokens, not samples.
+    # Two dimensions of floats are plain features, whose rows are tokens; two of integers are token ids, whose rows are samples.
     rows = any(t.dim() > 2 or (t.dim() == 2 and not t.is_floating_point()) for t in tensors)
     if len(lengths) != 1 or not rows:
         yield batch
@@ -67,14 +86,22 @@ def _pieces(batch: Any) -> Iterator[Any]:
 
 @dataclass
 class Call:
-    """How a block is called on one sample: everything but its hidden state, whose place is marked by ``key``."""
+    """The arguments with which a block was called on one sample, but for the hidden state.
+
+    Attributes:
+        args, kwargs: the arguments; the hidden state is left out of ``kwargs``, and replaced by None in ``args``.
+        key: where the hidden state belongs, as an index of ``args`` or a key of ``kwargs``.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     key: int | str
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output for another hidden state, computed in the dtype of ``hidden``."""
+        """Call ``block`` with these arguments and the hidden state ``hidden``, and return the hidden state that it returns.
+
+        Floating-point arguments are cast to the dtype of ``hidden`` first.
+        """
 
         def cast(value: Any) -> Any:
             return map_tensors(value, lambda t: t.to(hidden.dtype) if t.is_floating_point() else t)
@@ -96,13 +123,20 @@ def _first(output: Any) -> Tensor:
     return tensor
 
 
-class Stream:
-    """One hidden state per sample, kept where there is room for it."""
+class HiddenStates:
+    """The hidden states of all samples between two blocks, by the number of the sample.
+
+    ``states[i] = x`` stores a copy, and ``states[i]`` returns the state on the device. States may change shape and dtype.
+
+    Args:
+        place: where they are kept; files are deleted with the object.
+        device: where they are returned.
+    """
 
     def __init__(self, place: Place, device: torch.device) -> None:
         self.device, self.place = device, place
         self.tensors: dict[int, Tensor] = {}
-        self._folder = Path(tempfile.mkdtemp(prefix="quantkit-stream-")) if place == "disk" else None
+        self._folder = Path(tempfile.mkdtemp(prefix="quantkit-hidden-states-")) if place == "disk" else None
         if self._folder is not None:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
@@ -124,24 +158,33 @@ class Stream:
 
 def record_calls(
     model: nn.Module, blocks: tuple[str, ...], samples: list[Any], place: Place
-) -> tuple[Stream, list[list[Call]]]:
-    """Run the float model once: the inputs of the first block, and how each block is called on each sample.
+) -> tuple[HiddenStates, list[list[Call]]]:
+    """Run the float model on every sample and record how its blocks are called.
+
+    Args:
+        model: only watched.
+        blocks: names of the blocks, from :func:`find_blocks`.
+        samples: from :func:`samples_of`.
+        place: where the hidden states are kept.
 
     Returns:
-        The stream, and ``calls[sample][block]``.
+        The hidden states that the first block reads, and ``calls[sample][block]``.
 
     Raises:
-        MethodError: the blocks are no chain, each reading what the one before it returned.
+        MethodError: the blocks are no chain: each has to run once, in order, and read what the one before it returned.
     """
     device = next(model.get_submodule(blocks[0]).parameters()).device
-    stream = Stream(place, device)
+    states = HiddenStates(place, device)
     calls: list[list[Call]] = []
     seen: list[tuple[Call, Tensor]] = []
     returned: list[Tensor] = []
     pool: list[Tensor] = []
 
     def shared(t: Tensor) -> Tensor:
-        """Masks and positions are the same in most samples: of those in the first, one copy is enough."""
+        """A tensor equal to ``t`` that an earlier block or the first sample was called with, if there is one, else ``t``.
+
+        Masks and positions are mostly the same everywhere, and one copy of them is enough.
+        """
         for known in pool:
             if known is t or (known.shape == t.shape and known.dtype == t.dtype and torch.equal(known, t)):
                 return known
@@ -171,15 +214,15 @@ def record_calls(
             call(model, sample)
             if len(seen) != len(blocks):
                 raise MethodError(f"{len(seen)} of {len(blocks)} blocks ran: every block has to run once, in order")
-            stream[index] = seen[0][1]
+            states[index] = seen[0][1]
             calls.append([c for c, _ in seen])
             seen.clear()
             returned.clear()
-    return stream, calls
+    return states, calls
 
 
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor]:
-    """The hidden state among the arguments of a block: the first floating-point tensor."""
+    """The hidden state among the arguments of a block, with its index or keyword: the first floating-point tensor."""
     places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for key, value in places:
         if isinstance(value, Tensor) and value.is_floating_point():

@@ -1,17 +1,23 @@
-"""Calibration data: from tokens, batches, text, or the model's own samples. Never from the network."""
+"""Calibration data: what a user may pass as ``calibration=``, checked and made into batches.
+
+Batches can be given as they are: tensors, dicts of keyword arguments or tuples of arguments for the model. Strings are turned
+into windows of tokens by a tokenizer. Where nothing is given, a causal language model samples tokens from itself. Data never
+comes from the network. Mistakes are refused here, before the model runs: the wrong type, no data at all, or tensors that are on
+another device than the model.
+"""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from quantkit.core.errors import CalibrationError
+from quantkit.core.progress import Progress, counted
 from quantkit.model.modules import all_tensors, call, evaluating, map_tensors, tensors_in
 
 log = logging.getLogger("quantkit")
@@ -27,7 +33,7 @@ def calibration_batches(
     tokenizer: Any = None,
     needed: bool = True,
     seed: int = 0,
-    progress: bool | None = None,
+    progress: Progress = None,
 ) -> Iterable[Any]:
     """Check what the user passed as ``calibration`` and turn it into an iterable of batches.
 
@@ -37,7 +43,7 @@ def calibration_batches(
         tokenizer: a transformers tokenizer, for strings.
         needed: whether statistics are wanted; if not, a causal LM gets a few random tokens, enough to be probed.
         seed: for the model's own samples.
-        progress: show a progress bar; None decides by the terminal.
+        progress: how the sampling tells how far it is, see :mod:`quantkit.core.progress`.
 
     Raises:
         CalibrationError: wrong type, empty, strings without tokenizer, tensors on another device than the model, or
@@ -51,7 +57,7 @@ def calibration_batches(
             f"calibration is a {type(calibration).__name__}: pass an iterable of batches, such as a list of token tensors "
             "[batch, length], of dicts of keyword arguments, of tuples of arguments, or of strings together with tokenizer="
         )
-    first, batches = _peek(calibration)
+    first, batches = peek(calibration)
     if isinstance(first, str):
         if tokenizer is None:
             raise CalibrationError("calibration holds strings: pass tokenizer= to turn them into tokens")
@@ -60,7 +66,12 @@ def calibration_batches(
     return batches
 
 
-def _peek(iterable: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+def peek(iterable: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first item, and an iterable that still begins with it.
+
+    Raises:
+        CalibrationError: there is no item.
+    """
     iterator = iter(iterable)
     try:
         first = next(iterator)
@@ -112,7 +123,7 @@ def self_sampled(
     length: int = SELF_LENGTH,
     batch: int = 16,
     seed: int = 0,
-    progress: bool | None = None,
+    progress: Progress = None,
 ) -> list[Tensor]:
     """Token windows that a causal LM writes itself: a random first token, then samples from its own distribution.
 
@@ -137,17 +148,16 @@ def self_sampled(
     device = device_of(model)
     length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
     out = []
-    with (
-        evaluating(model),
-        tqdm(total=-(-sequences // batch) * length, desc="sampling", unit="tok", disable=_off(progress)) as bar,
-    ):
-        for start in range(0, sequences, batch):
+    starts = range(0, sequences, batch)
+    with evaluating(model), counted(len(starts) * (length - 1), "sampling", progress, "tok") as advance:
+        for start in starts:
             ids = torch.randint(0, vocabulary, (min(batch, sequences - start), 1), generator=random).to(device)
-            out.append(_continue(model, ids, length, random, bar))
+            out.append(_continue(model, ids, length, random, advance))
     return out
 
 
-def _continue(model: nn.Module, ids: Tensor, length: int, random: torch.Generator, bar: Any) -> Tensor:
+def _continue(model: nn.Module, ids: Tensor, length: int, random: torch.Generator, advance: Callable[[], object]) -> Tensor:
+    """Sample until each row of ``ids [B, 1]`` has ``length`` tokens; ``advance`` is called after each step."""
     step, cache = ids, None
     while ids.shape[1] < length:
         result = model(input_ids=step, past_key_values=cache, use_cache=True)
@@ -156,16 +166,12 @@ def _continue(model: nn.Module, ids: Tensor, length: int, random: torch.Generato
         chosen = torch.multinomial(probabilities, 1, generator=random).to(ids.device)
         ids = torch.cat([ids, chosen], 1)
         step = chosen if cache is not None else ids
-        bar.update()
+        advance()
     return ids
 
 
 def _is_encoder_decoder(model: Any) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
-
-
-def _off(progress: bool | None) -> bool | None:
-    return None if progress is None else not progress  # None lets tqdm look at the terminal
 
 
 def probe_batch(model: nn.Module, batch: Any, tokens: int = 16) -> Any:

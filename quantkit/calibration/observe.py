@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from quantkit.calibration.data import _off
 from quantkit.calibration.statistics import Statistic
 from quantkit.core.errors import CalibrationError
+from quantkit.core.progress import Progress, tracked
 from quantkit.core.sites import Site
 from quantkit.core.transform import Transform
 from quantkit.model.modules import all_tensors, call, evaluating, first_input, memory_of
@@ -28,7 +27,7 @@ def observe(
     *,
     transforms: Mapping[str, Transform] | None = None,
     seed: int = 0,
-    progress: bool | None = None,
+    progress: Progress = None,
     digest: Any = None,
 ) -> dict[str, SiteStatistics]:
     """Statistics of every site, keyed by site name and then by kind.
@@ -67,7 +66,7 @@ def observe(
             for name in site.taps:
                 hook = model.get_submodule(name).register_forward_pre_hook(watch(site, index, name), with_kwargs=True)
                 stack.callback(hook.remove)
-        for batch in tqdm(batches, desc="calibrating", unit="batch", disable=_off(progress)):
+        for batch in tracked(batches, "calibrating", progress, "batch"):
             if digest is not None:
                 _hash(digest, batch)
             call(model, batch)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from quantkit.calibration.statistics import Statistic, TokenSample
 from quantkit.core.errors import MethodError
+from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Site
-from quantkit.core.transform import Rotation, Transform
+from quantkit.core.spaces import SpaceRotation
+from quantkit.core.transform import Transform
 from quantkit.model.modules import weight_of
-from quantkit.pipeline.rotate import Turn
 
 S = TypeVar("S", bound=Statistic)
 
@@ -55,13 +56,13 @@ class Plan:
         clips: linear name -> ``[N, 1]`` float32 in (0, 1], the share of each row's largest (transformed) weight that its grid
             spans; what is beyond saturates. Whoever chooses the integers later starts from it.
         notes: site name -> a few values for the report, such as ``{"alpha": 0.6}``.
-        turn: in ``Stage.MODEL``, and only there: which spaces of the float model to rotate first of all.
+        rotate: which spaces of the float model to rotate in its weights, before anything else. Only in ``Stage.MODEL``.
     """
 
     transforms: dict[str, Transform] = field(default_factory=dict)
     codes: dict[str, Codes] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    turn: Turn | None = None
+    rotate: SpaceRotation | None = None
     clips: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -77,7 +78,8 @@ class SiteView:
         linears: those to be quantized, by name; read only.
         rotation_ahead: what a later calibrator is known to apply to the channels as they are numbered now: errors are to be
             judged behind it, see :class:`Foreseen`.
-        turned: the rotated space that it is in already, such as ``"residual stream"``; empty for none.
+        rotated_space: the space that the site is part of, if it was rotated in the weights: ``"residual stream"`` or
+            ``"heads of 64"``, say. Empty if it was not.
         clips: grids that earlier calibrators chose, by linear, see :class:`Plan`.
     """
 
@@ -88,7 +90,7 @@ class SiteView:
     linears: Mapping[str, nn.Module]
     _statistics: Mapping[type[Statistic], Statistic]
     rotation_ahead: Rotation | None = None
-    turned: str = ""
+    rotated_space: str = ""
     clips: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from quantkit.core.numerics import absmax_scale, decode, encode, qmax
+from quantkit.core.rotation import Rotation, hadamard
 from quantkit.core.scheme import Scheme
-from quantkit.core.transform import Rotation, hadamard
 
 ROWS = 512
 """Rows of a weight on which candidates are compared: the error is a sum over rows, so a sample ranks them as well."""

@@ -1,4 +1,9 @@
-"""Rotation of whole spaces, folded into the weights (QuaRot, Ashkboos et al. 2024; R1 and R2 of SpinQuant, Liu et al. 2024)."""
+"""Rotation of whole spaces, written into the weights (QuaRot, Ashkboos et al. 2024, section 4; R1 and R2 of SpinQuant, Liu et
+al. 2024, section 3).
+
+This file decides: which spaces, and which channels of the residual stream share a block. :mod:`quantkit.discovery` finds the
+spaces and proves that they rotate; :mod:`quantkit.pipeline.rotate` rewrites the weights.
+"""
 
 from __future__ import annotations
 
@@ -14,36 +19,44 @@ from torch import Tensor, nn
 from quantkit.calibration.statistics import Statistic
 from quantkit.calibrators.base import Plan, Stage, View
 from quantkit.core.errors import MethodError
+from quantkit.core.sites import Kept
+from quantkit.core.spaces import ResidualStream, SpaceRotation
 from quantkit.discovery import discover
-from quantkit.discovery.discover import NEVER_RAN
-from quantkit.discovery.residual import Stream, find_heads, find_stream
+from quantkit.discovery.heads import find_heads
+from quantkit.discovery.norms import values_of
+from quantkit.discovery.residual import find_stream
 from quantkit.model.modules import call, evaluating, first_input, weight_of
-from quantkit.pipeline.rotate import Turn, values_of
 
 
 @dataclass(frozen=True)
 class Rotate:
-    """Rotate the residual stream, and values within their heads, in the weights: the function stays, outlier channels go.
+    """Rotate the residual stream, and the values of attention within their heads, in the float weights.
 
-    Comes first, since it rewrites the float model. Afterwards every norm has a gain of one and the model is a plain one of its
-    architecture, with nothing to do at run time. What is proven to turn is turned: the stream by a rotation that keeps
-    the mean, so that LayerNorm commutes with it; values in front of the attention's output projection by one as wide as
-    a head. Inputs of down projections are not covered; ``[Rotate(), SmoothQuant(0.5), Hadamard()]`` rotates those at run time.
+    The function of the model stays what it is, and no channel is much larger than the others any more. Nothing is left to do
+    at run time: every norm has a gain of one afterwards, and the model is a plain one of its architecture. It comes first in a
+    list of methods, since it rewrites the model that all others look at.
 
-    A head tied to the embedding gets a weight of its own, unless the gain of the last norm is one.
+    Only what is proven to rotate is rotated. The stream is multiplied by a matrix that keeps the mean over channels, so
+    that it works with LayerNorm as with RMSNorm. Values in front of the attention's output projection are multiplied by a
+    matrix as wide as a head. Inputs of down projections cannot be covered in the weights; ``[Rotate(), SmoothQuant(0.5),
+    Hadamard()]`` rotates those at run time.
 
-    Nothing can be smoothed before this rotation, since a norm commutes with no scale per channel. Channels that are large and
-    hardly read would drown small ones that matter, if mixed. So channels are sorted by that ratio, as the first batch shows it,
-    and rotated within blocks of like ones, between which ``SmoothQuant`` can still balance.
+    An output head that is tied to the embedding gets a weight of its own, unless the gain of the last norm is one everywhere.
+
+    Nothing can be smoothed ahead of this rotation, since no scale of single channels passes a norm without gain. So the
+    rotation itself keeps apart what should not be mixed: a channel that is large, and that the linears hardly read, would drown
+    small channels that matter. Channels are sorted by the ratio of the two on the first batch, and are rotated within blocks
+    of neighbours in this order. ``SmoothQuant`` can balance the blocks afterwards.
 
     Args:
-        stream: rotate the residual stream; a model whose stream does not turn is refused.
-        heads: rotate the values where heads are found.
-        block: channels of the stream to rotate together; the divisor of its width that is nearest is taken. ``"full"`` for all.
-        seed: of random signs.
+        stream: rotate the residual stream. A model whose stream does not rotate is refused.
+        heads: rotate values where heads are found.
+        block: channels of the stream to rotate together, of which the nearest divisor of its width is taken; ``"full"`` for
+            all.
+        seed: of the random signs in the matrices.
 
     Raises:
-        MethodError: block or seed is something else, or both spaces are off.
+        MethodError: ``block`` or ``seed`` has another type or is too small, or both spaces are switched off.
     """
 
     name: ClassVar[str] = "rotate"
@@ -66,7 +79,7 @@ class Rotate:
     def plan(self, view: View) -> Plan:
         batch, whole = view.batches()
         found = discover(view.model, batch)
-        if NEVER_RAN in found.kept.values():
+        if Kept.NEVER_RAN in found.kept.values():
             batch, found = whole, discover(view.model, whole)  # more tokens reach more experts
         try:
             stream = find_stream(view.model, batch) if self.stream else None
@@ -77,50 +90,54 @@ class Rotate:
         if stream is None:
             if not heads:
                 raise MethodError("no value projection was found whose heads turn; leave Rotate out")
-            return Plan(turn=Turn(None, tuple(heads), self.seed))
+            return Plan(rotate=SpaceRotation(None, tuple(heads), self.seed))
         block = stream.width if isinstance(self.block, str) else _nearest_divisor(stream.width, self.block)
         order = None if block == stream.width else _order(view.model, whole, stream, found.kept.keys())
-        return Plan(turn=Turn(stream, tuple(heads), self.seed, block, order))
+        return Plan(rotate=SpaceRotation(stream, tuple(heads), self.seed, block, order))
 
 
 def _nearest_divisor(width: int, block: int) -> int:
+    """The divisor of ``width`` from 2 up whose ratio to ``block`` is nearest to one."""
     return min((d for d in range(2, width + 1) if width % d == 0), key=lambda d: abs(log(d / block)), default=width)
 
 
 @torch.no_grad()
-def _order(model: nn.Module, batch: Any, stream: Stream, kept: Collection[str]) -> Tensor:
-    """Channels of the stream from those that are read most for their size to those read least, ``[H]`` int64.
+def _order(model: nn.Module, batch: Any, stream: ResidualStream, kept: Collection[str]) -> Tensor:
+    """Channels of the stream, from those that are read most for their size to those that are read least, ``[H]`` int64.
 
-    For each norm and the linears behind it: RMS of the normalized stream over that of the columns with the gain in them, in
-    logarithms, whose mean over all norms is sorted.
+    For each norm, a channel has a ratio: the root mean square of the normalized stream, over that of the columns behind the
+    norm with the gain in them. The logarithms of these ratios are added up over all norms, and sorted.
+
+    Args:
+        kept: linears that stay in floating point, and do not count as readers.
     """
-    groups: dict[str, list[str]] = {}
+    behind: dict[str, list[str]] = {}  # norm, or linear that reads the stream through no norm with parameters -> readers
     for reader, norm in stream.readers.items():
         if reader not in kept:
-            groups.setdefault(norm or reader, []).append(reader)
+            behind.setdefault(norm or reader, []).append(reader)
     energy: dict[str, Tensor] = {}
 
-    def watch(group: str) -> Any:
+    def watch(norm: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = first_input(args, kwargs).reshape(-1, stream.width).double()
-            if group in stream.gains:
-                factor, shift = values_of(model.get_submodule(group), stream.gains[group])
+            if norm in stream.gains:
+                factor, shift = values_of(model.get_submodule(norm), stream.gains[norm])
                 x = (x if shift is None else x - shift) / factor
-            energy[group] = energy.get(group, torch.zeros_like(x[0])) + x.pow(2).sum(0)
+            energy[norm] = energy.get(norm, torch.zeros_like(x[0])) + x.pow(2).sum(0)
 
         return hook
 
     with ExitStack() as stack, evaluating(model):
-        for group, readers in groups.items():
-            hook = model.get_submodule(readers[0]).register_forward_pre_hook(watch(group), with_kwargs=True)
+        for norm, readers in behind.items():
+            hook = model.get_submodule(readers[0]).register_forward_pre_hook(watch(norm), with_kwargs=True)
             stack.callback(hook.remove)
         call(model, batch)
     total = torch.zeros(stream.width, dtype=torch.float64)
-    for group, seen in energy.items():
-        weight = torch.cat([weight_of(model.get_submodule(name)) for name in groups[group]]).double()
-        if group in stream.gains:
-            weight = weight * values_of(model.get_submodule(group), stream.gains[group])[0]
+    for norm, seen in energy.items():
+        weight = torch.cat([weight_of(model.get_submodule(name)) for name in behind[norm]]).double()
+        if norm in stream.gains:
+            weight = weight * values_of(model.get_submodule(norm), stream.gains[norm])[0]
         ratio = (seen.log() - weight.pow(2).mean(0).log()).cpu()
-        fine = ratio.isfinite()  # a channel without a gain has none
-        total += torch.where(fine, ratio, ratio[fine].median() if bool(fine.any()) else 0.0)
+        finite = ratio.isfinite()  # a channel without a gain has no ratio
+        total += torch.where(finite, ratio, ratio[finite].median() if bool(finite.any()) else 0.0)
     return total.argsort(stable=True)

@@ -25,9 +25,11 @@ from torch import nn
 
 from quantkit.checkpoint.files import read_json
 from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.core.heads import HeadSizes
+from quantkit.core.operand import Facts
 from quantkit.core.scheme import Scheme
 from quantkit.core.transform import groups_fault
-from quantkit.layers.attention import CHILD, AttentionQuantizer, Heads, attention_quantizers
+from quantkit.layers.attention import CHILD, AttentionQuantizer, attention_quantizers
 from quantkit.layers.linear import W8A8Linear
 
 RECORD_FILE = "quantkit.json"
@@ -39,8 +41,6 @@ LAYER_FACTS = {
     "outliers": int, "buffers": list, "groups": list,
 }  # fmt: skip
 ATTENTION_FACTS = {"scheme": str, "queries": int, "keys": int, "width": int, "value_width": int, "clusters": int}
-OPTIONAL = ("pre_scale", "shift", "permutation", "rotation_signs", "outlier_index", "outlier_weight")
-"""Buffers that a layer may have or not; its record lists those that it has."""
 CASTS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -155,17 +155,9 @@ def layer_records(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _layer_record(layer: W8A8Linear) -> dict[str, Any]:
-    return {
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
-        "scheme": layer.scheme.name,
-        "bias": layer.bias is not None,
-        "rotation_block": layer.rotation_block,
-        "threshold": float(layer.threshold),
-        "outliers": 0 if layer.outlier_index is None else len(layer.outlier_index),
-        "buffers": [name for name in OPTIONAL if getattr(layer, name) is not None],
-        "groups": list(layer.groups),
-    }
+    operand = layer.operand
+    outliers = operand.rewrite.outliers
+    return operand.facts.record(list(operand.tensors()), 0 if outliers is None else len(outliers))
 
 
 def empty_layer(name: str, facts: Any) -> W8A8Linear:
@@ -180,48 +172,12 @@ def empty_layer(name: str, facts: Any) -> W8A8Linear:
     """
     if not _has(facts, LAYER_FACTS):
         raise CheckpointError(f"the record of layer {name!r} is damaged")
-    n, k, outliers, groups = facts["out_features"], facts["in_features"], facts["outliers"], tuple(facts["groups"])
-    fault = _sizes_fault(k, facts["rotation_block"], outliers, facts["threshold"], groups)
-    if fault is not None:
-        raise CheckpointError(f"layer {name!r} {fault}")
     try:
-        layer = W8A8Linear(k, n, scheme=Scheme.parse(facts["scheme"]), bias=facts["bias"], groups=groups, device="meta")
+        own = Facts.read(facts)
     except QuantkitError as error:
         raise CheckpointError(f"layer {name!r}: {error}") from None
-    if layer.scheme != layer.scheme.of_linear():
-        raise CheckpointError(f"layer {name!r} has the scheme {facts['scheme']!r}, which says more than a linear does")
-    layer.rotation_block, layer.threshold = facts["rotation_block"], facts["threshold"]
-    room = {
-        "pre_scale": torch.empty(k, device="meta"),
-        "shift": torch.empty(k, device="meta"),
-        "permutation": torch.empty(k, dtype=torch.int64, device="meta"),
-        "rotation_signs": torch.empty(k, device="meta"),
-        "outlier_index": torch.empty(outliers, dtype=torch.int64, device="meta"),
-        "outlier_weight": torch.empty(n, outliers, device="meta"),
-    }
-    for buffer in facts["buffers"]:
-        if buffer not in OPTIONAL:
-            raise CheckpointError(f"layer {name!r} has {buffer!r}, which this quantkit does not know")
-        setattr(layer, buffer, room[buffer])
-    if (layer.outlier_index is None) != (layer.outlier_weight is None):
-        raise CheckpointError(f"layer {name!r} has outlier_index or outlier_weight without the other")
-    alone = not (facts["buffers"] or layer.rotation_block or groups)
-    if layer.threshold and not (alone and layer.scheme.takes_threshold):
-        raise CheckpointError(f"layer {name!r} has a threshold, which goes with symmetric scales per token and nothing else")
-    return layer
-
-
-def _sizes_fault(k: int, block: int, outliers: int, threshold: float, groups: tuple[Any, ...]) -> str | None:
-    """What does not go with ``k`` input channels, if anything, as the end of a sentence about the layer."""
-    if groups and (fault := groups_fault(groups, k)):
-        return f"cannot have its groups: {fault}"
-    if block < 0 or (block and (k % block or block & (block - 1))):
-        return f"rotates blocks of {block}, which does not go with {k} channels"
-    if block and any(size % block for size in groups):
-        return f"rotates blocks of {block} across the borders of its groups {groups}"
-    if not 0 <= outliers <= k or not 0 <= threshold < float("inf"):
-        return f"has {outliers} outliers of {k} channels and a threshold of {threshold}"
-    return None
+    empty = own.empty(bias=facts["bias"], optional=facts["buffers"], outliers=facts["outliers"], device="meta")
+    return W8A8Linear.from_operand(empty)
 
 
 # ---- attention
@@ -250,7 +206,7 @@ def empty_quantizers(model: nn.Module, records: Mapping[str, Any], layers: Colle
     for name, facts in records.items():
         if not _has(facts, ATTENTION_FACTS):
             raise CheckpointError(f"the record of the attention of {name!r} is damaged")
-        heads, clusters = Heads(*(facts[key] for key in ("queries", "keys", "width", "value_width"))), facts["clusters"]
+        heads, clusters = HeadSizes(*(facts[key] for key in ("queries", "keys", "width", "value_width"))), facts["clusters"]
         if name not in modules or name in layers or hasattr(modules[name], CHILD):
             raise CheckpointError(f"the checkpoint quantizes the attention of {name!r}, which the model does not have")
         fault = heads.fault or (None if 1 <= clusters <= max(heads.width, heads.value_width) else f"{clusters} clusters")

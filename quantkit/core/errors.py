@@ -8,7 +8,8 @@ QuantkitError (ValueError)
 ├── TargetError         an ``ignore`` or ``targets`` pattern that matches nothing
 ├── EquivalenceError    a transformation changed the function of the model
 ├── BackendError        a backend that cannot run what it was asked to run
-└── CheckpointError     a checkpoint that is damaged, foreign, newer, or not safe to open
+├── CheckpointError     a checkpoint that is damaged, foreign, newer, or not safe to open
+└── PluginError         an installed package that adds to quantkit cannot be imported
 """
 
 
@@ -46,3 +47,7 @@ class BackendError(QuantkitError):
 
 class CheckpointError(QuantkitError):
     """A checkpoint is damaged, foreign, of another version, or not safe to open."""
+
+
+class PluginError(QuantkitError):
+    """An installed package that adds a method or a backend cannot be imported, or is in conflict with another one."""

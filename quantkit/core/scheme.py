@@ -1,123 +1,116 @@
-"""Number formats: which bits, which granularity. Frozen values; nothing about methods or hardware."""
+"""Which tensor of a model has which number format, and the short names of the usual choices.
+
+A :class:`Scheme` holds one format of :mod:`quantkit.core.formats` for each kind of tensor: the weights of linears, what linears
+read, and what attention reads. Most users pass a name; :meth:`Scheme.parse` says what it stands for.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
+from quantkit.core.deprecated import OldArguments, old_attribute
 from quantkit.core.errors import SchemeError
+from quantkit.core.formats import Float, Format, Int, PerChannel, PerTensor, PerToken, Quantized
 
-FLOAT = 16
-"""As a number of bits: what is in floating point stays there, in whatever dtype it has."""
 NAME = re.compile(r"w(\d)a(\d|16)(-static)?(-asym)?(-pertensor)?(?:-norm(\d|16))?(?:-kv(\d))?(?:-attention(\d))?")
+FLOAT = 16
+FLOAT_BITS = "16"
+"""How a name says that a tensor is left in floating point, in whatever dtype it has."""
 
 
 @dataclass(frozen=True)
-class Scheme:
+class Scheme(metaclass=OldArguments):
     """How weights, activations and attention are represented.
 
-    Weights are symmetric with one scale per output channel (``weights="channel"``), or one in all
-    (``"tensor"``, the naive baseline). Activations are quantized at run time with one scale per token
-    (``activations="token"``), or with one scale for everything fixed at calibration (``"tensor"``). In attention it is one
-    for each head (and cluster of its channels) besides.
+    Weights are symmetric, with one scale for each output channel (:class:`~quantkit.core.formats.PerChannel`), or with one in
+    all (:class:`~quantkit.core.formats.PerTensor`, the naive baseline). All activations that are quantized agree on two things:
+    they have a scale for each token, found at run time (:class:`~quantkit.core.formats.PerToken`), or one for everything, fixed
+    at calibration (:class:`~quantkit.core.formats.PerTensor`, *static*); and they have a zero point or not. In attention a
+    scale is one of each head (and of each cluster of its channels) besides.
 
-    Anything but 8 bits of weights and activations, and anything about attention, is a simulation: values are rounded as the
-    format says, but stored and multiplied as INT8, or in floating point, so nothing gets smaller or faster.
-
-    Args:
-        weight_bits: 2 to 8.
-        activation_bits: 2 to 8 for what linears read, or 16: they read it as it is, and multiply it by what the codes of their
-            weights stand for.
-        weights: ``"channel"`` or ``"tensor"``.
-        activations: ``"token"`` (dynamic) or ``"tensor"`` (static, needs calibration data).
-        symmetric: activations without (True) or with (False) a zero point.
-        kv_bits: 2 to 8 for keys and values as attention reads them, which is what a cache holds, or 16.
-        attention_bits: 2 to 8 for queries, and then the probabilities of attention have 8 bits, 255 steps from 0 to 1; or 16.
-        norm_bits: activation bits of linears that read the output of a norm (and no other reads it); None for the same as all.
+    Attributes:
+        weight: of the weights of linears.
+        input: of what linears read. :class:`~quantkit.core.formats.Float` leaves it as it is; it is then multiplied by what the
+            codes of the weight stand for.
+        norm_input: of what linears read that is the output of a norm which no other reads; None for the same as ``input``.
+        kv: of keys and values as attention reads them, which is what a cache holds.
+        queries: of queries. If they are quantized, so are the probabilities of attention, on 255 steps from 0 to 1.
 
     Raises:
-        SchemeError: for a combination that does not exist.
+        SchemeError: a combination that does not exist.
     """
 
-    weight_bits: int = 8
-    activation_bits: int = 8
-    weights: Literal["channel", "tensor"] = "channel"
-    activations: Literal["token", "tensor"] = "token"
-    symmetric: bool = True
-    kv_bits: int = FLOAT
-    attention_bits: int = FLOAT
-    norm_bits: int | None = None
+    weight: Quantized = Quantized()
+    input: Format = Quantized(Int(), PerToken())
+    norm_input: Format | None = None
+    kv: Format = Float()
+    queries: Format = Float()
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "kv_bits", "attention_bits", "norm_bits"):
-            bits, other = getattr(self, name), () if name == "weight_bits" else (FLOAT,)
-            if bits is None and name == "norm_bits":
-                continue
-            if isinstance(bits, bool) or not isinstance(bits, int) or not (2 <= bits <= 8 or bits in other):
-                more = ", or 16 for floating point" if other else ""
-                raise SchemeError(f"Scheme({name}={bits!r}): bits are whole numbers from 2 to 8{more}")
-        if self.weights not in ("channel", "tensor"):
-            raise SchemeError(f"Scheme(weights={self.weights!r}): use 'channel' (one scale per output row) or 'tensor'")
-        if self.activations not in ("token", "tensor"):
-            raise SchemeError(
-                f"Scheme(activations={self.activations!r}): use 'token' (dynamic, one scale per token) or "
-                "'tensor' (static, one scale from calibration)"
-            )
-        rounded = (self.activation_bits, self.norm_bits or FLOAT, self.kv_bits, self.attention_bits)
-        if set(rounded) == {FLOAT} and (self.is_static or not self.symmetric):
-            what = "activations='tensor'" if self.is_static else "symmetric=False"
-            raise SchemeError(f"Scheme(activation_bits=16, {what}): no activation is quantized; leave that out, or add kv_bits")
+        if not isinstance(self.weight, Quantized) or isinstance(self.weight.granularity, PerToken):
+            raise SchemeError(f"Scheme(weight={self.weight!r}): weights have codes, with scales PerChannel() or PerTensor()")
+        if not self.weight.number.symmetric:
+            raise SchemeError("Scheme: weights are symmetric, a zero point of theirs would not be in an integer product")
+        for name, value in (("input", self.input), ("norm_input", self.norm_input), ("kv", self.kv), ("queries", self.queries)):
+            missing = value is None and name == "norm_input"
+            if not missing and not isinstance(value, (Quantized, Float)):
+                raise SchemeError(f"Scheme({name}={value!r}): use a Quantized(...) or Float() of quantkit.core.formats")
+            if isinstance(value, Quantized) and isinstance(value.granularity, PerChannel):
+                raise SchemeError(
+                    f"Scheme({name}={value!r}): activations have scales PerToken() (dynamic) or PerTensor() (static)"
+                )
+        if len({(type(f.granularity), f.number.symmetric) for f in self._activations}) > 1:
+            raise SchemeError("Scheme: all activations are static or none is, and all have a zero point or none has")
+
+    @property
+    def _activations(self) -> list[Quantized]:
+        """Formats of the activations that are quantized."""
+        return [f for f in (self.input, self.norm_input, self.kv, self.queries) if isinstance(f, Quantized)]
 
     @property
     def is_static(self) -> bool:
         """Whether activation scales are fixed at calibration."""
-        return self.activations == "tensor"
-
-    @property
-    def is_simulation(self) -> bool:
-        """Whether anything but 8 bits is asked for, or anything but linears: the hardware multiplies INT8 in any case."""
-        return (self.weight_bits, self.activation_bits, self.norm_bits or 8) != (8, 8, 8) or self.quantizes_attention
-
-    @property
-    def quantizes_activations(self) -> bool:
-        """Whether linears round what they read."""
-        return self.activation_bits != FLOAT
+        return any(f.is_static for f in self._activations)
 
     @property
     def quantizes_attention(self) -> bool:
         """Whether keys and values, or queries and probabilities, are rounded."""
-        return (self.kv_bits, self.attention_bits) != (FLOAT, FLOAT)
+        return isinstance(self.kv, Quantized) or isinstance(self.queries, Quantized)
 
     @property
     def takes_threshold(self) -> bool:
         """Whether columns may leave the product at run time, where they reach a threshold: a scale per token lets them."""
-        return self.quantizes_activations and self.symmetric and not self.is_static
+        return isinstance(self.input, Quantized) and self.input.number.symmetric and not self.input.is_static
 
     def of_linear(self, *, behind_norm: bool = False) -> Scheme:
         """The part that is about one linear, which may read the output of a norm."""
-        bits = self.norm_bits if behind_norm and self.norm_bits is not None else self.activation_bits
-        plain = replace(self, activation_bits=8, kv_bits=FLOAT, attention_bits=FLOAT, norm_bits=None)
-        if bits == FLOAT:
-            plain = replace(plain, activations="token", symmetric=True)
-        return replace(plain, activation_bits=bits)
+        own = self.norm_input if behind_norm and self.norm_input is not None else self.input
+        return Scheme(self.weight, own)
 
     @property
     def name(self) -> str:
         """Short name that :meth:`parse` reads back, such as ``w8a8`` or ``w4a8-static-asym-kv4``."""
-        parts = [f"w{self.weight_bits}a{self.activation_bits}"]
+        activations = self._activations
+        parts = [f"w{self.weight.number.bits}a{_bits(self.input)}"]
         parts += ["static"] if self.is_static else []
-        parts += [] if self.symmetric else ["asym"]
-        parts += ["pertensor"] if self.weights == "tensor" else []
-        parts += [] if self.norm_bits is None else [f"norm{self.norm_bits}"]
-        parts += [] if self.kv_bits == FLOAT else [f"kv{self.kv_bits}"]
-        parts += [] if self.attention_bits == FLOAT else [f"attention{self.attention_bits}"]
+        parts += ["asym"] if any(not f.number.symmetric for f in activations) else []
+        parts += ["pertensor"] if isinstance(self.weight.granularity, PerTensor) else []
+        parts += [] if self.norm_input is None else [f"norm{_bits(self.norm_input)}"]
+        parts += [] if isinstance(self.kv, Float) else [f"kv{_bits(self.kv)}"]
+        parts += [] if isinstance(self.queries, Float) else [f"attention{_bits(self.queries)}"]
         return "-".join(parts)
 
     @classmethod
     def parse(cls, scheme: str | Scheme) -> Scheme:
-        """A :class:`Scheme` from itself or from a name:
-        ``wXaY[-static][-asym][-pertensor][-normB][-kvB][-attentionB]``, any bits from 2 to 8, and for activations 16."""
+        """A :class:`Scheme` from itself or from a name.
+
+        A name is ``wXaY[-static][-asym][-pertensor][-normB][-kvB][-attentionB]``: bits from 2 to 8 of weights and of what
+        linears read, of what norms write, of keys and values, and of queries. 16 bits leave what linears read in floating point.
+
+        Raises:
+            SchemeError: it is no such name, or the formats that it names make no scheme.
+        """
         if isinstance(scheme, Scheme):
             return scheme
         match = NAME.fullmatch(scheme) if isinstance(scheme, str) else None
@@ -128,13 +121,32 @@ class Scheme:
                 "'w4a4-static-asym-norm8-kv4-attention4'; None leaves the model in floating point"
             )
         weight, activation, static, asymmetric, per_tensor, norm, kv, attention = match.groups()
-        return cls(
-            weight_bits=int(weight),
-            activation_bits=int(activation),
-            weights="tensor" if per_tensor else "channel",
-            activations="tensor" if static else "token",
-            symmetric=not asymmetric,
-            kv_bits=int(kv or FLOAT),
-            attention_bits=int(attention or FLOAT),
-            norm_bits=None if norm is None else int(norm),
-        )
+
+        def activations(bits: str | None) -> Format:
+            if bits is None or bits == FLOAT_BITS:
+                return Float()
+            return Quantized(Int(int(bits), not asymmetric), PerTensor() if static else PerToken())
+
+        try:
+            made = cls(
+                Quantized(Int(int(weight)), PerTensor() if per_tensor else PerChannel()),
+                activations(activation),
+                None if norm is None else activations(norm),
+                activations(kv),
+                activations(attention),
+            )
+        except SchemeError as error:
+            raise SchemeError(f"scheme={scheme!r}: {error}") from None
+        if (static or asymmetric) and not made._activations:
+            raise SchemeError(
+                f"scheme={scheme!r}: no activation is quantized, so none is {'static' if static else 'asymmetric'}; leave that "
+                "out, or add keys and values with -kv8"
+            )
+        return made
+
+    def __getattr__(self, name: str) -> object:
+        return old_attribute(self, name)
+
+
+def _bits(format: Format) -> str:
+    return FLOAT_BITS if isinstance(format, Float) else str(format.number.bits)

@@ -1,57 +1,90 @@
-"""Sites as data: which linears read one activation, and who wrote it.
+"""Sites as data: which linears read one activation, which module wrote it, and why some linears are left alone.
 
-A *site* is one activation tensor, ``x [..., K]``, that feeds one or more linears. All of them must agree on any
-rewrite of its channels. Discovery finds sites by probing; a user may also write them by hand.
+A *site* is one activation tensor, ``x [..., K]``, that feeds one or more linears. Whatever is done to its K channels, such as
+dividing them by a scale, has to be made up for in the weights of every linear that reads them, so these linears share one
+decision. If the module that wrote the activation can be found, it can do the dividing itself, for nothing: a scale is *folded*
+into this *producer*. If only the order of the channels is to change, more modules qualify; these are the *carriers*.
+
+:func:`quantkit.discover` finds all of this by running the model (see :mod:`quantkit.discovery`); it may also be written by
+hand.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+AbsorbRule = Literal["scale", "offset"]
+"""How a parameter of a norm enters its output: ``"scale"`` as p, ``"offset"`` as 1 + p (the convention of Gemma)."""
+
+
+def absorb(parameter: Tensor, factor: Tensor, rule: AbsorbRule) -> Tensor:
+    """What a norm's parameter ``[K]`` has to become so that the output of the norm is multiplied by ``factor [K]``.
+
+    The result has the dtype that the two promote to: ``p * c`` for ``"scale"``, and ``(1 + p) * c - 1`` for ``"offset"``.
+    """
+    return parameter * factor if rule == "scale" else (1 + parameter) * factor - 1
+
 
 @dataclass(frozen=True)
 class Producer:
-    """The module whose output rows carry the channels of a site.
+    """The module whose output rows are the channels of a site, each possibly multiplied by something that is no channel's own.
+
+    If an output row is multiplied by c, the site's channels that it feeds are multiplied by ``c ** power``, and nothing else in
+    the model changes. That has been proven before a producer is written down.
 
     Attributes:
         module: its name in the model.
-        kind: ``"norm"`` (per-channel parameters) or ``"linear"`` (rows of a weight).
-        rows: ``[K]`` int64, the output row that feeds each channel of the site. Grouped-query attention repeats rows.
-        power: the site scales with the row to this power: 1, or 2 behind a squared ReLU.
-        parameters: for a norm, how each per-channel parameter p absorbs a factor c: ``"scale"`` p*c, ``"offset"``
-            (1+p)*c - 1, the convention of Gemma.
-        bias: the parameter that adds to each row and so takes over a shift of the site's channels; None where what lies
-            between would not carry it, or where a linear of the site has no bias to make up for it.
+        kind: ``"norm"`` for a module with parameters for each channel, ``"linear"`` for the rows of a weight.
+        rows: ``[K]`` int64, the output row that feeds each channel of the site. With grouped-query attention, where several
+            query heads read one value head, rows occur more than once.
+        power: 1 nearly always; 2 behind a squared ReLU.
+        parameters: for a norm, how each of its parameters for channels takes a factor over, see :func:`absorb`. Empty for a
+            linear.
+        bias: name of the parameter that adds to each row, so that the shift of a channel can be folded into it. None where
+            there is none, where the shift would not arrive unchanged, or where a linear of the site has no bias of its own
+            to make up for the shift.
     """
 
     module: str
     kind: Literal["norm", "linear"]
     rows: Tensor
     power: int = 1
-    parameters: dict[str, Literal["scale", "offset"]] = field(default_factory=dict)
+    parameters: dict[str, AbsorbRule] = field(default_factory=dict)
     bias: str | None = None
 
 
 @dataclass(frozen=True)
 class Carriers:
-    """Linears whose output rows bring the channels of a site, so that reordering these rows reorders the channels.
+    """The linears whose output rows have to be reordered so that the channels of a site arrive in another order.
+
+    There may be several, since a product of two activations has its channels in a new order only if both factors have.
 
     Attributes:
-        rows: name of the linear and ``[K]`` int64, the row behind each channel. A linear may occur twice, with a gate and
-            what it multiplies in one weight; grouped-query attention repeats rows.
-        span: channels may change places within runs of so many.
+        rows: pairs of the name of a linear and ``[K]`` int64, its output row behind each channel. A linear occurs twice if
+            it computes both a gate and what the gate multiplies. With grouped-query attention, rows repeat.
+        span: channels may change places within runs of this many consecutive channels, and not beyond: K if all may, the
+            width of a head behind attention.
     """
 
     rows: tuple[tuple[str, Tensor], ...]
     span: int
 
     def sources(self, permutation: Tensor) -> dict[str, Tensor] | None:
-        """Linear -> ``[n]`` int64, which old row its first n new ones are, so that channel i arrives as ``permutation[i]``
-        did; None if channels leave their run, or channels that share a row go different ways."""
+        """How the rows of each linear have to be reordered so that the channels arrive in the order of ``permutation``.
+
+        Args:
+            permutation: ``[K]`` int64; the new channel i is to be the old channel ``permutation[i]``.
+
+        Returns:
+            Name of a linear -> ``[n]`` int64: its new row i, for the first n rows, is its old row ``source[i]``; the rows
+            from n on stay where they are. None if this order cannot be brought about: because a channel would leave its
+            run of ``span``, or because two channels that are fed by one row would need different rows.
+        """
         here = torch.arange(len(permutation), device=permutation.device)
         if bool((permutation // self.span != here // self.span).any()):
             return None
@@ -74,12 +107,14 @@ class Site:
 
     Attributes:
         name: the name of its first linear.
-        linears: every linear that reads it, quantized or not.
-        taps: one linear for each distinct tensor of the site; their inputs make up its statistics.
-        channels: K.
-        producer: who wrote it, when a scale may be folded there.
-        reason: why it has no producer, for the report.
-        carriers: whose rows may be reordered, when discovery was asked and found some.
+        linears: names of all linears that read it, in the order of the model, whether they are quantized or not.
+        taps: some of these linears: one for each distinct tensor. One norm called at two places writes two tensors, which
+            belong to one site because the parameters are shared. Statistics are collected at the taps.
+        channels: the number of channels, K.
+        producer: the module that wrote it, if scales can be folded there.
+        reason: in words, why it has no producer; empty if it has one.
+        carriers: the linears whose rows can be reordered in place of its channels; None if there are none, or if discovery
+            was not asked for them.
     """
 
     name: str
@@ -91,9 +126,10 @@ class Site:
     carriers: Carriers | None = None
 
     def tie(self, values: Tensor) -> Tensor:
-        """The largest of ``values [K]`` over the channels that share a producer row, for each channel.
+        """``values [K]``, with each replaced by the largest among the channels that are fed by the same row of the producer.
 
-        A scale can be folded only if such channels agree (methods: reduce the statistics, not the scale).
+        Only a scale that is the same for such channels can be folded. Calibrators make it so by calling this on the
+        statistics that the scale is computed from, rather than on the scale.
         """
         if self.producer is None:
             return values
@@ -102,9 +138,25 @@ class Site:
         return top.scatter_reduce(0, rows, values, "amax")[rows]
 
 
+class Kept(StrEnum):
+    """Why discovery leaves a linear in floating point. A member is also its sentence, for reports and JSON."""
+
+    TIED = "its weight is tied to another module"
+    HEAD = "output head"
+    ROUTER = "router"
+    NEVER_RAN = "it never ran in the probe"
+
+    __repr__ = str.__repr__  # a printed dict of reasons reads as text
+
+
 @dataclass(frozen=True)
 class Discovery:
-    """What the probe found: the sites, and the linears that stay in floating point, each with the reason."""
+    """What :func:`quantkit.discover` found.
+
+    Attributes:
+        sites: every activation that linears read, but for those that only linears in ``kept`` read.
+        kept: name of a linear -> why it stays in floating point unless the user asks for it.
+    """
 
     sites: tuple[Site, ...]
-    kept: dict[str, str]
+    kept: dict[str, Kept]

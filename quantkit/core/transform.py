@@ -11,103 +11,15 @@ puts what it can into the producer of the site, and :class:`quantkit.W8A8Linear`
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from quantkit.core.errors import MethodError
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """Block-diagonal orthogonal matrix ``diag(signs) (I kron H)`` with a normalised Hadamard ``H``.
-
-    Attributes:
-        block: channels per block, a power of two that divides K.
-        signs: ``[K]`` of +-1, applied before the Hadamard product; None for all ones.
-    """
-
-    block: int
-    signs: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.block, int) or self.block < 1 or self.block & (self.block - 1):
-            raise MethodError(f"Rotation(block={self.block!r}): a Hadamard block is a power of two, as an int")
-
-    def factors(self, k: int) -> Tensor:
-        """``[K]`` float64 that values are multiplied by before the butterflies: the signs over ``sqrt(block)``."""
-        signs = torch.ones(k) if self.signs is None else self.signs
-        return signs.double() / math.sqrt(self.block)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """``x R`` for ``x [..., K]``, in the dtype of ``x``.
-
-        Computed in float64 for float64 and in float32 for all others, as butterflies ``(a, b) -> (a + b, a - b)`` of strides
-        1, 2, 4, ..., block / 2. That order defines the bits; no token depends on another.
-        """
-        if x.shape[-1] % self.block:
-            raise MethodError(f"Rotation(block={self.block}) does not divide {x.shape[-1]} channels")
-        y = x if x.dtype == torch.float64 else x.float()
-        y = y * self.factors(x.shape[-1]).to(y)
-        stride = 1
-        while stride < self.block:
-            a, b = y.unflatten(-1, (-1, 2, stride)).unbind(-2)
-            y = torch.stack([a + b, a - b], -2).flatten(-3)
-            stride *= 2
-        return y.to(x.dtype)
-
-
-def hadamard(n: int) -> Tensor:
-    """Normalised Sylvester-Hadamard matrix ``[n, n]`` float64: symmetric and its own inverse."""
-    h = torch.ones(1, 1, dtype=torch.float64)
-    while len(h) < n:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h / n**0.5
-
-
-@dataclass(frozen=True)
-class BlockRotation:
-    """Orthogonal matrix R of nearly flat blocks: every channel goes to all others of its block in about equal parts.
-
-    Random signs, then a Hadamard matrix for the largest power of two in ``width`` and a Hartley matrix for the odd rest
-    (whose entries are at most ``sqrt(2 / odd)``), then a reflection that takes the image of the all-ones vector back to it.
-    So R keeps the mean over channels, and a LayerNorm commutes with it as an RMSNorm does.
-
-    Attributes:
-        width: channels of a block, any number.
-        seed: of the signs.
-        order: ``[n width]`` int64, the channels of the first block, of the second and so on; None as they come.
-    """
-
-    width: int
-    seed: int = 0
-    order: Tensor | None = None
-
-    def apply(self, x: Tensor) -> Tensor:
-        """``x R`` for each block of ``width`` channels of ``x [..., n width]``, computed in float64."""
-        random = torch.Generator().manual_seed(self.seed)
-        signs = (torch.randint(0, 2, (self.width,), generator=random) * 2.0 - 1).double().to(x.device)
-        axis = torch.full_like(signs, self.width**-0.5)
-        normal = self._spread(axis * signs) - axis
-        normal = normal / normal.norm().clamp_min(1e-300)  # all signs alike may leave nothing to reflect
-        order = None if self.order is None else self.order.to(x.device)
-        y = self._spread((x if order is None else x[..., order]).double().unflatten(-1, (-1, self.width)) * signs)
-        y = (y - 2 * (y @ normal)[..., None] * normal).flatten(-2)
-        return y if order is None else torch.empty_like(y).index_copy_(-1, order, y)
-
-    def _spread(self, x: Tensor) -> Tensor:
-        power = self.width & -self.width
-        angle = torch.arange(self.width // power, dtype=torch.float64, device=x.device)
-        angle = 2 * torch.pi * torch.outer(angle, angle) / len(angle)
-        x = x.unflatten(-1, (power, -1)) @ ((angle.cos() + angle.sin()) / len(angle) ** 0.5)
-        step = 1
-        while step < power:
-            a, b = x.unflatten(-2, (-1, 2, step)).unbind(-3)
-            x = torch.stack([a + b, a - b], -3).flatten(-4, -2)
-            step *= 2
-        return x.flatten(-2) / power**0.5
+from quantkit.core.rewrite import rewritten
+from quantkit.core.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -184,41 +96,38 @@ class Transform:
 
     def activation(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The INT8 side ``x' [..., K]`` (0 at outliers) and the side ``[..., n]`` or None, of ``x [..., K]``."""
-        if self.shift is not None:
-            x = x - self.shift.to(x)
-        if self.scale is not None:
-            x = x / self.scale.to(x)
-        return self._arrange(x)
+        shift = None if self.shift is None else self.shift.to(x)
+        return self._both(x, shift, torch.div)
 
     def weight(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
         """The INT8 side ``W' [N, K]`` and the side ``[N, n]`` or None, of ``w [N, K]``."""
-        return self._arrange(w if self.scale is None else w * self.scale.to(w))
+        return self._both(w, None, torch.mul)
 
     def bias(self, w: Tensor) -> Tensor | None:
         """What the shift adds to the bias: ``W shift``, ``[N]``, of the original ``w [N, K]``."""
         return None if self.shift is None else w @ self.shift.to(w)
 
-    def _arrange(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        side = None
-        if self.outliers is not None:
-            side = x[..., self.outliers]
-            x = x.index_fill(-1, self.outliers.to(x.device), 0)
-        if self.permutation is not None:
-            x = x[..., self.permutation]
-        return (x if self.rotation is None else self.rotation.apply(x)), side
+    def _both(
+        self, x: Tensor, shift: Tensor | None, scaled: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The steps of :func:`quantkit.core.rewrite.rewritten`; what is taken aside is scaled as well."""
+        scale = None if self.scale is None else self.scale.to(x)
+        outliers = None if self.outliers is None else self.outliers.to(x.device)
+        inner, aside = rewritten(
+            x,
+            shift=shift,
+            outliers=outliers,
+            scaled=None if scale is None else lambda value: scaled(value, scale),
+            permutation=self.permutation,
+            rotated=None if self.rotation is None else self.rotation.apply,
+        )
+        if aside is not None and scale is not None:
+            aside = scaled(aside, scale[outliers])
+        return inner, aside
 
     def without(self, *names: str) -> Transform:
         """A copy with the named fields dropped."""
         return replace(self, **dict.fromkeys(names))
-
-
-def groups_fault(groups: object, channels: int) -> str | None:
-    """What is wrong with ``groups`` as sizes of clusters of ``channels``, if anything."""
-    if not isinstance(groups, tuple) or not all(type(size) is int and size > 0 for size in groups):
-        return f"groups is {groups!r}, not a tuple of positive sizes"
-    if sum(groups) != channels:
-        return f"groups {groups} sum to {sum(groups)}, not to the {channels} channels"
-    return None
 
 
 def _merge(first, second, combine):  # type: ignore[no-untyped-def]  # None is the identity

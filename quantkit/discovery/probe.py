@@ -1,8 +1,11 @@
-"""A model under the microscope: every linear answers with fixed synthetic values, so that nothing propagates.
+"""A model under the microscope: every linear answers with made-up values that do not depend on its input.
 
-Because the outputs of linears do not depend on their inputs here, multiplying the output of one module shows up at
-the first linears behind it and nowhere else. What is multiplied by a power of two stays exact in every float format,
-so channels can be read off bit patterns, at the cost of attention and element-wise work only.
+In a real forward pass a change spreads to everything behind it. Here it stops at the next linear, because that puts out the
+same values whatever it reads. So if the output of one module is multiplied by something, this shows at the linears that read
+it, and nowhere else, and one pass can ask all blocks of a model at once. The products of matrices are skipped, so that a pass
+costs no more than attention and the element-wise functions.
+
+Multipliers are powers of two. These stay exact in every floating-point format, so that channels can be told by their bits.
 """
 
 from __future__ import annotations
@@ -24,95 +27,100 @@ from quantkit.model.modules import call, evaluating, tensors_in, weight_of
 
 @dataclass
 class Trace:
-    """What one probed forward pass showed: the inputs of each linear, call by call, and the model's outputs.
+    """What one probed forward pass showed.
 
-    ``identities`` tells which linears read the very same tensor: storage, view and version.
+    Attributes:
+        inputs: name of a linear -> what it read, ``[..., K]``, call by call. Linears that did not run are absent.
+        identities: name of a linear -> for each call, which tensor it read: storage, view and version. Linears with an equal
+            entry read the very same tensor.
+        outputs: the floating-point tensors among the model's outputs.
+        norm_calls: name of a norm -> the positional and keyword arguments of its first call.
+        norm_widths: name of a norm -> its number of channels. Norms that did not run are absent.
     """
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     identities: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
-    alive: list[Tensor] = field(default_factory=list)  # so that no address is used twice within the pass
     outputs: list[Tensor] = field(default_factory=list)
     norm_calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     norm_widths: dict[str, int] = field(default_factory=dict)
+    _alive: list[Tensor] = field(default_factory=list)  # so that no address in `identities` is used twice within the pass
 
 
 class Probe:
-    """Runs the model with synthetic linear outputs and chosen multipliers on the outputs of modules.
+    """Runs a model with made-up outputs of linears, and with changes of one's choice to the outputs of modules.
 
     Args:
         model: any module.
-        linears: name -> linear; their matrix products are skipped.
-        norms: name -> module with per-channel parameters.
+        linears: name -> linear, for all linears of the model; their matrix products are skipped.
+        norms: name -> module with parameters for each channel, such as :func:`norms_of` finds.
         batch: a small batch, see :func:`quantkit.model.modules.call`.
     """
 
     def __init__(self, model: nn.Module, linears: dict[str, nn.Module], norms: dict[str, nn.Module], batch: Any):
         self.model, self.linears, self.norms, self.batch = model, linears, norms, batch
-        self._synthetic: dict[tuple[str, int], Tensor] = {}
+        self._made_up: dict[tuple[str, int], Tensor] = {}
 
     def run(
         self,
-        multipliers: dict[str, Tensor],
+        multipliers: Mapping[str, Tensor],
         *,
-        orders: dict[str, Tensor] | None = None,
-        mode: TorchFunctionMode | None = None,
+        orders: Mapping[str, Tensor] = MappingProxyType({}),
         edits: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+        watch: TopKWatch | None = None,
     ) -> Trace:
-        """One forward pass; ``multipliers[name] [N]`` scale the output of that linear or norm, and ``orders[name] [N]`` say
-        which old row each new one of a linear is.
+        """One forward pass in eval mode; modules that are not named in an argument are left as they are.
 
-        ``edits[name]`` make another tensor of the output of that linear.
+        Args:
+            multipliers: name of a linear or norm -> ``[N]``, by which its output channels are multiplied.
+            orders: name of a linear -> ``[N]`` int64, which of its output channels comes at each place.
+            edits: name of a linear -> a function from its output ``[..., N]`` to another one.
+            watch: is told the outputs of linears, and follows them.
         """
         trace = Trace()
-        orders = orders or {}
+
+        def change(name: str, y: Tensor) -> Tensor:
+            y = y * multipliers[name].to(y) if name in multipliers else y.clone()
+            y = y[..., orders[name].to(y.device)] if name in orders else y
+            y = edits[name](y) if name in edits else y
+            if watch is not None:
+                watch.mark(name, y)
+            return y
+
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(running_everywhere(self.model))
             for name, linear in self.linears.items():
-                answer = self._answer(name, linear, trace, multipliers.get(name), orders.get(name), mode, edits.get(name))
-                stack.enter_context(forward_replaced(linear, answer))
+                stack.enter_context(forward_replaced(linear, self._stand_in(name, linear, trace, change)))
             for name, norm in self.norms.items():
-                handle = norm.register_forward_hook(self._watch(name, trace, multipliers.get(name)), with_kwargs=True)
+                handle = norm.register_forward_hook(_norm_hook(name, trace, multipliers.get(name)), with_kwargs=True)
                 stack.callback(handle.remove)
-            if mode is not None:
-                stack.enter_context(mode)
+            if watch is not None:
+                stack.enter_context(watch)
             trace.outputs = list(tensors_in(call(self.model, self.batch)))
         return trace
 
-    def _answer(
-        self,
-        name: str,
-        linear: nn.Module,
-        trace: Trace,
-        multiplier: Tensor | None,
-        order: Tensor | None,
-        mode: Any,
-        edit: Any = None,
-    ) -> Any:
-        rows = weight_of(linear).shape[0]
+    def _stand_in(self, name: str, linear: nn.Module, trace: Trace, change: Callable[[str, Tensor], Tensor]) -> Any:
+        """The forward of a linear in the probe: notes what it reads in ``trace``, and puts out changed made-up values."""
         weight = weight_of(linear)
 
         def forward(input: Tensor) -> Tensor:
             x = input
             calls = trace.inputs.setdefault(name, [])
-            y = self._values(name, len(calls), (*x.shape[:-1], rows), weight)
+            y = self._values(name, len(calls), (*x.shape[:-1], len(weight)), weight)
             calls.append(x.clone())
             key = (x.data_ptr(), x.numel(), x.stride(-1), 0 if x.is_inference() else x._version)
             trace.identities.setdefault(name, []).append(key)
-            trace.alive.append(x)
-            y = y.clone() if multiplier is None else y * multiplier.to(y)
-            y = y if order is None else y[..., order.to(y.device)]
-            y = y if edit is None else edit(y)
-            if isinstance(mode, TopKWatch):
-                mode.mark(name, y)
-            return y
+            trace._alive.append(x)
+            return change(name, y)
 
         return forward
 
     def _values(self, name: str, index: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Heavy-tailed values of both signs in every channel: they expose curvature, clipping and dead branches."""
-        known = self._synthetic.get((name, index))
+        """Made-up outputs, the same in every pass: 1/8 to 8 in size and of both signs in every channel.
+
+        So a curve, a clipping or a branch that is zero for one sign shows itself in any channel.
+        """
+        known = self._made_up.get((name, index))
         if known is None or known.shape != shape:
             random = torch.Generator().manual_seed(zlib.crc32(f"{name}/{index}".encode()))
             size = torch.exp2(torch.rand(shape, generator=random) * 6 - 3)
@@ -120,26 +128,31 @@ class Probe:
             if len(flat := sign.view(-1, shape[-1])) > 1:
                 flat[0], flat[1] = 1.0, -1.0
             known = (size * sign).to(like.dtype).to(like.device)
-            self._synthetic[name, index] = known
+            self._made_up[name, index] = known
         return known
 
-    @staticmethod
-    def _watch(name: str, trace: Trace, multiplier: Tensor | None) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            if isinstance(output, Tensor) and any(p.numel() == output.shape[-1] for p in module.parameters()):
-                trace.norm_calls.setdefault(name, (args, kwargs))
-                trace.norm_widths[name] = output.shape[-1]
-                return output if multiplier is None else output * multiplier.to(output)
-            return output
 
-        return hook
+def _norm_hook(name: str, trace: Trace, multiplier: Tensor | None) -> Any:
+    """A forward hook that notes a norm's first call and its width in ``trace``, and multiplies its output."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor) and any(p.numel() == output.shape[-1] for p in module.parameters()):
+            trace.norm_calls.setdefault(name, (args, kwargs))
+            trace.norm_widths[name] = output.shape[-1]
+            return output if multiplier is None else output * multiplier.to(output)
+        return output
+
+    return hook
 
 
 class TopKWatch(TorchFunctionMode):
-    """Notes which linears' outputs end in a top-k choice: these are routers.
+    """Notes from which linears' outputs a few are chosen, by top-k, argmax or sorting: these linears are routers.
 
-    A linear's output is followed through functions that keep its element count and last dimension (softmax, casts,
-    biases), so attention scores and vocabularies do not count.
+    An output is followed through functions that keep its number of elements and its last dimension, such as softmax, casts
+    and biases. So neither scores of attention nor logits of a vocabulary count, since nothing chooses from them here.
+
+    Attributes:
+        routers: names of these linears.
     """
 
     def __init__(self) -> None:
@@ -149,6 +162,7 @@ class TopKWatch(TorchFunctionMode):
         self._alive: list[Tensor] = []  # keeps ids unique for the length of the pass
 
     def mark(self, name: str, y: Tensor) -> None:
+        """Follow ``y``, which is the output of the linear called ``name`` or was computed from it."""
         self._origin[id(y)] = name
         self._alive.append(y)
 
@@ -165,7 +179,10 @@ class TopKWatch(TorchFunctionMode):
 
 
 def norms_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Leaf modules whose only floating parameters are vectors: every kind of norm, and layer scales."""
+    """Name -> module, for modules without children whose only floating-point parameters are vectors.
+
+    That is every kind of norm, and layer scales.
+    """
     found = {}
     for name, module in model.named_modules():
         parameters = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
@@ -176,8 +193,8 @@ def norms_of(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Inside, calling ``module`` calls ``forward``."""
-    own = module.__dict__.get("forward")  # accelerate and others replace it on the instance too
+    """While the context is open, calling ``module`` calls ``forward``."""
+    own = module.__dict__.get("forward")  # accelerate and others put one on the instance as well
     module.forward = forward
     try:
         yield

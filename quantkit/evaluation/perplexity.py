@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from quantkit.calibration.data import _off
 from quantkit.core.errors import CalibrationError
+from quantkit.core.progress import Progress, tracked
 from quantkit.model.modules import call, evaluating
 
 
@@ -32,7 +31,7 @@ def logits_of(model: nn.Module, window: Tensor) -> Tensor:
 
 
 def compare(
-    model: nn.Module, windows: Tensor, reference: nn.Module | Sequence[Tensor] | None = None, *, progress: bool | None = None
+    model: nn.Module, windows: Tensor, reference: nn.Module | Sequence[Tensor] | None = None, *, progress: Progress = None
 ) -> dict[str, float | int]:
     """Score ``model`` on ``windows [n, length]``.
 
@@ -48,7 +47,7 @@ def compare(
     """
     nll, base_nll, kl, top1 = [], [], [], []
     with evaluating(model):
-        for index, window in enumerate(tqdm(windows, desc="evaluating", unit="window", disable=_off(progress))):
+        for index, window in enumerate(tracked(windows, "evaluating", progress, "window")):
             ours = logits_of(model, window).log_softmax(-1)
             nll.append(_nll(ours, window))
             if reference is None:

@@ -1,26 +1,43 @@
-"""Which linears are quantized: names, globs or classes."""
+"""Which linears are quantized: the defaults that discovery proposes, changed by what the user lists as targets or ignores.
+
+A list holds names of layers, globs over names, parts of names, or classes of modules.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from quantkit.core.errors import TargetError
+from quantkit.core.sites import Kept
 
 
 def matches(name: str, module: nn.Module, pattern: Any) -> bool:
-    """Whether a class, a glob over the full name, the full name, or a whole part of the name matches."""
+    """Whether the linear ``module``, called ``name`` in its model, is meant by ``pattern``.
+
+    A pattern is a class, or a string: the full name, a glob over the full name, one part of the name between two dots, or the
+    first parts of it.
+    """
     if isinstance(pattern, type):
         return isinstance(module, pattern)
     return fnmatchcase(name, pattern) or pattern in name.split(".") or name.startswith(f"{pattern}.")
 
 
-def check_patterns(patterns: Sequence[Any], linears: dict[str, nn.Module], what: str) -> None:
-    """Raises TargetError for a pattern of the wrong type, or one that matches no linear."""
+def check_patterns(patterns: Sequence[Any], linears: Mapping[str, nn.Module], what: str) -> None:
+    """Look for mistakes in a list of patterns.
+
+    Args:
+        patterns: what the user passed.
+        linears: name -> module, of all linears.
+        what: the name of the argument, for messages.
+
+    Raises:
+        TargetError: ``patterns`` is no list, a pattern is of another type, or it matches no linear.
+    """
     if isinstance(patterns, (str, type)):
         raise TargetError(f"{what}={patterns!r} is a single value: pass a list, {what}=[{patterns!r}]")
     for pattern in patterns:
@@ -35,17 +52,21 @@ def check_patterns(patterns: Sequence[Any], linears: dict[str, nn.Module], what:
 
 
 def chosen(
-    linears: dict[str, nn.Module], kept: dict[str, str], ignore: Sequence[Any], targets: Sequence[Any] | None
+    linears: Mapping[str, nn.Module], kept: Mapping[str, Kept], ignore: Sequence[Any], targets: Sequence[Any] | None
 ) -> dict[str, str]:
-    """Linears that stay in floating point, with the reason.
+    """Name of each linear that stays in floating point -> the reason, as a text.
 
-    ``targets`` overrules the defaults in ``kept``, and ``ignore`` everything. A tied weight or a layer that
-    never ran stays in floating point whatever is asked.
+    Args:
+        linears: name -> module, of all linears.
+        kept: the defaults, from :func:`quantkit.discover`.
+        ignore: what matches one of these patterns stays in floating point.
+        targets: if given, what matches none of these patterns stays in floating point, and what matches one does not, even if
+            it is in ``kept``; except for linears that share a weight with another module or never ran, which cannot be
+            quantized.
     """
-    float_ = dict(kept)
+    float_: dict[str, str] = dict(kept)
     for name, module in linears.items():
-        forced = kept.get(name, "").startswith(("its weight is tied", "it never ran"))
-        if targets is not None and not forced:
+        if targets is not None and kept.get(name) not in (Kept.TIED, Kept.NEVER_RAN):
             if any(matches(name, module, pattern) for pattern in targets):
                 float_.pop(name, None)
             else:

@@ -4,96 +4,128 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantkit.core.formats import Float, Quantized
 from quantkit.core.numerics import shares
-from quantkit.core.transform import Rotation
+from quantkit.core.operand import Operand
 from quantkit.ops import reference
 
-if TYPE_CHECKING:
-    from quantkit.layers.linear import W8A8Linear
 
+@dataclass(eq=False)
+class PlainPrepared:
+    """An operand with what its products need more than once.
 
-@dataclass
-class PlainPacked:
-    """Only the sums of the weight's rows, for zero points; with clusters of channels ``[G, N]``, and their ``shares [G]``."""
+    Attributes:
+        operand: what is run.
+        sums: sums of the codes in each row, for zero points: ``[N]`` int32, or ``[G, N]`` of each group of channels.
+        shares: ``[G]`` float32, :func:`quantkit.core.numerics.shares` of the groups of the input; None without.
+    """
 
-    backend: Any
-    device: torch.device
-    weight: Tensor
+    operand: Operand
     sums: Tensor
     shares: Tensor | None
 
-
-class Plain:
-    """Composes :mod:`quantkit.ops.reference`, one step after the other."""
-
-    name = "reference"
-
-    def why_not(self, device: torch.device) -> str | None:
-        return None
-
-    def pack(self, layer: W8A8Linear) -> Any:
-        sums = reference.row_sums(layer.weight, layer.groups)
-        return PlainPacked(self, layer.weight.device, layer.weight, sums, shares_of(layer))
-
-    def matmul(self, layer: W8A8Linear, q: Tensor) -> Tensor:
-        """``q [M, K] @ weight [N, K]^T`` to int32, exact."""
-        return reference.int_matmul(q, layer.weight)
-
-    def segments(self, layer: W8A8Linear, q: Tensor) -> Iterator[Tensor]:
-        """The product of each cluster of channels, ``[M, N]`` int32, exact."""
-        for part, weight in zip(q.split(layer.groups, dim=1), layer.weight.split(layer.groups, dim=1), strict=True):
-            yield reference.int_matmul(part, weight)
-
-    def segment_sum(self, layer: W8A8Linear, q: Tensor, multiples: Tensor, zero: Tensor | None) -> Tensor:
-        """:func:`quantkit.ops.reference.segment_sum` of the clusters of ``layer``."""
-        products, sums = self.segments(layer, q), None if zero is None else layer.packed.sums
-        return reference.segment_sum(products, multiples, layer.weight_scale[:, 1:], zero, sums)
-
-    def codes(self, layer: W8A8Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes ``[M, K]`` int8, scale ``[M, 1]`` (or ``[M, 1 + G]``) float32 and zero point of the rewritten activation."""
-        scheme, zero = layer.scheme, layer.input_zero_point
-        clusters = {"groups": layer.groups, "shares": layer.packed.shares}
-        if layer.input_scale is None:
-            return reference.quantize_rows(x, bits=scheme.activation_bits, symmetric=scheme.symmetric, **clusters)
-        return *reference.quantize_static(x, layer.input_scale, zero, bits=scheme.activation_bits, **clusters), zero
-
-    def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        x, side = layer.prepare_input(x)
-        extra, columns = layer.bias, None
-        if layer.threshold:
-            large, columns = reference.reaching(x, layer.threshold)
-            product = torch.ops.quantkit.column_product(x, columns, layer.weight, layer.weight_scale)
+    def run(self, x: Tensor) -> Tensor:
+        """``x [M, K]`` float to ``[M, N]`` in its dtype, one step after the other."""
+        operand, dtype = self.operand, x.dtype
+        if isinstance(operand.input, Float):
+            return self._run_float(x)
+        x, side = operand.rewrite.apply(x)
+        extra, columns, threshold = operand.bias, None, operand.rewrite.threshold
+        if threshold is not None:
+            large, columns = reference.reaching(x, threshold)
+            product = torch.ops.quantkit.column_product(x, columns, operand.codes, operand.scale)
             extra = product if extra is None else product + extra.float()
             x = x.masked_fill(large, 0)
-        q, scale, zero = self.codes(layer, x)
+        q, scale, zero = self.quantized(x)
         if columns is not None:
             q = q.masked_fill(columns, 0)
         product = None
         if side is not None:
-            assert layer.outlier_weight is not None
+            assert operand.outlier_weight is not None
             # float64, so that no bit of float32 shows how the library splits the sum: a token is the same in any batch
-            product = (side.double() @ layer.outlier_weight.double().t()).float()
-        sums = None if zero is None else layer.packed.sums
-        if layer.groups:
-            acc, zero = self.segment_sum(layer, q, scale[:, 1:], zero), None
+            product = (side.double() @ operand.outlier_weight.double().t()).float()
+        sums = None if zero is None else self.sums
+        if operand.input_groups:
+            acc, zero = self.group_sum(q, scale[:, 1:], zero), None
         else:
-            acc = self.matmul(layer, q)
+            acc = self.matmul(q)
         if product is not None:
             extra = product if extra is None else product + extra.float()
-        return reference.epilogue(acc, scale[:, :1], layer.weight_scale[:, 0], zero, sums, extra, dtype)
+        return reference.epilogue(acc, scale[:, :1], operand.scale[:, 0], zero, sums, extra, dtype)
+
+    def _run_float(self, x: Tensor) -> Tensor:
+        """Of an activation that nothing rounds, in float32, multiplied by what the codes stand for."""
+        operand = self.operand
+        inner, side = operand.rewrite.apply(x)
+        y = inner.float() @ operand.dequantized().t()
+        if side is not None:
+            assert operand.outlier_weight is not None
+            y = y + side.float() @ operand.outlier_weight.float().t()
+        return (y if operand.bias is None else y + operand.bias.float()).to(x.dtype)
+
+    def matmul(self, q: Tensor) -> Tensor:
+        """``q [M, K] @ codes [N, K]^T`` to int32, exact."""
+        return reference.int_matmul(q, self.operand.codes)
+
+    def group_products(self, q: Tensor) -> Iterator[Tensor]:
+        """The product of each group of channels, ``[M, N]`` int32, exact."""
+        groups = self.operand.groups
+        for part, codes in zip(q.split(groups, dim=1), self.operand.codes.split(groups, dim=1), strict=True):
+            yield reference.int_matmul(part, codes)
+
+    def group_sum(self, q: Tensor, multipliers: Tensor, zero: Tensor | None) -> Tensor:
+        """:func:`quantkit.ops.reference.group_sum` of the groups of the operand."""
+        assert self.operand.multipliers is not None
+        products, sums = self.group_products(q), None if zero is None else self.sums
+        return reference.group_sum(products, multipliers, self.operand.multipliers, zero, sums)
+
+    def quantized(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes ``[M, K]`` int8, scale ``[M, 1]`` (or ``[M, 1 + G]``) float32 and zero point of the rewritten activation."""
+        operand = self.operand
+        assert isinstance(operand.input, Quantized)
+        number, zero = operand.input.number, operand.input_zero_point
+        groups: dict[str, Any] = {"groups": operand.input_groups, "shares": self.shares}
+        if operand.input_scale is None:
+            return reference.quantize_rows(x, bits=number.bits, symmetric=number.symmetric, **groups)
+        return *reference.quantize_static(x, operand.input_scale, zero, bits=number.bits, **groups), zero
 
 
-def shares_of(layer: W8A8Linear) -> Tensor | None:
-    """:func:`quantkit.core.numerics.shares` of the clusters of ``layer``."""
-    if not layer.groups:
+class Plain:
+    """The backend called ``"reference"``."""
+
+    name = "reference"
+
+    def why_not(self, operand: Operand | None, device: torch.device) -> str | None:
         return None
-    return shares(layer.weight, layer.weight_scale, layer.groups, layer.scheme.symmetric)
+
+    def why_simulated(self, operand: Operand) -> str | None:
+        return "plain PyTorch computes it, which saves nothing"
+
+    def prepare(self, operand: Operand) -> PlainPrepared:
+        return PlainPrepared(operand, reference.row_sums(operand.codes, operand.groups), shares_of(operand))
+
+
+def shares_of(operand: Operand) -> Tensor | None:
+    """:func:`quantkit.core.numerics.shares` of the groups of the input; None where it has none."""
+    if not operand.input_groups or not isinstance(operand.input, Quantized):
+        return None
+    return shares(operand.codes, operand.weight_scale, operand.groups, operand.input.number.symmetric)
+
+
+def other_than_w8a8(operand: Operand) -> str | None:
+    """What of the formats of ``operand`` is no INT8, for backends that multiply INT8 by INT8; None if all of it is."""
+    if isinstance(operand.input, Float):
+        return "activations stay in floating point, and are multiplied as such"
+    if operand.weight.number.bits != 8:
+        return f"weights of {operand.weight.number.bits} bits are stored and multiplied as INT8"
+    if operand.input.number.bits != 8:
+        return f"activations of {operand.input.number.bits} bits are multiplied as INT8"
+    return None
 
 
 # One operator, since how many columns there are is known only at run time.
@@ -105,13 +137,3 @@ _library.impl("column_product", reference.column_product, "CompositeExplicitAuto
 @torch.library.register_fake("quantkit::column_product")
 def _(x: Tensor, columns: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-
-
-# One operator for all butterflies: Inductor takes seconds for each layer to compile what it can only run slower.
-_library.define("rotate(Tensor x, int block, Tensor? signs) -> Tensor")
-_library.impl("rotate", lambda x, block, signs: Rotation(block, signs).apply(x), "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("quantkit::rotate")
-def _(x: Tensor, block: int, signs: Tensor | None) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -150,21 +150,23 @@ def row_sums(weight: Tensor, groups: tuple[int, ...] = ()) -> Tensor:
     return torch.stack([part.sum(dim=1, dtype=torch.int32) for part in weight.split(groups, dim=1)])
 
 
-def segment_sum(
-    products: Iterable[Tensor], multiples: Tensor, of_rows: Tensor, zero: Tensor | None, weight_sum: Tensor | None
+def group_sum(
+    products: Iterable[Tensor], multipliers: Tensor, row_multipliers: Tensor, zero: Tensor | None, weight_sum: Tensor | None
 ) -> Tensor:
-    """``[M, N]`` int32 of clusters of channels, in units: the sum of ``multiple_g of_row_g (acc_g - zero_g weight_sum_g)``.
+    """``[M, N]`` int32: the sum over groups g of ``multiplier_g row_multiplier_g (acc_g - zero_g weight_sum_g)``.
+
+    Times the base scales of token and row, this is the product.
 
     Args:
-        products: of each of G clusters, ``[M, N]`` int32.
-        multiples, of_rows: ``[M, G]`` and ``[N, G]``, whole numbers, of tokens and rows of the weight.
+        products: of each of G groups of channels, ``acc [M, N]`` int32.
+        multipliers, row_multipliers: ``[M, G]`` and ``[N, G]``, whole numbers, of tokens and of rows of the weight.
         zero, weight_sum: ``[M, G]`` (or ``[G]``) and ``[G, N]`` int32, for asymmetric activations.
     """
-    acc = torch.zeros(len(multiples), len(of_rows), dtype=torch.int32, device=multiples.device)
-    both = multiples.to(torch.int32).split(1, dim=1), of_rows.to(torch.int32).t()
-    for g, (product, multiple, of_row) in enumerate(zip(products, *both, strict=True)):
+    acc = torch.zeros(len(multipliers), len(row_multipliers), dtype=torch.int32, device=multipliers.device)
+    both = multipliers.to(torch.int32).split(1, dim=1), row_multipliers.to(torch.int32).t()
+    for g, (product, multiplier, row_multiplier) in enumerate(zip(products, *both, strict=True)):
         if zero is not None:
             assert weight_sum is not None
             product = product - zero[..., g : g + 1] * weight_sum[g]
-        acc += product * multiple * of_row
+        acc += product * multiplier * row_multiplier
     return acc

@@ -1,18 +1,21 @@
-"""The one place that changes float parameters: put a site's scale and shift into its producer, its order into its carriers, and
-return what is left."""
+"""Folding: a site's scale and shift go into the module that produces it, its order of channels into the linears that carry it.
+
+What of a transform can be folded is a value here, :class:`Fold` and :class:`Reorder`, and what cannot is the transform that is
+left for run time. Only :func:`store_norms` and :func:`restore_norms` change a model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.core.sites import Site
+from quantkit.core.plan import ModelPlan
+from quantkit.core.sites import Site, absorb
 from quantkit.core.transform import Transform
-from quantkit.discovery.discover import absorb
 
 
 class Rows(NamedTuple):
@@ -185,6 +188,36 @@ def split_order(site: Site, leftover: Transform) -> tuple[Reorder | None, Transf
         leftover, permutation=None, scale=moved(leftover.scale), shift=moved(leftover.shift), outliers=outliers
     )  # fmt: skip
     return reorder, left
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A plan taken apart: what is folded where, and what each site is left with at run time; by the name of the site.
+
+    Attributes:
+        folds: what producers take over.
+        reorders: what carriers take over.
+        leftovers: what runs at inference.
+    """
+
+    folds: Mapping[str, Fold]
+    reorders: Mapping[str, Reorder]
+    leftovers: Mapping[str, Transform]
+
+
+def split_all(model: nn.Module, plan: ModelPlan) -> Pieces:
+    """Take the transforms of ``plan`` apart for ``model``, which is only looked at."""
+    folds, reorders, leftovers = {}, {}, {}
+    for site in plan.sites:
+        name = site.site.name
+        fold, leftovers[name] = split(model, site.site, site.transform)
+        if fold is not None:
+            folds[name] = fold
+        if site.reorders:
+            reorder, leftovers[name] = split_order(site.site, leftovers[name])
+            if reorder is not None:
+                reorders[name] = reorder
+    return Pieces(folds, reorders, leftovers)
 
 
 def row_sources(reorders: Sequence[Reorder]) -> dict[str, Tensor]:

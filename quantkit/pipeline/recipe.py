@@ -1,4 +1,11 @@
-"""A recipe: everything that decides the integers but the model and the data, as plain data that can be written down."""
+"""A recipe: everything that decides the integers but the model and the data, as plain data that can be written down.
+
+A recipe is what :func:`quantkit.quantize` was called with, in a form that YAML and JSON can hold. People write recipes as
+files, and every quantized model carries its own, so that it can be made again to the same bits. Calibrators are written by name
+with all of their options. That works for every calibrator that a method of the same name makes, whether it is quantkit's, was
+registered by the program (:func:`quantkit.register_method`) or comes from an installed package. A calibrator of any other class
+is written as the place to import it from, and reading such a recipe runs code, so whoever reads it has to allow that.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,7 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.calibrators import METHODS, Calibrator, resolve
+from quantkit.calibrators import Calibrator, kind_of, methods, resolve
 from quantkit.core.errors import CheckpointError, MethodError, SchemeError
 from quantkit.core.scheme import Scheme
 
@@ -57,8 +64,8 @@ class Recipe:
 
         Args:
             data: a mapping with ``method``, and any of ``scheme``, ``seed``, ``ignore`` and ``targets``.
-            imports: allow calibrators that are not quantkit's, given as ``{"import": "package.module:Class", ...}``. This runs
-                their code: never for a recipe that you have not read.
+            imports: allow calibrators that no method is named after, given as ``{"import": "package.module:Class", ...}``. This
+                runs their code: never for a recipe that you have not read.
 
         Raises:
             MethodError: something is missing, mistyped or unknown.
@@ -120,7 +127,8 @@ class Recipe:
 def calibrator_dict(calibrator: Calibrator) -> dict[str, Any]:
     """Its name, or where to import it from, and its options. One that plain data cannot say gets a reason in their place."""
     kind = type(calibrator)
-    where = {"name": calibrator.name} if kind in _classes() else {"import": f"{kind.__module__}:{kind.__qualname__}"}
+    known = kind_of(calibrator.name) is kind
+    where = {"name": calibrator.name} if known else {"import": f"{kind.__module__}:{kind.__qualname__}"}
     if is_dataclass(calibrator):
         options = {f.name: getattr(calibrator, f.name) for f in options_of(kind)}
     else:
@@ -131,19 +139,16 @@ def calibrator_dict(calibrator: Calibrator) -> dict[str, Any]:
         same = json.loads(json.dumps(options)) == options
     except (TypeError, ValueError):
         same = False
-    if not same or "<locals>" in kind.__qualname__ or kind.__module__ == "__main__":
-        return {**where, "lost": "options that JSON cannot hold" if not same else "a class that cannot be imported"}
+    if not same:
+        return {**where, "lost": "options that JSON cannot hold"}
+    if not known and ("<locals>" in kind.__qualname__ or kind.__module__ == "__main__"):
+        return {**where, "lost": "a class that cannot be imported"}
     return {**where, **options}
 
 
 def options_of(kind: Any, *, everything: bool = False) -> list[Field[Any]]:
     """Fields that decide something; a field with ``metadata={"recipe": False}``, such as a working folder, does not."""
     return [f for f in fields(kind) if f.init and (everything or f.metadata.get("recipe", True))]
-
-
-def _classes() -> dict[Any, str]:
-    """The built-in calibrators: those that a name stands for by themselves or with others."""
-    return {type(c): c.name for make in METHODS.values() for c in resolve(make())}
 
 
 def _calibrator(part: Any, imports: bool, written: bool) -> Any:
@@ -159,9 +164,11 @@ def _calibrator(part: Any, imports: bool, written: bool) -> Any:
         kind = _imported(options.pop("import"), imports)
     else:
         name = options.pop("name", None)
-        kind = next((c for c, known in _classes().items() if known == name), None)
+        if not isinstance(name, str) or name not in methods():
+            raise MethodError(f"the recipe's method names {name!r}: there are {', '.join(methods())}")
+        kind = kind_of(name)
         if kind is None:
-            raise MethodError(f"the recipe's method names {name!r}: there are {', '.join(_classes().values())}")
+            raise MethodError(f"the recipe's method names {name!r}, which makes calibrators of other names: name one of those")
     known = {f.name: f for f in options_of(kind, everything=not written)} if is_dataclass(kind) else {}
     wrong = [key for key in options if key not in known]
     missing = [key for key, f in known.items() if key not in options and f.default is MISSING and f.default_factory is MISSING]

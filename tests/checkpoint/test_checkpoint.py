@@ -23,7 +23,7 @@ from torch import nn
 
 import quantkit
 from quantkit import CheckpointError, ModelError, Plan, Rotation, SmoothQuant, Stage, Transform
-from quantkit.calibrators import METHODS
+from quantkit.calibrators import methods
 from quantkit.checkpoint import files, record, save
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -74,7 +74,7 @@ def test_schemes(scheme: str, tmp_path: Path) -> None:
     assert_same(outputs(fresh), outputs(model))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 def test_methods(method: str, tmp_path: Path) -> None:
     model = quantized(llama(), method)
     again = quantkit.load(quantkit.save(model, tmp_path / "out"))

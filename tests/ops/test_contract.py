@@ -14,13 +14,14 @@ from helpers import assert_same
 from torch import Tensor, nn
 
 import quantkit
-from quantkit import BackendError, Rotation, Scheme, Transform, W8A8Linear, ops
+from quantkit import BackendError, Rotation, Scheme, Transform, W8A8Linear
+from quantkit.core.formats import PerTensor
 from quantkit.core.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, quantize_weight
 from quantkit.integrations.compressed.load import longest
-from quantkit.ops import BACKENDS, reference, use_backend
+from quantkit.ops import reference
+from quantkit.ops.table import backends, forced, use_backend
 from quantkit.ops.cpu import backend as cpu
 from quantkit.ops.cpu.native import library
-from quantkit.ops.plain import Plain
 
 SCHEMES = [
     "w8a8",
@@ -45,7 +46,7 @@ STEPS = [
     ("shift", "scale", "outliers", "permutation", "rotation", "groups"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-VARIANTS = [(b.name, how) for b in BACKENDS for how in (("native", "plain", "split") if b.name == "cpu" else ("",))]
+VARIANTS = [(name, how) for name in backends() for how in (("native", "plain", "split") if name == "cpu" else ("",))]
 
 
 @pytest.fixture(params=VARIANTS, ids="-".join)
@@ -98,7 +99,7 @@ def layer(
     inner, side = leftover.weight(weight)
     kind = Scheme.parse(scheme)
     groups = leftover.groups or ()
-    codes, scale = quantize_weight(inner, kind.weight_bits, per_tensor=kind.weights == "tensor", groups=groups)
+    codes, scale = quantize_weight(inner, kind.weight.number.bits, per_tensor=kind.weight.granularity == PerTensor(), groups=groups)
     return W8A8Linear.from_float(
         linear, scheme=kind, codes=codes, weight_scale=scale, bias=torch.randn(n) if bias else None, leftover=leftover,
         outlier_weight=side, input_range=(torch.tensor(-2.0), torch.tensor(3.0)),
@@ -125,11 +126,11 @@ def check(module: W8A8Linear, x: Tensor) -> Tensor:
         wanted = copy.deepcopy(module)(x)
     assert got.dtype == x.dtype
     what = f"{module} of {list(x.shape)} {x.dtype}"
-    if ops._forced == ["triton"] and x.dtype == torch.bfloat16 and module.outlier_index is not None:
+    if forced() == "triton" and x.dtype == torch.bfloat16 and module.outlier_index is not None:
         return got  # its interpreter multiplies bfloat16 as integers; benchmarks/check_gpu.py compares these on a GPU
-    if ops._forced == ["triton"] and (module.rotation_block or module.outlier_index is not None):
+    if forced() == "triton" and (module.rotation_block or module.outlier_index is not None):
         near(got, wanted, what)  # sums of floats, in another order
-    elif ops._forced == ["triton"] and x.dtype == torch.bfloat16:
+    elif forced() == "triton" and x.dtype == torch.bfloat16:
         torch.testing.assert_close(got, wanted, rtol=2.0**-7, atol=0, equal_nan=True, msg=what)  # its interpreter truncates
     else:
         assert_same(got, wanted, what)
@@ -181,7 +182,7 @@ def test_rotations_in_c(k: int, block: int, others: tuple[str, ...], dtype: torc
     for signs in (None, torch.randint(0, 2, (k,)) * 2.0 - 1):
         leftover = replace(transform(k, *others), rotation=Rotation(block, signs))
         module = layer(k, 19, dtype=dtype, leftover=leftover)
-        assert module.packed.fused == (library() is not None)
+        assert module.prepared.fused == (library() is not None)
         x = hostile(17, k, dtype)
         y = check(module, x)
         assert_same(torch.cat([check(module, row[None]) for row in x]), y)  # in one call, and in three
@@ -274,7 +275,7 @@ def test_rows_that_are_zero_or_not_finite(backend: str, scheme: str, steps: tupl
 @pytest.mark.parametrize("m", [1, 2])
 def test_the_longest_exact_sum(backend: str, scheme: str, sign: int, m: int) -> None:
     """All codes as large as they get and of one sign: the sum is the largest there is, and must not wrap."""
-    symmetric = Scheme.parse(scheme).symmetric
+    symmetric = Scheme.parse(scheme).input.number.symmetric
     k = MAX_EXACT_K if symmetric else MAX_EXACT_K_ASYMMETRIC
     module = W8A8Linear(k, 1, scheme=Scheme.parse(scheme), bias=False)
     module.weight.fill_(127)
@@ -327,7 +328,7 @@ def test_clusters_share_an_accumulator(backend: str, scheme: str) -> None:
     """The rule of numerics, with int64 sums: exactly what clusters would be by themselves, each in its own scale."""
     module, x = layer(40, 19, scheme, steps=("groups",)), hostile(17, 40)
     with use_backend("reference"):
-        q, scale, zero = Plain().codes(copy.deepcopy(module), x)
+        q, scale, zero = copy.deepcopy(module).prepared.quantized(x)
     zero = torch.zeros(17, 3, dtype=torch.int32) if zero is None else zero.expand(17, 3)
     acc = torch.zeros(17, 19, dtype=torch.int64)
     for g, (a, b) in enumerate(zip(q.split(module.groups, 1), module.weight.split(module.groups, 1), strict=True)):
@@ -360,8 +361,8 @@ def test_a_token_in_one_call(steps: tuple[str, ...], dtype: torch.dtype) -> None
     """On any processor, also one whose ``int_mm`` saturates: this pass multiplies by itself, the whole weight."""
     for k, n in ((40, 19), (577, 33), (64, 64), (5, 3)):
         module = layer(k, n, steps=steps)
-        assert module.packed.fused
-        whole = replace(module.packed, high=module.weight, low=None)
+        assert module.prepared.fused
+        whole = replace(module.prepared.passes, high=module.weight, low=None)
         for row in hostile(17, k, dtype):
             with use_backend("reference"):
                 wanted = copy.deepcopy(module)(row[None])
@@ -458,7 +459,7 @@ def test_backends_by_name() -> None:
     with use_backend("cpu"), pytest.raises(BackendError, match="meta"):
         layer(4, 4).to("meta")(torch.zeros(1, 4, device="meta"))
     module, x = layer(16, 8), torch.randn(2, 16)
-    assert module.packed.backend.name == "cpu"
+    assert type(module.prepared).__name__ == "CPUPrepared"
     with use_backend("reference"):
         module(x)
     check(module, x)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from triton.compiler.errors import CompilationError
 
 from quantkit.core.errors import BackendError
-from quantkit.core.transform import Rotation
+from quantkit.core.rotation import Rotation
 from quantkit.ops import gpu, reference
 from quantkit.ops.gpu import configs, operators, tune
 from quantkit.ops.gpu.configs import Decode, Gemm, Tile, Vector, padded

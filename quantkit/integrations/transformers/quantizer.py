@@ -39,10 +39,11 @@ from quantkit.checkpoint.record import (
 )
 from quantkit.core.errors import CheckpointError, MethodError, ModelError
 from quantkit.core.numerics import quantize_weight
+from quantkit.core.operand import Facts, check_exact
 from quantkit.core.report import LayerRecord, Report, attach, detach, has_report, report
 from quantkit.core.scheme import Scheme
 from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
-from quantkit.layers.linear import W8A8Linear, check_exact
+from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import unfuse
 from quantkit.model.modules import is_conv1d, linears_of, replace_module
 from quantkit.model.targets import matches
@@ -264,14 +265,14 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _replace(self, model: Any, name: str, linear: Any, scheme: Scheme, dtype: torch.dtype, threshold: float) -> None:
         k, n = linear.weight.shape if is_conv1d(linear) else linear.weight.shape[::-1]
-        check_exact(k, scheme, name)
+        check_exact(k, scheme.input, name)
         if is_conv1d(linear):
             self.transposed.add(name)
-        layer = W8A8Linear(k, n, scheme=scheme, bias=linear.bias is not None, device="meta", dtype=dtype)
+        facts = Facts(k, n, scheme, threshold=threshold or None)
+        layer = W8A8Linear.from_operand(facts.empty(bias=linear.bias is not None, device="meta", dtype=dtype))
         # A placeholder in floating point and in the shape of the file: transformers up to 5.22 casts a weight to the dtype of
         # what it will replace before it is rounded.
         layer.weight = torch.empty(linear.weight.shape, dtype=dtype, device="meta")
-        layer.threshold = threshold
         replace_module(model, name, layer)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

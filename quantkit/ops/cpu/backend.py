@@ -12,19 +12,17 @@ import ctypes
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantkit.core.numerics import qmax
-from quantkit.core.transform import Rotation
-from quantkit.ops.cpu.native import TILE, Clusters, Rewrite, library
-from quantkit.ops.plain import Plain, shares_of
+from quantkit.core.formats import Quantized
+from quantkit.core.operand import Operand
+from quantkit.core.tracing import constant_while_tracing
+from quantkit.ops.cpu.native import TILE, Groups, Rewrite, library
+from quantkit.ops.plain import Plain, PlainPrepared, other_than_w8a8, shares_of
 from quantkit.ops.reference import row_sums
-
-if TYPE_CHECKING:
-    from quantkit.layers.linear import W8A8Linear
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 TOKEN_ELEMENTS = 2**21
@@ -34,13 +32,13 @@ ELEMENTS_PER_THREAD = 2**15
 
 
 # Asked while tracing too, if the first call of a layer is a compiled one: Dynamo then runs these instead of tracing them.
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def int_mm_is_exact() -> bool:
     """Whether ``torch._int_mm`` adds without saturating: true with VNNI, false on AVX2 and plain AVX-512."""
     return _measured_exact()
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def _has_library() -> bool:
     return library() is not None
 
@@ -56,18 +54,24 @@ def _measured_exact() -> bool:
     return True
 
 
-@dataclass
-class CPUPacked:
-    """A weight ready to run.
+@dataclass(eq=False)
+class Passes:
+    """What the passes in C read. Vectors of the rewrite are in the order of the channels after it.
 
-    ``fused`` says whether the C passes apply. ``low`` is None where int_mm is exact; elsewhere
-    ``weight = high + low``, with halves too small to saturate. ``order`` to ``block`` rewrite the input, as :class:`Rewrite`
-    says, with vectors in the channels of the result.
+    Attributes:
+        high, low: ``[N, K]`` int8, whose sum is the weight; ``low`` is None where the product does not saturate.
+        sums: ``[N]``, or ``[G, N]`` with groups, int32: sums of the codes of each row.
+        scale: ``[N]`` float32, base scales.
+        bias: ``[N]`` float32 or None.
+        order, shift, pre_scale: ``[K]`` int32 and float32, or None.
+        factors: ``[K]`` float32, padded to :data:`TILE`, by which a rotation begins; None without one.
+        block: channels that the rotation mixes, 0 without one.
+        top: the largest code of the activation.
+        groups: sizes of groups of channels; empty for one.
+        shares: ``[G]`` float32, :func:`quantkit.core.numerics.shares`; None without groups.
+        row_multipliers: ``[G, N]`` int32; None without groups.
     """
 
-    backend: Any
-    device: torch.device
-    weight: Tensor
     high: Tensor
     low: Tensor | None
     sums: Tensor
@@ -79,33 +83,31 @@ class CPUPacked:
     factors: Tensor | None
     block: int
     top: float
-    fused: bool
     groups: tuple[int, ...] = ()
     shares: Tensor | None = None
-    of_rows: Tensor | None = None
-    """Multiples of the weight's rows ``[G, N]`` int32."""
+    row_multipliers: Tensor | None = None
 
     @functools.cached_property
     def sizes(self) -> Tensor:
         return torch.tensor(self.groups)
 
     @functools.cached_property
-    def clusters(self) -> Clusters | None:
-        vectors = map(_address, (self.sizes, self.shares, self.of_rows))
-        return Clusters(len(self.groups), *vectors) if self.groups else None
+    def groups_in_c(self) -> Groups | None:
+        vectors = map(_address, (self.sizes, self.shares, self.row_multipliers))
+        return Groups(len(self.groups), *vectors) if self.groups else None
 
     @functools.cached_property
-    def rewrite(self) -> Rewrite:
+    def rewrite_in_c(self) -> Rewrite:
         return Rewrite(*map(_address, (self.order, self.shift, self.pre_scale, self.factors)), self.block)
 
     @functools.cached_property
     def pointers(self) -> tuple[int | None, ...]:
-        """Addresses of rewrite, weight, sums, scale, bias and clusters, which this object keeps alive."""
+        """Addresses of rewrite, weight, sums, scale, bias and groups, which this object keeps alive."""
         rewrites = any(t is not None for t in (self.order, self.shift, self.pre_scale, self.factors))
         parts = map(_address, (self.high, self.sums, self.scale, self.bias))
         return (
-            ctypes.addressof(self.rewrite) if rewrites else None, *parts,
-            None if self.clusters is None else ctypes.addressof(self.clusters),
+            ctypes.addressof(self.rewrite_in_c) if rewrites else None, *parts,
+            None if self.groups_in_c is None else ctypes.addressof(self.groups_in_c),
         )  # fmt: skip
 
 
@@ -113,98 +115,110 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+@dataclass(eq=False)
+class CPUPrepared(PlainPrepared):
+    """An operand with what the passes in C read, and whether they do all of it (*fused*)."""
+
+    passes: Passes
+    fused: bool
+
+    def run(self, x: Tensor) -> Tensor:
+        passes = self.passes
+        if not self.fused or x.dtype not in TYPES or (passes.groups and torch.compiler.is_compiling()):
+            return super().run(x)
+        if torch.compiler.is_compiling():
+            if x.shape[0] <= (0 if passes.block else 1):
+                return super().run(x)
+            parts = (passes.high, passes.low, passes.sums, passes.scale, passes.bias)
+            rewrite = (passes.order, passes.shift, passes.pre_scale, passes.factors, passes.block)
+            return torch.ops.quantkit.cpu_linear(x, *parts, *rewrite, passes.top)
+        if not x.numel():
+            return super().run(x)
+        return _fused(passes, x.contiguous())
+
+    def matmul(self, q: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.quantkit.int_matmul(q, self.passes.high, self.passes.low)
+        return int_matmul(q, self.passes.high, self.passes.low)
+
+    def group_products(self, q: Tensor) -> Iterator[Tensor]:
+        return _group_products(self.passes, q)
+
+    def group_sum(self, q: Tensor, multipliers: Tensor, zero: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling() or not _has_library() or not q.numel():
+            return super().group_sum(q, multipliers, zero)
+        return _group_sum(self.passes, _group_products(self.passes, q, in_place=True), multipliers, zero)
+
+
 class CPU(Plain):
-    """See the module."""
+    """The backend called ``"cpu"``."""
 
     name = "cpu"
 
-    def why_not(self, device: torch.device) -> str | None:
+    def why_not(self, operand: Operand | None, device: torch.device) -> str | None:
         return None if device.type == "cpu" else "needs tensors in main memory"
 
-    def pack(self, layer: W8A8Linear) -> CPUPacked:
-        weight = layer.weight.contiguous()
-        high, low = weight, None
+    def why_simulated(self, operand: Operand) -> str | None:
+        return other_than_w8a8(operand)
+
+    def prepare(self, operand: Operand) -> CPUPrepared:
+        codes, rewrite, input_ = operand.codes.contiguous(), operand.rewrite, operand.input
+        high, low = codes, None
         if not int_mm_is_exact():
-            high = weight.clamp(-64, 64)  # two products of 255 * 64 fit the int16 that AVX2 adds them in
-            low = weight - high
-        fused = not layer.scheme.is_static and layer.scheme.symmetric and layer.outlier_index is None
-        fused = fused and not layer.threshold
-        order, block = layer.permutation, layer.rotation_block
+            high = codes.clamp(-64, 64)  # two products of 255 * 64 fit the int16 that AVX2 adds them in
+            low = codes - high
+        quantized = isinstance(input_, Quantized)
+        fused = quantized and not operand.is_static and input_.number.symmetric and rewrite.outliers is None
+        fused = fused and rewrite.threshold is None
+        order, rotation, factors = rewrite.permutation, rewrite.rotation, None
 
         def ordered(vector: Tensor | None) -> Tensor | None:
             nonlocal fused
             fused = fused and (vector is None or vector.dtype == torch.float32)  # C reads it as it is
             return vector if vector is None or order is None else vector[order]
 
-        factors = None
-        if block:
-            factors = Rotation(block, layer.rotation_signs).factors(layer.in_features).float()
+        if rotation is not None:
+            factors = rotation.factors(operand.in_features).float()
             factors = torch.nn.functional.pad(factors, (0, -len(factors) % TILE))
-        return CPUPacked(
-            self, layer.weight.device, layer.weight, high, low,
-            row_sums(weight, layer.groups), layer.weight_scale.float()[:, 0].contiguous(),
-            None if layer.bias is None else layer.bias.float().contiguous(),
-            None if order is None else order.to(torch.int32), ordered(layer.shift), ordered(layer.pre_scale), factors, block,
-            float(qmax(layer.scheme.activation_bits)), fused and _has_library(),
-            layer.groups, shares_of(layer), layer.weight_scale[:, 1:].t().to(torch.int32).contiguous(),
+        sums, shares = row_sums(codes, operand.groups), shares_of(operand)
+        multipliers = operand.multipliers
+        passes = Passes(
+            high, low, sums, operand.scale.float()[:, 0].contiguous(),
+            None if operand.bias is None else operand.bias.float().contiguous(),
+            None if order is None else order.to(torch.int32), ordered(rewrite.shift), ordered(rewrite.pre_scale), factors,
+            0 if rotation is None else rotation.block, float(input_.number.qmax) if quantized else 0.0,
+            operand.groups, shares, None if multipliers is None else multipliers.t().to(torch.int32).contiguous(),
         )  # fmt: skip
-
-    def matmul(self, layer: W8A8Linear, q: Tensor) -> Tensor:
-        packed = layer.packed
-        if torch.compiler.is_compiling():
-            return torch.ops.quantkit.int_matmul(q, packed.high, packed.low)
-        return int_matmul(q, packed.high, packed.low)
-
-    def segments(self, layer: W8A8Linear, q: Tensor) -> Iterator[Tensor]:
-        return _segments(layer.packed, q)
-
-    def segment_sum(self, layer: W8A8Linear, q: Tensor, multiples: Tensor, zero: Tensor | None) -> Tensor:
-        if torch.compiler.is_compiling() or not _has_library() or not q.numel():
-            return super().segment_sum(layer, q, multiples, zero)
-        return _segment_sum(layer.packed, _segments(layer.packed, q, in_place=True), multiples, zero)
-
-    def linear(self, layer: W8A8Linear, x: Tensor) -> Tensor:
-        packed = layer.packed
-        if not packed.fused or x.dtype not in TYPES or (packed.groups and torch.compiler.is_compiling()):
-            return super().linear(layer, x)
-        if torch.compiler.is_compiling():
-            if x.shape[0] <= (0 if packed.block else 1):
-                return super().linear(layer, x)
-            parts = (packed.high, packed.low, packed.sums, packed.scale, packed.bias)
-            rewrite = (packed.order, packed.shift, packed.pre_scale, packed.factors, packed.block)
-            return torch.ops.quantkit.cpu_linear(x, *parts, *rewrite, packed.top)
-        if not x.numel():
-            return super().linear(layer, x)
-        return _fused(packed, x.contiguous())
+        return CPUPrepared(operand, sums, shares, passes, fused and _has_library())
 
 
-def _segments(packed: CPUPacked, q: Tensor, in_place: bool = False) -> Iterator[Tensor]:
-    """The product of each cluster of channels, ``[M, N]`` int32, exact; with ``in_place`` each where the one before was.
+def _group_products(passes: Passes, q: Tensor, in_place: bool = False) -> Iterator[Tensor]:
+    """The product of each group of channels, ``[M, N]`` int32, exact; with ``in_place`` each where the one before was.
 
     Memory that is allocated for each of them may be given back to the system in between, and is then five times as slow.
     """
     product = torch.ops.quantkit.int_matmul if torch.compiler.is_compiling() else int_matmul
     if in_place:
-        product = functools.partial(int_matmul, out=torch.empty(len(q), len(packed.high), dtype=torch.int32))
-    groups = packed.groups
-    lows = [None] * len(groups) if packed.low is None else packed.low.split(groups, dim=1)
-    for part, high, low in zip(q.split(groups, dim=1), packed.high.split(groups, dim=1), lows, strict=True):
+        product = functools.partial(int_matmul, out=torch.empty(len(q), len(passes.high), dtype=torch.int32))
+    groups = passes.groups
+    lows = [None] * len(groups) if passes.low is None else passes.low.split(groups, dim=1)
+    for part, high, low in zip(q.split(groups, dim=1), passes.high.split(groups, dim=1), lows, strict=True):
         yield product(part, high, low)
 
 
-def _segment_sum(packed: CPUPacked, products: Iterable[Tensor], multiples: Tensor, zero: Tensor | None) -> Tensor:
-    """:func:`quantkit.ops.reference.segment_sum`, one pass for each cluster; ``multiples`` are columns of a scale."""
-    lib, m, n, count = library(), len(multiples), len(packed.weight), len(packed.groups)
+def _group_sum(passes: Passes, products: Iterable[Tensor], multipliers: Tensor, zero: Tensor | None) -> Tensor:
+    """:func:`quantkit.ops.reference.group_sum`, one pass for each group; ``multipliers`` are columns of a scale."""
+    lib, m, n, count = library(), len(multipliers), len(passes.high), len(passes.groups)
     assert lib is not None
-    assert multiples.stride() == (1 + count, 1)
+    assert multipliers.stride() == (1 + count, 1)
     acc = torch.empty(m, n, dtype=torch.int32)
     zero = None if zero is None else zero.contiguous()
     threads = min(torch.get_num_threads(), 1 + m * n // ELEMENTS_PER_THREAD, m)
     for g, product in enumerate(map(Tensor.contiguous, products)):
-        lib.quantkit_segment(
-            acc.data_ptr(), product.data_ptr(), multiples.data_ptr() - 4, packed.pointers[-1], g,
+        lib.quantkit_group(
+            acc.data_ptr(), product.data_ptr(), multipliers.data_ptr() - 4, passes.pointers[-1], g,
             None if zero is None else zero.data_ptr() + 4 * g, count if zero is not None and zero.dim() > 1 else 0,
-            packed.sums[g].data_ptr(), m, n, threads,
+            passes.sums[g].data_ptr(), m, n, threads,
         )  # fmt: skip
     return acc
 
@@ -238,8 +252,8 @@ _library.define(
 
 
 def _cpu_linear(x: Tensor, high: Tensor, *rest: Any) -> Tensor:
-    packed = CPUPacked(None, x.device, high, high, *rest, True)  # type: ignore[call-arg]  # the schema above
-    return _fused(packed, x.contiguous())
+    passes = Passes(high, *rest)  # the schema above
+    return _fused(passes, x.contiguous())
 
 
 _library.impl("cpu_linear", _cpu_linear, "CPU")
@@ -250,25 +264,25 @@ def _(x: Tensor, high: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], high.shape[0])
 
 
-def _fused(packed: CPUPacked, x: Tensor) -> Tensor:
-    lib, (m, k), n = library(), x.shape, packed.scale.shape[0]
+def _fused(passes: Passes, x: Tensor) -> Tensor:
+    lib, (m, k), n = library(), x.shape, passes.scale.shape[0]
     assert lib is not None
-    kind, pool, (how, *weight, clusters) = TYPES[x.dtype], torch.get_num_threads(), packed.pointers
-    if m == 1 and packed.low is None and n * k <= TOKEN_ELEMENTS:
+    kind, pool, (how, *weight, groups) = TYPES[x.dtype], torch.get_num_threads(), passes.pointers
+    if m == 1 and passes.low is None and n * k <= TOKEN_ELEMENTS:
         y = torch.empty(1, n, dtype=x.dtype)
         threads = min(pool, 1 + n * k // (8 * ELEMENTS_PER_THREAD))
-        failed = lib.quantkit_token(y.data_ptr(), x.data_ptr(), how, *weight, clusters, n, k, packed.top, kind, threads)
+        failed = lib.quantkit_token(y.data_ptr(), x.data_ptr(), how, *weight, groups, n, k, passes.top, kind, threads)
     else:
-        q, x_scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m, 1 + len(packed.groups))
+        q, x_scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m, 1 + len(passes.groups))
         threads = min(pool, 1 + m * k // ELEMENTS_PER_THREAD, m)
         failed = lib.quantkit_quantize(
-            q.data_ptr(), x_scale.data_ptr(), x.data_ptr(), how, clusters, m, k, packed.top, kind, threads
+            q.data_ptr(), x_scale.data_ptr(), x.data_ptr(), how, groups, m, k, passes.top, kind, threads
         )
-        if packed.groups:
-            acc = _segment_sum(packed, _segments(packed, q, in_place=True), x_scale[:, 1:], None)
+        if passes.groups:
+            acc = _group_sum(passes, _group_products(passes, q, in_place=True), x_scale[:, 1:], None)
             x_scale = x_scale[:, 0].contiguous()
         else:
-            acc = int_matmul(q, packed.high, packed.low)
+            acc = int_matmul(q, passes.high, passes.low)
         # float32 results take the place of the sums they come from
         y = acc.view(torch.float32) if kind == 0 else torch.empty(m, n, dtype=x.dtype)
         threads = min(pool, 1 + m * n // ELEMENTS_PER_THREAD, m)

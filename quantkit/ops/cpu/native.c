@@ -95,12 +95,12 @@ static inline void load_row(float *restrict out, const void *x, int64_t row, int
     }
 }
 
-/* Clusters of neighbouring channels, each with a scale of its own; a null pointer stands for one of all. */
-struct clusters {
+/* Groups of neighbouring channels, each with a scale of its own. A null pointer stands for one scale for all channels. */
+struct groups {
     int64_t count;
     const int64_t *sizes;
-    const float *shares;    /* numerics.shares */
-    const int32_t *of_rows; /* [count, n]: how often a cluster counts in rows of the weight */
+    const float *shares;    /* how much of the int32 range a group takes up, core/groups.py */
+    const int32_t *row_multipliers; /* [count, n]: multipliers of the rows of the weight */
 };
 
 /* Largest absolute value, as bits: those are in the order of the values, and Inf and NaN come last. */
@@ -113,8 +113,8 @@ static inline uint32_t largest(const float *x, int64_t k) {
     return top;
 }
 
-/* numerics.shared: scale [count] becomes a unit and multiples of it, scale [1 + count]. */
-static inline void share(float *scale, const struct clusters *c) {
+/* core/groups.py, with_multipliers: the scales [count] become a base scale and multipliers, [1 + count]. */
+static inline void share(float *scale, const struct groups *c) {
     const float fineness = 0x1p17f;
     float top = 0;
     double parts = 0; /* whole numbers */
@@ -123,18 +123,18 @@ static inline void share(float *scale, const struct clusters *c) {
         top = term > top ? term : top;
     }
     for (int64_t g = 0; g < c->count; g++) parts += ceilf(scale[g] * c->shares[g] / top * fineness);
-    float unit = (float)parts * (1 / fineness) * top;
+    float base = (float)parts * (1 / fineness) * top;
     for (int64_t g = c->count; g > 0; g--) {
-        float multiple = 2 * ceilf((scale[g - 1] / unit - 1) * 0.5f) + 1;
-        scale[g] = multiple > 1 ? multiple : 1;
+        float multiplier = 2 * ceilf((scale[g - 1] / base - 1) * 0.5f) + 1;
+        scale[g] = multiplier > 1 ? multiplier : 1;
     }
-    scale[0] = unit;
+    scale[0] = base;
 }
 
-/* Codes of one row of k values, and its scale, with clusters a unit and multiples: NaN first, and codes 0, if any value is NaN
- * or Inf. */
+/* Codes of one row of k values, and its scale; with groups a base scale and multipliers. If any value is NaN or Inf, the (base)
+ * scale is NaN and all codes are 0. */
 static inline void quantize_row(int8_t *restrict q, float *restrict scale, const float *restrict x, int64_t k,
-                                const struct clusters *c, float qmax) {
+                                const struct groups *c, float qmax) {
     int64_t count = c ? c->count : 1, from = 0;
     int finite = 1;
     for (int64_t g = 0; g < count; g++) {
@@ -166,8 +166,8 @@ static inline void quantize_row(int8_t *restrict q, float *restrict scale, const
     }
 }
 
-/* x [m, k] of `type` -> q [m, k], scale [m] (with clusters [m, 1 + count]). Returns 0, or 1 without memory. */
-int quantkit_quantize(int8_t *q, float *scale, const void *x, const struct rewrite *how, const struct clusters *c,
+/* x [m, k] of `type` -> q [m, k], scale [m] (with groups [m, 1 + count]). Returns 0, or 1 without memory. */
+int quantkit_quantize(int8_t *q, float *scale, const void *x, const struct rewrite *how, const struct groups *c,
                       int64_t m, int64_t k, float qmax, int type, int threads) {
     int convert = type != F32 || how;
     int64_t room = tiled(k);
@@ -188,19 +188,20 @@ int quantkit_quantize(int8_t *q, float *scale, const void *x, const struct rewri
     return 0;
 }
 
-/* acc [m, n] = what it was, but for the first cluster, + (product [m, n] - zero[m] * sums[n]) of cluster g as often as that counts
- * in tokens, whose scale is [m, 1 + count], and in rows. zero has the given stride, and may be a null pointer. */
-void quantkit_segment(int32_t *acc, const int32_t *product, const float *scale, const struct clusters *c, int64_t g,
+/* Adds group g to the sum of groups, acc [m, n]; the first group starts the sum. What is added is
+ * (product [m, n] - zero [m] * sums [n]) times the multiplier of the token, which lies in its scale [m, 1 + count], and times that of
+ * the row. The zero points of tokens are zero_stride apart (0 for one in all), and zero may be a null pointer. */
+void quantkit_group(int32_t *acc, const int32_t *product, const float *scale, const struct groups *c, int64_t g,
                       const int32_t *zero, int64_t zero_stride, const int32_t *sums, int64_t m, int64_t n, int threads) {
-    const int32_t *of_rows = c->of_rows + g * n;
+    const int32_t *row_multipliers = c->row_multipliers + g * n;
     #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < m; i++) {
-        int32_t multiple = (int32_t)scale[i * (1 + c->count) + 1 + g];
+        int32_t multiplier = (int32_t)scale[i * (1 + c->count) + 1 + g];
         int32_t *row = acc + i * n;
         const int32_t *more = product + i * n;
         if (g == 0) memset(row, 0, (size_t)n * 4);
-        if (zero) for (int64_t j = 0; j < n; j++) row[j] += multiple * of_rows[j] * (more[j] - zero[i * zero_stride] * sums[j]);
-        else for (int64_t j = 0; j < n; j++) row[j] += multiple * of_rows[j] * more[j];
+        if (zero) for (int64_t j = 0; j < n; j++) row[j] += multiplier * row_multipliers[j] * (more[j] - zero[i * zero_stride] * sums[j]);
+        else for (int64_t j = 0; j < n; j++) row[j] += multiplier * row_multipliers[j] * more[j];
     }
 }
 
@@ -262,7 +263,7 @@ static inline int32_t dot(const int8_t *restrict q, const int8_t *restrict w, in
 
 /* ROWS (or fewer) outputs of one token, whose codes are q. */
 static inline void token_rows(void *y, const int8_t *q, const float *sx, const int8_t *w, const int32_t *sums, const float *sw,
-                              const float *bias, int64_t j, int64_t rows, int64_t n, int64_t k, const struct clusters *c, int type) {
+                              const float *bias, int64_t j, int64_t rows, int64_t n, int64_t k, const struct groups *c, int type) {
     int32_t acc[ROWS] = {0}, more[ROWS];
     int64_t count = c ? c->count : 1, from = 0;
     for (int64_t g = 0; g < count; g++) {
@@ -270,17 +271,17 @@ static inline void token_rows(void *y, const int8_t *q, const float *sx, const i
         const int8_t *at = w + j * k + from;
         if (rows == ROWS) dot_rows(more, q + from, at, k, size, sums + g * n + j);
         else for (int64_t r = 0; r < rows; r++) more[r] = dot(q + from, at + r * k, size);
-        int32_t multiple = c ? (int32_t)sx[1 + g] : 1;
-        for (int64_t r = 0; r < rows; r++) acc[r] += multiple * (c ? c->of_rows[g * n + j + r] : 1) * more[r];
+        int32_t multiplier = c ? (int32_t)sx[1 + g] : 1;
+        for (int64_t r = 0; r < rows; r++) acc[r] += multiplier * (c ? c->row_multipliers[g * n + j + r] : 1) * more[r];
         from += size;
     }
     finish_row((char *)y + j * (type == F32 ? 4 : 2), acc, sx[0], sw + j, bias ? bias + j : 0, rows, type);
 }
 
-/* The whole of one token: x [k] -> y [n], with w [n, k], sums [n] (of each cluster) of its rows, sw [n], bias [n] or 0.
+/* The whole of one token: x [k] -> y [n], with w [n, k], sums [n] (of each group) of its rows, sw [n], bias [n] or 0.
  * Returns 0, or 1 without memory. */
 int quantkit_token(void *y, const void *x, const struct rewrite *how, const int8_t *w, const int32_t *sums, const float *sw,
-                   const float *bias, const struct clusters *c, int64_t n, int64_t k, float qmax, int type, int threads) {
+                   const float *bias, const struct groups *c, int64_t n, int64_t k, float qmax, int type, int threads) {
     int convert = type != F32 || how;
     int64_t room = convert ? tiled(k) : 0, count = c ? c->count : 1;
     float *scratch = malloc((size_t)((room + 1 + count) * 4 + k)); /* floats, if needed, then scales, then k codes */

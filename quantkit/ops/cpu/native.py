@@ -27,7 +27,7 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "quantkit_quantize": (POINTER, POINTER, POINTER, POINTER, POINTER, LONG, LONG, FLOAT, INT, INT),
-    "quantkit_segment": (*[POINTER] * 4, LONG, POINTER, LONG, POINTER, LONG, LONG, INT),
+    "quantkit_group": (*[POINTER] * 4, LONG, POINTER, LONG, POINTER, LONG, LONG, INT),
     "quantkit_finish": (POINTER, POINTER, POINTER, POINTER, POINTER, LONG, LONG, INT, INT),
     "quantkit_token": (*[POINTER] * 8, LONG, LONG, FLOAT, INT, INT),
 }
@@ -43,10 +43,10 @@ class Rewrite(ctypes.Structure):
     _fields_ = (("order", POINTER), ("shift", POINTER), ("scale", POINTER), ("factors", POINTER), ("block", LONG))
 
 
-class Clusters(ctypes.Structure):
-    """``struct clusters``: addresses of sizes int64 and shares float32, ``[G]``, and of multiples of rows ``[G, N]`` int32."""
+class Groups(ctypes.Structure):
+    """``struct groups``: addresses of sizes int64 and shares float32, ``[G]``, and of multipliers of rows ``[G, N]`` int32."""
 
-    _fields_ = (("count", LONG), ("sizes", POINTER), ("shares", POINTER), ("of_rows", POINTER))
+    _fields_ = (("count", LONG), ("sizes", POINTER), ("shares", POINTER), ("row_multipliers", POINTER))
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL | None:
 def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     for name, types in SIGNATURES.items():
         getattr(lib, name).argtypes = types
-        getattr(lib, name).restype = None if name in ("quantkit_finish", "quantkit_segment") else INT
+        getattr(lib, name).restype = None if name in ("quantkit_finish", "quantkit_group") else INT
     return lib
 
 

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit import GPTQ, LLMInt8, MethodError, OmniQuant, PerSite, SmoothQuant, Stage, Transform
-from quantkit.calibration.blocks import Stream, find_blocks, record_calls, samples_of
-from quantkit.calibrators import omniquant
-from quantkit.calibrators.learned.omniquant import Block, RoundRows, distance, round_activation, round_symmetric
+from quantkit.calibration.blocks import HiddenStates, find_blocks, record_calls, samples_of
+from quantkit.calibrators.learned import rounding
+from quantkit.calibrators.learned.layers import Block
+from quantkit.calibrators.learned.omniquant import distance
+from quantkit.calibrators.learned.rounding import RoundRows, round_activation, round_symmetric
 from quantkit.core.numerics import qmax
 from quantkit.core.scheme import Scheme
 
@@ -158,7 +160,7 @@ def test_compiled_passes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for x, share in ((torch.randn(9, 40), torch.rand(9, 1) * 0.6 + 0.4), (torch.randn(2, 5, 30), None)):
         with monkeypatch.context() as patch:
-            patch.setattr(omniquant, "fused", lambda function, x: omniquant.compiled(function))
+            patch.setattr(rounding, "fused", lambda function, x: rounding.compiled(function))
             found = rounded(x, share)
         torch.testing.assert_close(found, rounded(x, share))
 
@@ -381,7 +383,9 @@ learn(llama(num_hidden_layers=3), ["smoothquant", OmniQuant(folder={folder!r})])
 def test_kill_and_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """SIGKILL while block 2 is at work: two blocks are read back, one is learned, and not a bit differs."""
     folder = str(tmp_path / "work")
-    script = SCRIPT.format(path=[str(Path(__file__).parent)], folder=folder, threads=torch.get_num_threads())
+    script = SCRIPT.format(
+        path=[str(Path(__file__).parent), str(Path(__file__).parents[1])], folder=folder, threads=torch.get_num_threads()
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert sorted(p.name for p in Path(folder).iterdir()) == ["0000.safetensors", "0001.safetensors"]
@@ -420,7 +424,7 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
         learn(model, ["smoothquant", OmniQuant(folder=tmp_path)])
 
 
-def test_the_place_of_streams_changes_nothing() -> None:
+def test_the_place_of_hidden_states_changes_nothing() -> None:
     model = llama()
     one, *others = (
         learn(copy.deepcopy(model), ["smoothquant", OmniQuant(offload=place)]).state_dict()
@@ -483,18 +487,18 @@ def test_samples() -> None:
 
 
 @pytest.mark.parametrize("place", ["device", "cpu", "disk"])
-def test_stream(place: Any) -> None:
-    stream, x = Stream(place, torch.device("cpu")), normal(2, 3)
-    stream[0] = x
-    stream[1] = x.to(torch.bfloat16)
+def test_hidden_states(place: Any) -> None:
+    kept_states, x = HiddenStates(place, torch.device("cpu")), normal(2, 3)
+    kept_states[0] = x
+    kept_states[1] = x.to(torch.bfloat16)
     before = x.clone()
     x += 1
-    assert_same(stream[0], before)
-    stream[0] = x
-    assert_same(stream[0], x)
-    stream[0] = normal(4, 5)
-    assert_same(stream[0], normal(4, 5))
-    assert_same(stream[1], before.to(torch.bfloat16))
+    assert_same(kept_states[0], before)
+    kept_states[0] = x
+    assert_same(kept_states[0], x)
+    kept_states[0] = normal(4, 5)
+    assert_same(kept_states[0], normal(4, 5))
+    assert_same(kept_states[1], before.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -15,26 +14,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from helpers import VOCAB, WIDTH, assert_same, gpt2, llama, mlp, normal, outputs, state, tokens
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quantkit
 from quantkit import RPTQ, CalibrationError, CheckpointError, MethodError, ModelError, Scheme, W8A8Linear
 from quantkit.checkpoint.record import digest_of
-from quantkit.core.numerics import qmax
-from quantkit.layers import attention as module
-from quantkit.layers.attention import (
-    AttentionQuantizer,
-    Heads,
-    attach_attention,
-    attention,
-    attention_quantizers,
-    detach_attention,
-    find_attention,
-    round_heads,
-)  # fmt: skip
-from quantkit.ops.reference import quantize_rows
+from quantkit.core.heads import HeadSizes
+from quantkit.discovery.attention import find_attention
+from quantkit.layers.attention import AttentionQuantizer, attach_attention, attention_quantizers, detach_attention
+from quantkit.ops.attention import attention, round_heads
 
 PAPER = "w4a4-static-asym-norm8-kv4-attention4"
 DYNAMIC = "w8a8-kv4-attention4"
@@ -95,63 +83,13 @@ OWNERS = {
 }
 
 
-# ---- the arithmetic
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_token_is_rounded_as_the_reference_rounds_a_row(dtype: torch.dtype, symmetric: bool, bits: int) -> None:
-    """Each cluster of each head by itself, in any order of its channels."""
-    x = (normal(2, 3, 5, 8) * 3 + 1).to(dtype)
-    x[0, 0, 2] = 0.0
-    label = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(h)) % 3 for h in range(3)])
-    got = round_heads(x, label, None, 3, bits, symmetric)
-    assert got.dtype == dtype
-    for head, cluster in itertools.product(range(3), range(3)):
-        part = x[:, head][..., label[head] == cluster]
-        codes, scale, zero = quantize_rows(part.flatten(0, 1), bits=bits, symmetric=symmetric)
-        wanted = ((codes.float() - (0 if zero is None else zero)) * scale).view(part.shape).to(dtype)
-        assert_same(got[:, head][..., label[head] == cluster].abs(), wanted.abs())  # a zero has either sign
-        assert torch.equal(got[:, head][..., label[head] == cluster], wanted)
-    one = round_heads(x, None, None, 1, bits, symmetric)
-    assert torch.equal(one, round_heads(x, torch.zeros(3, 8, dtype=torch.int64), None, 1, bits, symmetric))
-
-
-@given(st.integers(2, 8), st.booleans(), st.booleans(), st.floats(-4, 4), st.integers(0, 2**20))
-def test_error_of_rounding(bits: int, symmetric: bool, static: bool, offset: float, seed: int) -> None:
-    """At most half a step inside of the range, and a value beyond it lands on its end."""
-    x, limit = normal(2, 3, 4, seed=seed)[None] + offset, 2.0
-    low = torch.full((2, 1), -limit) if static else x.amin(-1).clamp_max(0)[..., None]
-    high = torch.full((2, 1), limit) if static else x.amax(-1).clamp_min(0)[..., None]
-    got = round_heads(x, None, torch.stack([low, high]) if static else None, 1, bits, symmetric)
-    low, high = (end[:, None] if static else end for end in (low, high))
-    top = torch.maximum(-low, high)
-    step = top / qmax(bits) if symmetric else (high - low) / (2**bits - 1)
-    # the zero point is rounded, so that an asymmetric range moves by up to half a step
-    inside = x.clamp(-top, top) if symmetric else x.clamp(low, high)
-    assert bool(((got - inside).abs() <= step * (0.5 if symmetric else 1.0) * (1 + 1e-5) + 1e-6).all())
-    assert_same(round_heads(got, None, torch.stack([low[:, 0], high[:, 0]]), 1, bits, symmetric), got) if static else None
-
-
-SHAPES = {"a token": (1, 2, 1, 4), "no batch": (0, 2, 3, 4), "no token": (1, 2, 0, 4), "more batches": (2, 3, 2, 4, 4)}
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_shapes(shape: tuple[int, ...]) -> None:
-    x, label = normal(*shape), torch.arange(4).expand(2, 4) % 2
-    got = round_heads(x, label, None, 2, 8, False)
-    assert got.shape == x.shape
-    assert torch.allclose(got, x, atol=0.02)
-    for dims in (2, 3):  # without heads
-        flat = normal(5, 5, 4)[:, 0] if dims == 2 else normal(5, 3, 4)
-        assert torch.allclose(round_heads(flat, label[:1], None, 2, 8, False), flat, atol=0.02)
+# ---- the module
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("scheme", ["w8a8-kv8-attention8", "w8a8-static-asym-kv8-attention8"])
 def test_what_is_not_finite_is_not_hidden(scheme: str, value: float) -> None:
-    quantizer = AttentionQuantizer(Scheme.parse(scheme), Heads(2, 2, 4, 4))
+    quantizer = AttentionQuantizer(Scheme.parse(scheme), HeadSizes(2, 2, 4, 4))
     for name, buffer in quantizer.named_buffers():
         assert name.endswith("_range")
         buffer.copy_(torch.tensor([-3.0, 3.0])[:, None, None].expand_as(buffer))
@@ -164,54 +102,8 @@ def test_what_is_not_finite_is_not_hidden(scheme: str, value: float) -> None:
     assert got[0, 1, 3:].isnan().all()
 
 
-BOOLEAN = torch.tensor([[True, False, True, True, False]] * 3)
-MASKS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "scale": {"scale": 0.3},
-    "causal": {"is_causal": True},
-    "boolean": {"attn_mask": BOOLEAN},
-    "boolean, a blind query": {"attn_mask": BOOLEAN & torch.tensor([[False], [True], [True]])},
-    "added": {"attn_mask": normal(2, 1, 3, 5, seed=7)},
-    "added, a blind query": {"attn_mask": torch.where(torch.tensor([[False], [True], [True]]), 0.0, -math.inf).expand(3, 5)},
-    "no query": {"queries": 0},
-    "no key": {"keys": 0},
-    "grouped": {"heads": 2, "enable_gqa": True},
-    "broadcast": {"heads": 1},
-    "bfloat16": {"dtype": torch.bfloat16, "is_causal": True},
-    "bfloat16, added": {"dtype": torch.bfloat16, "attn_mask": normal(3, 5, seed=7).bfloat16()},
-    "float64": {"dtype": torch.float64},
-}
-
-
-@pytest.mark.parametrize("case", MASKS)
-def test_explicit_attention_is_torchs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"queries": 3, "keys": 5, "heads": 4, "dtype": torch.float32} | MASKS[case]
-    length, keys, heads, dtype = (options.pop(name) for name in ("queries", "keys", "heads", "dtype"))
-    q = normal(2, 4, length, 8, seed=1).to(dtype)
-    k, v = normal(2, heads, keys, 8, seed=2).to(dtype), normal(2, heads, keys, 6, seed=3).to(dtype)
-    wanted = F.scaled_dot_product_attention(q, k, v, **options)
-    coarse = attention(q, k, v, **options)
-    assert (coarse.dtype, coarse.shape) == (dtype, wanted.shape)
-    assert torch.allclose(coarse, wanted, atol=5 * 3 / 510 + (0.02 if dtype == torch.bfloat16 else 0))
-    monkeypatch.setattr(module, "STEPS", 2**22)
-    close = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 5e-6}
-    assert torch.allclose(attention(q, k, v, **options), wanted, **close)
-
-
-def test_probabilities_have_255_steps() -> None:
-    q, k = normal(1, 1, 4, 8) * 3, normal(1, 1, 6, 8, seed=1)
-    weights = attention(q, k, torch.eye(6)[None, None])  # the values tell them
-    assert torch.equal(weights, torch.round((q @ k.transpose(-1, -2) / math.sqrt(8)).softmax(-1) * 255) / 255)
-
-
-def test_dropout_is_applied() -> None:
-    torch.manual_seed(0)
-    y = attention(normal(1, 1, 4, 8), normal(1, 1, 50, 8), torch.eye(50)[None, None], dropout_p=0.5)
-    assert 0.3 < float((y == 0).float().mean()) < 0.7
-
-
 def test_gradients_pass_straight_through() -> None:
-    quantizer = AttentionQuantizer(Scheme.parse("w8a8-kv8-attention8"), Heads(2, 2, 4, 4))
+    quantizer = AttentionQuantizer(Scheme.parse("w8a8-kv8-attention8"), HeadSizes(2, 2, 4, 4))
     parts = [normal(1, 2, 5, 4, seed=i).requires_grad_() for i in range(3)]
     quantizer(*parts, is_causal=True).square().sum().backward()
     got = [p.grad for p in parts]
@@ -235,8 +127,8 @@ def test_every_call_is_found(build: Any, request: pytest.FixtureRequest) -> None
     name = request.node.callspec.id
     found = find_attention(model, data_of(model))
     assert found.keys() == OWNERS[name]
-    kinds = {"llama": Heads(4, 2, 8, 8), "bare": Heads(2, 2, 6, 6)}
-    assert set(found.values()) == {kinds.get(name, Heads(4, 4, 8, 8))}
+    kinds = {"llama": HeadSizes(4, 2, 8, 8), "bare": HeadSizes(2, 2, 6, 6)}
+    assert set(found.values()) == {kinds.get(name, HeadSizes(4, 4, 8, 8))}
     assert attention_quantizers(quantized(model, "w8a8-kv4")).keys() == OWNERS[name]
 
 
@@ -265,10 +157,10 @@ def test_without_bits_nothing_is_touched() -> None:
 def test_keys_and_values_alone() -> None:
     """Without attention bits torch's own function runs, on what was rounded; without bits of keys only queries change."""
     q, k, v = (normal(1, 2, 5, 8, seed=i) for i in range(3))
-    quantizer = AttentionQuantizer(Scheme.parse("w8a8-kv3"), Heads(2, 2, 8, 8))
+    quantizer = AttentionQuantizer(Scheme.parse("w8a8-kv3"), HeadSizes(2, 2, 8, 8))
     k3, v3 = (round_heads(t, None, None, 1, 3, True) for t in (k, v))
     assert_same(quantizer(q, k, v, is_causal=True), F.scaled_dot_product_attention(q, k3, v3, is_causal=True))
-    quantizer = AttentionQuantizer(Scheme.parse("w8a8-attention3"), Heads(2, 2, 8, 8))
+    quantizer = AttentionQuantizer(Scheme.parse("w8a8-attention3"), HeadSizes(2, 2, 8, 8))
     assert_same(quantizer(q, k, v), attention(round_heads(q, None, None, 1, 3, True), k, v))
 
 
@@ -291,7 +183,7 @@ def test_grouped_queries_in_both_ways(scheme: str) -> None:
     plain = quantized(copy.deepcopy(model), scheme, RPTQ(8), calibration=[ids])
     masked = quantized(copy.deepcopy(model), scheme, RPTQ(8), calibration=[{"input_ids": ids, "attention_mask": mask}])
     quantizers = [attention_quantizers(m)["model.layers.0.self_attn"] for m in (plain, masked)]
-    assert [q.heads for q in quantizers] == [Heads(4, 2, 8, 8)] * 2
+    assert [q.heads for q in quantizers] == [HeadSizes(4, 2, 8, 8)] * 2
     alone = plain(ids[:1]).logits
     both = plain(ids, attention_mask=mask).logits[:1]
     assert torch.allclose(alone, both, atol=1e-5)
@@ -425,7 +317,7 @@ class Nested(nn.Module):
 def test_the_innermost_module_owns_a_call() -> None:
     model, x = Nested(), normal(2, 5, 12)
     found = find_attention(model, x)
-    assert found == {"": Heads(1, 1, 12, 12), "inner": Heads(3, 3, 4, 4)}
+    assert found == {"": HeadSizes(1, 1, 12, 12), "inner": HeadSizes(3, 3, 4, 4)}
     calls: list[tuple[str, Any]] = []
     quantized(model, "w8a8-kv4", calibration=[x])
     for name, quantizer in attention_quantizers(model).items():
@@ -444,7 +336,7 @@ def test_compiled() -> None:
 
 
 def test_other_sizes_than_those_calibrated() -> None:
-    quantizer = AttentionQuantizer(Scheme.parse(DYNAMIC), Heads(4, 2, 8, 8))
+    quantizer = AttentionQuantizer(Scheme.parse(DYNAMIC), HeadSizes(4, 2, 8, 8))
     with pytest.raises(ModelError, match="a query of 3 heads of 8"):
         quantizer(*[normal(1, 3, 5, 8)] * 3)
     with pytest.raises(ModelError, match="a key of 4 heads of 6"):
@@ -734,7 +626,7 @@ def test_configurations_that_contradict_themselves() -> None:
 def test_attached_and_detached() -> None:
     model, x = Bare(), normal(2, 9, 12)
     wanted = model(x)
-    attach_attention(model, {"": AttentionQuantizer(Scheme.parse("w8a8-kv2"), Heads(2, 2, 6, 6))})
+    attach_attention(model, {"": AttentionQuantizer(Scheme.parse("w8a8-kv2"), HeadSizes(2, 2, 6, 6))})
     assert not torch.equal(model(x), wanted)
     detach_attention(model)
     assert_same(model(x), wanted)

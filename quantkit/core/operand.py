@@ -1,0 +1,545 @@
+"""Everything that a kernel needs to know about one quantized matrix product, as one value.
+
+``y = x W^T + b``, where the weight is stored as codes and the activation ``x`` is rewritten and quantized on its way in. An
+:class:`Operand` holds the codes with their scales and formats, the rewrite of the input, and the bias. It is frozen, and knows
+no ``nn.Module``: layers hold one, backends prepare and run one, files store one, and exporters and engines may make their own.
+
+Scales of a weight row are one *base scale*. Where groups of channels have scales of their own, each row has a whole number for
+each group besides, its *multiplier*: the scale of row n in group g is ``scale[n] * multipliers[n, g]``, and sums over all
+channels, multipliers included, are exact integers. In files both lie side by side in one tensor, ``weight_scale [N, 1 + G]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.core.errors import MethodError, ModelError, QuantkitError
+from quantkit.core.formats import Float, Format, Quantized, groups_fault
+from quantkit.core.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, shares
+from quantkit.core.rewrite import Rewrite
+from quantkit.core.rotation import Rotation
+from quantkit.core.scheme import Scheme
+
+OPTIONAL = ("pre_scale", "shift", "permutation", "rotation_signs", "outlier_index", "outlier_weight")
+"""Names, in files and layers, of the tensors that an operand may have or not whatever its formats are."""
+TENSORS = ("weight", "weight_scale", "bias", "input_scale", "input_zero_point", *OPTIONAL)
+"""Names, in files and layers, of all tensors of an operand."""
+FLOAT32 = frozenset(TENSORS) - {"bias", "outlier_weight"}
+"""Those that are float32 (or whole numbers) whatever the dtype of the model is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """One quantized matrix product. N are its output features, K its input features, G its groups, n its outlier columns.
+
+    Attributes:
+        codes: ``[N, K]`` int8.
+        scale: ``[N, 1]`` float32, the base scale of each row.
+        weight: format of the weight.
+        input: format of the activation; :class:`Float` leaves it as it is, and multiplies it by what the codes stand for.
+        multipliers: ``[N, G]`` odd whole numbers as float32, where the format of the weight has groups; else None.
+        input_scale: ``[1]``, or ``[G]`` where the format of the input has groups, float32; None unless it is static.
+        input_zero_point: the same as int32; None unless it is static and asymmetric.
+        rewrite: what is done to the activation before it is quantized.
+        outlier_weight: ``[N, n]`` in the model's dtype, by which the outlier channels of the rewrite are multiplied; else None.
+        bias: ``[N]`` float, or None.
+
+    Raises:
+        MethodError: shapes that do not go together.
+        ModelError: K is beyond the exact range of an int32 accumulator.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    weight: Quantized = Quantized()
+    input: Format = Scheme().input
+    multipliers: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_zero_point: Tensor | None = None
+    rewrite: Rewrite = Rewrite()
+    outlier_weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        fault = self._fault()
+        if fault:
+            raise MethodError(f"an operand of {self.out_features} x {self.in_features}: {fault}")
+        check_exact(self.in_features, self.input, "operand")
+
+    def _fault(self) -> str | None:
+        n, k, groups = self.out_features, self.in_features, self.groups
+        if groups and (fault := groups_fault(groups, k)):
+            return fault
+        wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "scale": (self.scale, (n, 1)),
+            "multipliers": (self.multipliers, (n, len(groups))),
+            "input_scale": (self.input_scale, (max(1, len(self.input_groups)),)),
+            "input_zero_point": (self.input_zero_point, (max(1, len(self.input_groups)),)),
+            "bias": (self.bias, (n,)),
+            **{name: (getattr(self.rewrite, name), (k,)) for name in ("shift", "pre_scale", "permutation")},
+        }
+        if self.rewrite.outliers is not None:
+            wanted["outlier_weight"] = (self.outlier_weight, (n, len(self.rewrite.outliers)))
+        for name, (tensor, shape) in wanted.items():
+            if tensor is not None and tuple(tensor.shape) != shape:
+                return f"{name} is {list(tensor.shape)}, not {list(shape)}"
+        if bool(groups) != (self.multipliers is not None):
+            return f"groups {groups} and multipliers go together"
+        if self.is_static != (self.input_scale is not None):
+            return "a static input has an input_scale, and no other has one"
+        if (self.rewrite.outliers is None) != (self.outlier_weight is None):
+            return "outlier channels and outlier_weight go together"
+        rotation = self.rewrite.rotation
+        if rotation is not None and (k % rotation.block or any(size % rotation.block for size in groups)):
+            return f"a rotation of {rotation.block} divides neither {k} channels nor groups of {groups}"
+        return None
+
+    # ---- what it is
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.codes.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Sizes of the groups of channels in which rows of the weight have multipliers; empty for one scale."""
+        return self.weight.groups(self.in_features)
+
+    @property
+    def input_groups(self) -> tuple[int, ...]:
+        """Sizes of the groups of channels in which the activation has scales of its own; empty for one scale."""
+        return () if isinstance(self.input, Float) else self.input.groups(self.in_features)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the scale of the activation was fixed at calibration."""
+        return isinstance(self.input, Quantized) and self.input.is_static
+
+    @property
+    def scheme(self) -> Scheme:
+        """The formats of a scheme that this operand has, without its groups."""
+        return Scheme(without_groups(self.weight), without_groups(self.input))
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """``[N, 1]``, or base scale and multipliers side by side, ``[N, 1 + G]`` float32."""
+        return self.scale if self.multipliers is None else torch.cat([self.scale, self.multipliers.float()], 1)
+
+    def dequantized(self) -> Tensor:
+        """``[N, K]`` float32: what the codes stand for, in the channels of the rewritten activation."""
+        if self.multipliers is None:
+            return self.codes.float() * self.scale
+        scale = self.scale * self.multipliers
+        return self.codes.float() * scale.repeat_interleave(torch.tensor(self.groups, device=scale.device), dim=1)
+
+    def input_gradient(self, gradient: Tensor) -> Tensor:
+        """``[M, N]`` to ``[M, K]``: the gradient of the input as if nothing were rounded (straight through)."""
+        inner = self.rewrite.transposed(gradient.float() @ self.dequantized())
+        if self.rewrite.outliers is not None:
+            assert self.outlier_weight is not None
+            inner = inner.index_add(1, self.rewrite.outliers, gradient.float() @ self.outlier_weight.float())
+        return inner.to(gradient.dtype)
+
+    def check_sums(self) -> None:
+        """Raises MethodError where sums over groups, times their multipliers, may leave int32. Looks at all codes."""
+        if self.multipliers is None or isinstance(self.input, Float):
+            return
+        if bool(shares(self.codes, self.weight_scale, self.groups, self.input.number.symmetric).isnan().any()):
+            raise MethodError(f"codes in groups of {self.groups} and their multipliers add up to more than int32 holds")
+
+    # ---- other operands
+
+    def to(self, device: torch.device | str) -> Operand:
+        """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Operand:
+        def changed(value: Any) -> Any:
+            if isinstance(value, Rotation):
+                return value if value.signs is None else replace(value, signs=change(value.signs))
+            if isinstance(value, Rewrite):
+                return Rewrite(**{f.name: changed(getattr(value, f.name)) for f in fields(value)})
+            return change(value) if isinstance(value, Tensor) else value
+
+        return Operand(**{f.name: changed(getattr(self, f.name)) for f in fields(self)})
+
+    def rows(self, index: slice | Tensor) -> Operand:
+        """The product with these output features only, in this order: what one of several devices computes, or q of q, k and v.
+
+        Args:
+            index: a slice, or ``[m]`` int64.
+        """
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return replace(
+            self,
+            codes=self.codes[index],
+            scale=self.scale[index],
+            multipliers=some(self.multipliers),
+            outlier_weight=some(self.outlier_weight),
+            bias=some(self.bias),
+        )
+
+    def columns(self, start: int, stop: int) -> Operand:
+        """The product of input features from ``start`` up to ``stop`` only, without the bias: a share of the whole sum.
+
+        The shares of all columns add up to the whole product, but for the rounding of activations whose scale is found at run
+        time: each share finds its own.
+
+        Raises:
+            MethodError: channels change places with others outside, or the borders cut through a rotation or a group.
+        """
+        k, rewrite = self.in_features, self.rewrite
+        if not 0 <= start < stop <= k:
+            raise MethodError(f"columns({start}, {stop}): there are input features from 0 to {k}")
+        if rewrite.permutation is not None:
+            inside = rewrite.permutation[start:stop]
+            if bool(((inside < start) | (inside >= stop)).any()):
+                raise MethodError(
+                    f"columns({start}, {stop}): a permutation brings channels from outside, so they cannot be cut out"
+                )
+        block = 1 if rewrite.rotation is None else rewrite.rotation.block
+        if start % block or stop % block:
+            raise MethodError(f"columns({start}, {stop}): this cuts through a rotation of blocks of {block} channels")
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[start:stop]
+
+        kept = slice(None)
+        weight, input_ = self.weight, self.input
+        if self.groups:
+            kept, sizes = _groups_between(self.groups, start, stop)
+            weight = without_groups(weight).in_groups(sizes)
+            if self.input_groups and isinstance(input_, Quantized):
+                input_ = without_groups(input_).in_groups(sizes)
+        outliers, among = rewrite.outliers, None
+        if outliers is not None:
+            among = (outliers >= start) & (outliers < stop)
+            outliers = outliers[among] - start
+        rotation = rewrite.rotation
+        return Operand(
+            codes=self.codes[:, start:stop],
+            scale=self.scale,
+            weight=weight,
+            input=input_,
+            multipliers=None if self.multipliers is None else self.multipliers[:, kept],
+            input_scale=self.input_scale[kept] if self.input_groups and self.input_scale is not None else self.input_scale,
+            input_zero_point=(
+                self.input_zero_point[kept]
+                if self.input_groups and self.input_zero_point is not None
+                else self.input_zero_point
+            ),
+            rewrite=Rewrite(
+                shift=some(rewrite.shift),
+                outliers=outliers,
+                pre_scale=some(rewrite.pre_scale),
+                permutation=None if rewrite.permutation is None else rewrite.permutation[start:stop] - start,
+                rotation=None if rotation is None else Rotation(rotation.block, some(rotation.signs)),
+                threshold=rewrite.threshold,
+            ),
+            outlier_weight=None if self.outlier_weight is None else self.outlier_weight[:, among],
+        )
+
+    # ---- files and layers
+
+    @property
+    def facts(self) -> Facts:
+        """What is not in its tensors."""
+        rotation = self.rewrite.rotation
+        return Facts(
+            self.in_features,
+            self.out_features,
+            self.scheme,
+            self.groups,
+            None if rotation is None else rotation.block,
+            self.rewrite.threshold,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, by their names in files and layers (:data:`TENSORS`)."""
+        rewrite = self.rewrite
+        found = {
+            "weight": self.codes,
+            "weight_scale": self.weight_scale,
+            "bias": self.bias,
+            "input_scale": self.input_scale,
+            "input_zero_point": self.input_zero_point,
+            "pre_scale": rewrite.pre_scale,
+            "shift": rewrite.shift,
+            "permutation": rewrite.permutation,
+            "rotation_signs": None if rewrite.rotation is None else rewrite.rotation.signs,
+            "outlier_index": rewrite.outliers,
+            "outlier_weight": self.outlier_weight,
+        }
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def of(cls, facts: Facts, tensors: Mapping[str, Tensor | None]) -> Operand:
+        """From what :attr:`facts` and :meth:`tensors` gave; the tensors are used, not copied."""
+        scale = tensors["weight_scale"]
+        assert scale is not None
+        weight, groups = facts.scheme.weight, facts.groups
+        codes = tensors["weight"]
+        assert codes is not None
+        input_ = facts.scheme.input
+        rotation = None if facts.rotation_block is None else Rotation(facts.rotation_block, tensors.get("rotation_signs"))
+        return cls(
+            codes=codes,
+            scale=scale[:, :1],
+            weight=weight.in_groups(groups),
+            input=input_.in_groups(groups) if isinstance(input_, Quantized) else input_,
+            multipliers=scale[:, 1:] if groups else None,
+            input_scale=tensors.get("input_scale"),
+            input_zero_point=tensors.get("input_zero_point"),
+            rewrite=Rewrite(
+                shift=tensors.get("shift"),
+                outliers=tensors.get("outlier_index"),
+                pre_scale=tensors.get("pre_scale"),
+                permutation=tensors.get("permutation"),
+                rotation=rotation,
+                threshold=facts.threshold,
+            ),
+            outlier_weight=tensors.get("outlier_weight"),
+            bias=tensors.get("bias"),
+        )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an operand is, but for the values in its tensors: with these it can be written to JSON and made again.
+
+    Attributes:
+        in_features, out_features: K and N.
+        scheme: formats of weight and input.
+        groups: sizes of the groups of channels that have scales of their own; empty for one scale.
+        rotation_block: channels of a block that the rewrite rotates, None for no rotation.
+        threshold: of the rewrite, None for none.
+    """
+
+    in_features: int
+    out_features: int
+    scheme: Scheme
+    groups: tuple[int, ...] = ()
+    rotation_block: int | None = None
+    threshold: float | None = None
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Facts:
+        """From the JSON of :meth:`record`.
+
+        Raises:
+            QuantkitError: the values make no sense; says which.
+        """
+        k, n, block = record["in_features"], record["out_features"], record["rotation_block"]
+        threshold, groups, count = record["threshold"], tuple(record["groups"]), record["outliers"]
+        if groups and (fault := groups_fault(groups, k)):
+            raise QuantkitError(fault)
+        if block and any(size % block for size in groups):
+            raise QuantkitError(f"it rotates blocks of {block} across the borders of its groups {groups}")
+        if block < 0 or (block and (k % block or block & (block - 1))):
+            raise QuantkitError(f"it rotates blocks of {block}, which does not go with {k} channels")
+        if not 0 <= count <= k or not 0 <= threshold < float("inf"):
+            raise QuantkitError(f"it has {count} outliers of {k} channels and a threshold of {threshold}")
+        scheme = Scheme.parse(record["scheme"])
+        if scheme != scheme.of_linear():
+            raise QuantkitError(f"it has the scheme {record['scheme']!r}, which says more than a linear does")
+        if k < 0 or n < 0:
+            raise QuantkitError(f"it has {k} inputs and {n} outputs")
+        check_exact(k, scheme.input, "it")
+        buffers = record["buffers"]
+        unknown = next((name for name in buffers if name not in OPTIONAL), None)
+        if unknown is not None:
+            raise QuantkitError(f"it has {unknown!r}, which this quantkit does not know")
+        if ("outlier_index" in buffers) != ("outlier_weight" in buffers):
+            raise QuantkitError("it has outlier_index or outlier_weight without the other")
+        if threshold and (buffers or block or groups or not scheme.takes_threshold):
+            raise QuantkitError("it has a threshold, which goes with symmetric scales per token and nothing else")
+        return cls(k, n, scheme, groups, block or None, threshold or None)
+
+    def record(self, tensors: Sequence[str], outliers: int) -> dict[str, Any]:
+        """As plain JSON; ``tensors`` are the names that the operand has, and ``outliers`` is how many columns stay outside.
+
+        In files, 0 stands for no rotation and for no threshold.
+        """
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "scheme": self.scheme.name,
+            "bias": "bias" in tensors,
+            "rotation_block": self.rotation_block or 0,
+            "threshold": float(self.threshold or 0.0),
+            "outliers": outliers,
+            "buffers": [name for name in OPTIONAL if name in tensors],
+            "groups": list(self.groups),
+        }
+
+    def empty(
+        self,
+        *,
+        bias: bool = False,
+        optional: Sequence[str] = (),
+        outliers: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> Operand:
+        """An operand of these facts with room for its values: codes of 0, scales of 1.
+
+        Args:
+            bias: whether it has one.
+            optional: which of :data:`OPTIONAL` it has.
+            outliers: columns that stay outside of the integer product.
+            device: of all tensors.
+            dtype: of bias and ``outlier_weight``.
+        """
+        k, n, g = self.in_features, self.out_features, len(self.groups)
+        input_ = self.scheme.input
+        static = isinstance(input_, Quantized) and input_.is_static
+        zero = static and isinstance(input_, Quantized) and not input_.number.symmetric
+        where: dict[str, Any] = {"device": device}
+        tensors: dict[str, Tensor | None] = {
+            "weight": torch.zeros(n, k, dtype=torch.int8, **where),
+            "weight_scale": torch.ones(n, 1 + g, dtype=torch.float32, **where),
+            "bias": torch.zeros(n, dtype=dtype, **where) if bias else None,
+            "input_scale": torch.ones(max(1, g), dtype=torch.float32, **where) if static else None,
+            "input_zero_point": torch.zeros(max(1, g), dtype=torch.int32, **where) if zero else None,
+        }
+        room = {
+            "pre_scale": ((k,), torch.float32),
+            "shift": ((k,), torch.float32),
+            "permutation": ((k,), torch.int64),
+            "rotation_signs": ((k,), torch.float32),
+            "outlier_index": ((outliers,), torch.int64),
+            "outlier_weight": ((n, outliers), dtype),
+        }
+        tensors |= {name: torch.zeros(shape, dtype=kind, **where) for name, (shape, kind) in room.items() if name in optional}
+        return Operand.of(self, tensors)
+
+
+def without_groups(format: Any) -> Any:
+    """``format`` with one scale where it has one for each group."""
+    return replace(format, granularity=replace(format.granularity, groups=())) if isinstance(format, Quantized) else format
+
+
+def _groups_between(groups: tuple[int, ...], start: int, stop: int) -> tuple[slice, tuple[int, ...]]:
+    """Which of the groups lie between two channels, and their sizes there; a group may be cut."""
+    first, sizes, at = None, [], 0
+    for index, size in enumerate(groups):
+        inside = min(at + size, stop) - max(at, start)
+        if inside > 0:
+            first = index if first is None else first
+            sizes.append(inside)
+        at += size
+    assert first is not None
+    return slice(first, first + len(sizes)), tuple(sizes)
+
+
+def joined(operands: Sequence[Operand]) -> Operand:
+    """One product in place of several that read the same activation: their output features, one after the other.
+
+    So q, k and v become one. It has a bias if any of them has one.
+
+    Raises:
+        MethodError: they differ in what is done to the activation, or in their formats.
+    """
+    first = operands[0]
+    for other in operands[1:]:
+        if difference := input_difference(first, other):
+            raise MethodError(f"operands cannot be joined: they differ in {difference}")
+    biases = [o.codes.new_zeros(o.out_features, dtype=torch.float32) if o.bias is None else o.bias for o in operands]
+
+    def below(name: str) -> Tensor | None:
+        parts = [getattr(o, name) for o in operands]
+        return None if parts[0] is None else torch.cat(parts)
+
+    codes, scale = below("codes"), below("scale")
+    assert codes is not None
+    assert scale is not None
+    return replace(
+        first,
+        codes=codes,
+        scale=scale,
+        multipliers=below("multipliers"),
+        outlier_weight=below("outlier_weight"),
+        bias=None if all(o.bias is None for o in operands) else torch.cat(biases),
+    )
+
+
+def input_difference(one: Operand, other: Operand) -> str | None:
+    """In what the treatment of the activation, or the format of the weight, differs between two operands; None if in nothing."""
+    for name in ("weight", "input"):
+        if getattr(one, name) != getattr(other, name):
+            return name
+    pairs = {f"input {name}": (getattr(one, name), getattr(other, name)) for name in ("input_scale", "input_zero_point")}
+    pairs |= {f.name: (getattr(one.rewrite, f.name), getattr(other.rewrite, f.name)) for f in fields(Rewrite)}
+    return next((name for name, pair in pairs.items() if not _same(*pair)), None)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, Rotation) and isinstance(other, Rotation):
+        return one.block == other.block and _same(one.signs, other.signs)
+    return type(one) is type(other) and bool(one == other)
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Operands of one shape and one format, such as the experts of a layer, in tensors ``[E, ...]``.
+
+    Attributes:
+        facts: of each of them.
+        tensors: by the names of :data:`TENSORS`, each with a first dimension of E.
+    """
+
+    facts: Facts
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, operands: Sequence[Operand]) -> Stack:
+        """Copies of ``operands`` on top of each other.
+
+        Raises:
+            MethodError: they differ in shape or formats, or there is none.
+        """
+        if not operands:
+            raise MethodError("there is no operand to stack")
+        facts, tensors = operands[0].facts, [operand.tensors() for operand in operands]
+        for operand, own in zip(operands, tensors, strict=True):
+            if operand.facts != facts or {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors[0].items()}:
+                raise MethodError(f"operands cannot be stacked: {operand.facts} is not {facts}, or its tensors are others")
+        return cls(facts, {name: torch.stack([own[name] for own in tensors]) for name in tensors[0]})
+
+    def __len__(self) -> int:
+        return len(self.tensors["weight"])
+
+    def __getitem__(self, index: int) -> Operand:
+        """One of them, as a view."""
+        return Operand.of(self.facts, {name: tensor[index] for name, tensor in self.tensors.items()})
+
+
+def check_exact(channels: int, input_: Format, name: str) -> None:
+    """Raises ModelError where an int32 accumulator of ``channels`` products could overflow."""
+    symmetric = isinstance(input_, Float) or input_.number.symmetric
+    limit = MAX_EXACT_K if symmetric else MAX_EXACT_K_ASYMMETRIC
+    if channels > limit:
+        raise ModelError(
+            f"{name}: K = {channels} input features are beyond {limit}, up to which int32 sums of products are exact; leave the "
+            f"layer in floating point with ignore=[{name!r}]"
+        )

@@ -1,0 +1,96 @@
+"""Linears joined into sites: those that read one tensor, and those whose inputs are written by the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Literal
+
+from torch import nn
+
+from quantkit.core.sites import Kept, Producer, Site
+from quantkit.discovery.kept import first_tied
+from quantkit.discovery.probe import Trace
+from quantkit.discovery.prober import Origin
+from quantkit.model.modules import weight_of
+
+MIXES = "no module writes these channels one by one"
+
+
+def join(
+    linears: Mapping[str, nn.Module], reference: Trace, origins: Mapping[str, Origin], kept: Mapping[str, Kept]
+) -> list[Site]:
+    """The sites of a model, each with the producer that explains the inputs of all of its linears, or the reason for none.
+
+    Args:
+        linears: name -> module.
+        reference: a pass of the probe, which shows which linears read the very same tensor.
+        origins: name of a linear -> where its input comes from, where that is known.
+        kept: linears that stay in floating point; a site of such linears alone is left out.
+    """
+    sites = []
+    for names in _sharing_input(reference, origins):
+        if all(name in kept for name in names):
+            continue
+        first_of_tensor = {tuple(reference.identities[name]): name for name in reversed(names)}
+        producer, reason = _common_producer(names, linears, reference, origins, kept)
+        sites.append(
+            Site(
+                name=names[0],
+                linears=tuple(names),
+                taps=tuple(reversed(first_of_tensor.values())),
+                channels=weight_of(linears[names[0]]).shape[1],
+                producer=producer,
+                reason=reason,
+            )
+        )
+    return sites
+
+
+def _sharing_input(reference: Trace, origins: Mapping[str, Origin]) -> list[list[str]]:
+    """Names of linears in sets that read one tensor, or tensors of one module, directly or through others of the set."""
+    parent = {name: name for name in reference.inputs}  # a forest: linears of one set have one root
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            name = parent[name]
+        return name
+
+    readers: dict[Hashable, str] = {}
+    for name in reference.inputs:
+        for tensor in reference.identities[name]:
+            parent[root(name)] = root(readers.setdefault(tensor, name))
+        if name in origins:
+            parent[root(name)] = root(readers.setdefault(origins[name].module, name))
+    members: dict[str, list[str]] = {}
+    for name in reference.inputs:
+        members.setdefault(root(name), []).append(name)
+    return list(members.values())
+
+
+def _common_producer(
+    names: Sequence[str],
+    linears: Mapping[str, nn.Module],
+    reference: Trace,
+    origins: Mapping[str, Origin],
+    kept: Mapping[str, Kept],
+) -> tuple[Producer | None, str]:
+    """The producer of a site with these linears, or None and the reason."""
+    origin = origins.get(names[0])
+    if origin is None or not all(name in origins and origins[name].same_as(origin) for name in names):
+        return None, MIXES
+    tied = first_tied(names, kept)
+    if tied is not None:
+        return None, f"{tied} reads it and its weight is tied"
+    block = origin.module.rpartition(".")[0]
+    inside = [name for name in linears if not block or name.startswith(f"{block}.")]
+    unseen = first_unseen(inside, weight_of(linears[names[0]]).shape[1], linears, reference)
+    if unseen is not None:
+        return None, f"{unseen} never ran in the probe and may read it too"
+    kind: Literal["linear", "norm"] = "linear" if origin.module in linears else "norm"
+    return Producer(origin.module, kind, origin.rows, origin.power), ""
+
+
+def first_unseen(names: Sequence[str], channels: int, linears: Mapping[str, nn.Module], reference: Trace) -> str | None:
+    """The first of these linears that never ran in the probe and has so many input channels: it may be one more reader."""
+    unseen = (name for name in names if name not in reference.inputs and weight_of(linears[name]).shape[1] == channels)
+    return next(unseen, None)

@@ -1,0 +1,132 @@
+"""What a user asks for, as one value, and everything about it that can be refused without running the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from quantkit.calibrators import Calibrator, Stage, resolve
+from quantkit.core.errors import MethodError, ModelError
+from quantkit.core.operand import Facts
+from quantkit.core.progress import Progress
+from quantkit.core.scheme import Scheme
+from quantkit.layers.linear import W8A8Linear
+from quantkit.model.modules import linears_of
+from quantkit.model.targets import check_patterns
+from quantkit.ops.table import why_simulated
+
+log = logging.getLogger("quantkit")
+BROKEN = "_quantkit_interrupted"
+"""Attribute of a model whose conversion was interrupted half way."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of :func:`quantkit.quantize` but for the model and the data.
+
+    Attributes:
+        calibrators: in the order in which they decide.
+        scheme: number formats; None leaves the model in floating point.
+        ignore, targets: names, globs or classes of linears, see :func:`quantkit.quantize`.
+        seed: of everything random.
+        progress: how to tell how far the work is.
+    """
+
+    calibrators: tuple[Calibrator, ...]
+    scheme: Scheme | None
+    ignore: Sequence[Any] = ()
+    targets: Sequence[Any] | None = None
+    seed: int = 0
+    progress: Progress = None
+
+    @classmethod
+    def of(cls, method: Any, scheme: str | Scheme | None, **rest: Any) -> Request:
+        """From what a user passes.
+
+        Raises:
+            MethodError: no such method, or an order of calibrators that makes no sense.
+            SchemeError: no such scheme.
+        """
+        return cls(tuple(resolve(method)), None if scheme is None else Scheme.parse(scheme), **rest)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether scales of activations are fixed at calibration."""
+        return self.scheme is not None and self.scheme.is_static
+
+    @property
+    def rotates_model(self) -> bool:
+        """Whether a calibrator rewrites the float model as a whole."""
+        return any(c.stage == Stage.MODEL for c in self.calibrators)
+
+    @property
+    def takes_experts_apart(self) -> bool:
+        """Whether fused experts have to become linears."""
+        return self.rotates_model or self.scheme is not None
+
+
+def check(model: Any, request: Request) -> None:
+    """Raises a QuantkitError for a model or a request that cannot work, and warns of formats that nothing runs."""
+    check_model(model)
+    scheme = request.scheme
+    rounder = next((c.name for c in request.calibrators if c.stage == Stage.ROUND), None)
+    if scheme is None and rounder:
+        raise MethodError(
+            f"scheme=None leaves the model in floating point, so there is nothing to round: drop {rounder}, or pass a scheme"
+        )
+    if scheme is not None and (reason := why_simulated_scheme(scheme)):
+        log.warning(
+            "scheme %s is a simulation: rounded as it says, but stored and computed with more bits, no smaller or faster (%s)",
+            scheme.name,
+            reason,
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raises ModelError for what is no float model in memory."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"model is a {type(model).__name__}: pass a torch.nn.Module, or use quantkit.load(path) for a checkpoint"
+        )
+    if getattr(model, BROKEN, False):
+        raise ModelError("an earlier conversion of this model was interrupted half way: load the model again")
+    if any(isinstance(module, W8A8Linear) for module in model.modules()):
+        raise ModelError("the model is quantized already: load the floating-point model again to quantize it in another way")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ModelError(
+                f"parameter {name!r} is on the meta device (offloaded, or never loaded): load the whole model into memory first"
+            )
+
+
+def why_simulated_scheme(scheme: Scheme) -> str | None:
+    """What of a scheme no backend computes as it says, in a few words; None if all of it runs for real."""
+    if scheme.quantizes_attention:
+        return "no kernel rounds what attention reads"
+    for own in (scheme.of_linear(), scheme.of_linear(behind_norm=True)):
+        reason = why_simulated(Facts(64, 64, own).empty(device="meta"))
+        if reason:
+            return reason
+    return None
+
+
+def linears_to_choose_from(model: nn.Module, request: Request) -> dict[str, nn.Module]:
+    """All linears of the model by name.
+
+    Raises:
+        ModelError: there is none.
+        TargetError: a pattern of ``ignore`` or ``targets`` matches none.
+    """
+    linears = linears_of(model)
+    if not linears:
+        raise ModelError(
+            f"{type(model).__name__} has no linear to quantize: quantkit replaces nn.Linear and transformers' Conv1D"
+        )
+    check_patterns(request.ignore, linears, "ignore")
+    if request.targets is not None:
+        check_patterns(request.targets, linears, "targets")
+    return linears

@@ -1,0 +1,94 @@
+"""Which sites a model has, and which of its linears stay in floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from quantkit.calibration.observe import SiteStatistics, observe
+from quantkit.calibrators import Stage
+from quantkit.core.errors import CalibrationError, ModelError
+from quantkit.core.operand import check_exact
+from quantkit.core.scheme import Scheme
+from quantkit.core.sites import Kept, Site
+from quantkit.discovery.discover import discover
+from quantkit.model.modules import weight_of
+from quantkit.model.targets import chosen
+from quantkit.pipeline.check import Request
+from quantkit.pipeline.data import Data
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a model before anything is decided.
+
+    Attributes:
+        linears: all of them, by name.
+        sites: those of which at least one linear is quantized.
+        kept: name of a linear -> why it stays in floating point.
+        statistics: of each site, if any were asked for.
+    """
+
+    linears: Mapping[str, nn.Module]
+    sites: Sequence[Site]
+    kept: Mapping[str, str]
+    statistics: Mapping[str, SiteStatistics]
+
+
+def find_sites(model: nn.Module, request: Request, data: Data, linears: dict[str, nn.Module]) -> Found:
+    """Probe the model, choose what is quantized, and collect statistics in one pass over the data.
+
+    Raises:
+        ModelError: nothing is left to quantize, or a layer is too long for exact sums.
+        CalibrationError: no token reached a layer, or one was not finite.
+    """
+    orders = request.scheme is not None and any(c.stage == Stage.PARTITION for c in request.calibrators)
+    discovery = discover(model, data.piece, carriers=orders)
+    if Kept.NEVER_RAN in discovery.kept.values():
+        discovery = discover(model, data.first, carriers=orders)  # more tokens reach more experts
+    kept = chosen(linears, discovery.kept, request.ignore, request.targets)
+    placed = {name for site in discovery.sites for name in site.linears}
+    # Heads and routers have no site unless something else reads their input; targets= may still ask for them.
+    alone = [Site(n, (n,), (n,), weight_of(linears[n]).shape[1]) for n in linears if n not in placed and n not in kept]
+    sites = [site for site in (*discovery.sites, *alone) if not all(name in kept for name in site.linears)]
+    check_found(linears, kept, sites, request.scheme)
+    if not data.kinds:
+        return Found(linears, sites, kept, {})
+    statistics = observe(
+        model, data.batches, sites, list(data.kinds), seed=request.seed, progress=request.progress, digest=data.digest
+    )
+    unreached = {name: "no calibration token reached it" for s in sites if s.name not in statistics for name in s.linears}
+    sites = [site for site in sites if site.name in statistics]
+    if not sites:
+        raise CalibrationError(
+            f"no calibration token reached a layer to quantize ({', '.join(unreached)}): pass more data, or other targets="
+        )
+    return Found(linears, sites, {**kept, **unreached}, statistics)
+
+
+def check_found(
+    linears: Mapping[str, nn.Module], kept: Mapping[str, str], sites: Sequence[Site], scheme: Scheme | None
+) -> None:
+    """Raises ModelError where nothing is left to quantize, or the scheme cannot be had."""
+    names = [name for site in sites for name in site.linears if name not in kept]
+    if not names:
+        raise ModelError(
+            f"no linear is left to quantize: all {len(linears)} stay in floating point "
+            f"({'; '.join(sorted(set(kept.values())))}); targets= takes heads and routers all the same"
+        )
+    if scheme is None:
+        return
+    for name in names:
+        check_exact(weight_of(linears[name]).shape[1], scheme.input, name)
+    if scheme.norm_input is not None and not any(behind_norm(site) for site in sites):
+        raise ModelError(
+            f"scheme {scheme.name} gives bits to what norms write, and no linear alone reads the output of a norm: leave out "
+            "-norm in its name"
+        )
+
+
+def behind_norm(site: Site) -> bool:
+    """Whether the site is the output of a norm that nothing else reads."""
+    return site.producer is not None and site.producer.kind == "norm"

@@ -1,0 +1,62 @@
+"""The proof that folding preserves the function: played on the float model, with the values that will be stored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from quantkit.core.errors import EquivalenceError
+from quantkit.core.plan import ModelPlan
+from quantkit.discovery.equivalence import outputs_of, relative_error, tolerance_for
+from quantkit.discovery.hooks import PlayedFold, PlayedOrder, folded_by_hooks, reordered_by_hooks
+from quantkit.pipeline.fold import Fold, Reorder, restore_norms, split_all, store_norms
+
+log = logging.getLogger("quantkit")
+
+
+def prove(model: nn.Module, plan: ModelPlan, piece: Any) -> ModelPlan:
+    """``plan`` with what is proven on a small batch: the folds, which must hold, and the orders of channels, which may.
+
+    Norms are written for the time of the proof, and everything else is played through hooks; afterwards the model is what it was.
+
+    Raises:
+        EquivalenceError: folding would change the function of the model.
+    """
+    wished = replace(plan, sites=tuple(replace(site, reorders=True) for site in plan.sites))
+    pieces = split_all(model, wished)
+    folds, reorders = list(pieces.folds.values()), list(pieces.reorders.values())
+    if not folds and not reorders:
+        return plan
+    error, ordered = _played(model, folds, reorders, piece)
+    if folds and not any(bool((fold.scale != 1).any()) or bool(fold.shift.any()) for fold in folds):
+        log.warning("every smoothing scale is 1: the transformation did nothing")
+    sites = tuple(replace(site, reorders=ordered and site.site.name in pieces.reorders) for site in plan.sites)
+    return replace(plan, sites=sites, report=replace(plan.report, equivalence=error))
+
+
+def _played(model: nn.Module, folds: Sequence[Fold], reorders: Sequence[Reorder], piece: Any) -> tuple[float, bool]:
+    """The relative change of the model's output, and whether it includes the orders."""
+    wanted = outputs_of(model, piece)
+    noise = relative_error(wanted, outputs_of(model, piece))
+    old = store_norms(model, folds)
+    try:
+        tolerance = tolerance_for(wanted, noise, model)
+        with folded_by_hooks(model, [PlayedFold(f.site, f.rows, f.scale, f.shift) for f in folds]):
+            with reordered_by_hooks(model, [PlayedOrder(r.site.linears, r.inverse, r.sources) for r in reorders]):
+                error = relative_error(wanted, outputs_of(model, piece))
+            ordered = error <= tolerance
+            if not ordered and reorders:
+                log.warning("the orders of %d sites cannot be folded, and are brought about at run time", len(reorders))
+                error = relative_error(wanted, outputs_of(model, piece))
+    finally:
+        restore_norms(model, old)
+    if error > tolerance:
+        raise EquivalenceError(
+            f"folding changed the model by {error:.1e} (allowed {tolerance:.1e}); it was undone. "
+            "Please report the architecture; quantkit.quantize(model, method='rtn') needs no folding"
+        )
+    return error, ordered
