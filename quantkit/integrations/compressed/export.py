@@ -32,6 +32,7 @@ from quantkit.checkpoint.files import inside, read_object, written_whole
 from quantkit.checkpoint.record import RECORD_FILE
 from quantkit.checkpoint.tensors import Entry, unshared, write_shards
 from quantkit.core.errors import CheckpointError, ModelError
+from quantkit.core.formats import Format, Int, PerChannel, PerTensor, Quantized, Storage
 from quantkit.core.numerics import encode, qmax, quantize_weight
 from quantkit.core.report import Report, report
 from quantkit.integrations.compressed.folder import INDEX, WEIGHTS, is_compressed
@@ -183,23 +184,23 @@ def _without_weights(model: Any) -> nn.Module:
 
 def _why_not(layer: W8A8Linear, original: nn.Module | None, drop: bool, undo: bool) -> str | None:
     """Why the layout cannot carry a layer, as the rest of a sentence that names it; None if it can."""
-    scheme = layer.scheme
-    rewrites = [n for n in ("pre_scale", "shift", "permutation") if getattr(layer, n) is not None]
-    rewrites += ["rotation"] if layer.rotation_block else []
+    operand, scheme = layer.operand, layer.scheme
+    rewrites = [step for step in operand.rewrite.steps if step not in ("outliers", "threshold")]
+    outliers, threshold = operand.rewrite.outliers, operand.rewrite.threshold
     if original is not None and is_conv1d(original):
         return "it is a Conv1D, which engines store transposed, and their INT8 kernels do not expect that; use quantkit.save()"
-    if scheme.is_simulation:
+    if not (_is_int8(operand.weight) and _is_int8(operand.input)):
         return f"{scheme.name} simulates other bits than 8, which its layout does not know; quantize with 8 bits, 'w8a8'"
-    if layer.groups:
+    if operand.groups:
         return "its channels have scales by group, and the layout has one for all; quantize with scales per token, 'w8a8'"
-    if layer.threshold and not drop:
+    if threshold is not None and not drop:
         return (
-            f"columns that reach {layer.threshold:g} leave the INT8 product at run time; outliers='drop' rounds them like the "
+            f"columns that reach {threshold:g} leave the INT8 product at run time; outliers='drop' rounds them like the "
             "others, and SmoothQuant needs no such columns"
         )
-    if layer.outlier_index is not None and not drop:
+    if outliers is not None and not drop:
         return (
-            f"{len(layer.outlier_index)} outlier columns stay in 16 bit; outliers='drop' rounds them to INT8 like the others, "
+            f"{len(outliers)} outlier columns stay in 16 bit; outliers='drop' rounds them to INT8 like the others, "
             "and SmoothQuant needs no such columns"
         )
     if rewrites and not undo:
@@ -207,11 +208,15 @@ def _why_not(layer: W8A8Linear, original: nn.Module | None, drop: bool, undo: bo
             f"its input is rewritten at run time ({', '.join(rewrites)}), since no layer before it could take that over; "
             "rewrites='undo' takes it back into the weight and rounds again, or leave the layer out with ignore= in quantize()"
         )
-    if layer.bias is not None and not _has_bias(original) and layer.shift is None:
+    if operand.bias is not None and not _has_bias(original) and operand.rewrite.shift is None:
         return "a shift gave it a bias, and its architecture has no place for one; quantize with a method that only scales"
-    if scheme.is_static and (rewrites or layer.outlier_index is not None):
+    if operand.is_static and (rewrites or outliers is not None):
         return "its static scale holds for the rewritten input only; quantize with scales per token, 'w8a8'"
     return None
+
+
+def _is_int8(format: Format) -> bool:
+    return isinstance(format, Quantized) and format.number.bits == 8 and format.storage is Storage.BYTES
 
 
 def _check_sites(layers: Mapping[str, W8A8Linear], record: Report) -> None:
@@ -229,7 +234,7 @@ def _check_sites(layers: Mapping[str, W8A8Linear], record: Report) -> None:
         for name in int8[1:]:
             assert first is not None
             for key in ("input_scale", "input_zero_point"):
-                a, b = getattr(first, key), getattr(layers[name], key)
+                a, b = getattr(first.operand, key), getattr(layers[name].operand, key)
                 if a is not None and b is not None and not torch.equal(a, b):
                     raise ModelError(
                         f"layers {int8[0]!r} and {name!r} read one tensor and differ in {key}, and engines keep one for both; "
@@ -242,11 +247,14 @@ def _check_sites(layers: Mapping[str, W8A8Linear], record: Report) -> None:
 
 
 def _warn(layers: Mapping[str, W8A8Linear], record: Report) -> None:
-    first = next(iter(layers.values())).scheme
+    scheme = next(iter(layers.values())).scheme  # all layers have the same
+    symmetric = isinstance(scheme.input, Quantized) and scheme.input.number.symmetric
     experts = any(".experts." in name for name in layers)
-    if experts and (first.is_static or not first.symmetric):
-        log.warning("vLLM runs INT8 experts with symmetric scales per token only: %s will not be computed as it is", first.name)
-    if first.symmetric:
+    if experts and (scheme.is_static or not symmetric):
+        log.warning(
+            "vLLM runs INT8 experts with symmetric scales per token only: %s will not be computed as it is", scheme.name
+        )
+    if symmetric:
         return
     odd = [n for n, m in layers.items() if m.in_features % ALIGNMENT or m.out_features % ALIGNMENT]
     if odd:
@@ -268,9 +276,9 @@ def _configuration(model: Any, record: Report) -> dict[str, Any]:
     body["architectures"] = [type(model).__name__]
     # Always described as one scale for each row. The scheme may say one for the whole weight, but folding a scale of the next
     # layer into this one multiplies its rows, and so the scales of its rows, by different factors.
-    layers = {
-        _source(names, n): replace(m.scheme, weights="channel") for n, m in model.named_modules() if isinstance(m, W8A8Linear)
-    }
+    rows = Quantized(Int(), PerChannel())
+    schemes = {n: replace(m.scheme, weight=rows) for n, m in model.named_modules() if isinstance(m, W8A8Linear)}
+    layers = {_source(names, name): scheme for name, scheme in schemes.items()}
     body["quantization_config"] = describe(layers, [_source(names, n) for n in _left_out(model)])
     body["quantization_config"]["quantkit"] = {"version": __version__, "method": record.method, "scheme": record.scheme}
     return dict(sorted(body.items()))
@@ -311,10 +319,12 @@ def _entries(model: nn.Module, biased: set[str]) -> list[Entry]:
 
 
 def _layer_entries(name: str, layer: W8A8Linear, half: bool, biased: bool) -> list[Entry]:
-    codes, scale, bias = layer.weight, layer.weight_scale, layer.bias if biased else None
-    if layer.outlier_index is not None or layer.rewrites_input:
+    operand = layer.operand
+    codes, scale, bias = operand.codes, operand.scale, operand.bias if biased else None
+    if layer.rewrites_input:
         plain = layer.to_float()
-        codes, scale = quantize_weight(plain.weight.detach(), per_tensor=layer.scheme.weights == "tensor")
+        per_tensor = isinstance(operand.weight.granularity, PerTensor)
+        codes, scale = quantize_weight(plain.weight.detach(), per_tensor=per_tensor)
         bias = None if plain.bias is None or bias is None else plain.bias.detach().to(bias.dtype)
     stored = on_grid(scale, half)
     n, k = codes.shape
@@ -322,11 +332,11 @@ def _layer_entries(name: str, layer: W8A8Linear, half: bool, biased: bool) -> li
     made.append(Entry.of(f"{name}.weight_scale", stored))
     if bias is not None:
         made.append(Entry.of(f"{name}.bias", bias))
-    if layer.input_scale is not None:
-        up = on_grid(layer.input_scale, half, up=True)
+    if operand.input_scale is not None:
+        up = on_grid(operand.input_scale, half, up=True)
         made.append(Entry.of(f"{name}.input_scale", up))
-    if layer.input_zero_point is not None:
-        zero = layer.input_zero_point.to(torch.int8)
+    if operand.input_zero_point is not None:
+        zero = operand.input_zero_point.to(torch.int8)
         made.append(Entry.of(f"{name}.input_zero_point", zero))
     return made
 

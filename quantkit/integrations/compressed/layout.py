@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from quantkit.core.errors import CheckpointError
+from quantkit.core.formats import Format, Int, PerChannel, PerTensor, PerToken, Quantized
 from quantkit.core.scheme import Scheme
 
 METHOD, FORMAT = "compressed-tensors", "int-quantized"
@@ -70,8 +71,8 @@ def describe(layers: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, A
     for index, (scheme, names) in enumerate(by_scheme.items()):
         groups[f"group_{index}"] = {
             "targets": ["Linear"] if len(by_scheme) == 1 else names,
-            "weights": _arguments(True, scheme.weights, dynamic=False),
-            "input_activations": _arguments(scheme.symmetric, scheme.activations, dynamic=not scheme.is_static),
+            "weights": _arguments(scheme.weight, dynamic=False),
+            "input_activations": _arguments(scheme.input, dynamic=not scheme.is_static),
         }
     return {
         "quant_method": METHOD,
@@ -83,8 +84,11 @@ def describe(layers: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, A
     }
 
 
-def _arguments(symmetric: bool, strategy: str, *, dynamic: bool) -> dict[str, Any]:
-    return {"num_bits": 8, "type": "int", "symmetric": symmetric, "strategy": strategy, "dynamic": dynamic}
+def _arguments(format: Format, *, dynamic: bool) -> dict[str, Any]:
+    assert isinstance(format, Quantized)
+    strategy = {PerTensor: "tensor", PerChannel: "channel", PerToken: "token"}[type(format.granularity)]
+    symmetric = format.number.symmetric
+    return {"num_bits": format.number.bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "dynamic": dynamic}
 
 
 def parse(config: Any) -> Compressed:
@@ -137,8 +141,12 @@ def _scheme(name: str, group: dict[str, Any]) -> Scheme:
             f"quantization_config has strategy {kind[0]!r} with dynamic {kind[1]!r} in {name}.input_activations: quantkit "
             "runs 'token' with true (a scale per token), or 'tensor' with false (one fixed scale)"
         )
-    symmetric = inputs.get("symmetric") is not False
-    return Scheme(weights=weights["strategy"], activations=inputs["strategy"], symmetric=symmetric)
+    return Scheme(
+        weight=Quantized(Int(), PerTensor() if weights["strategy"] == "tensor" else PerChannel()),
+        input=Quantized(
+            Int(symmetric=inputs.get("symmetric") is not False), PerTensor() if inputs["strategy"] == "tensor" else PerToken()
+        ),
+    )
 
 
 def _only(config: dict[str, Any], key: str, allowed: tuple[Any, ...], why: str) -> None:

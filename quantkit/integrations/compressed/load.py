@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.checkpoint.tensors import Stored, read_header, read_tensor
 from quantkit.core.errors import CheckpointError
+from quantkit.core.formats import PerTensor, Quantized
 from quantkit.core.report import LayerRecord, Report, attach
 from quantkit.core.scheme import Scheme
 from quantkit.integrations.compressed.layout import METHOD, parse
@@ -148,7 +149,8 @@ def longest(scheme: Scheme) -> int:
 
     It is smaller than for layers that quantkit made, because the codes of other tools reach -128.
     """
-    return (2**31 - 1) // (128 * (127 if scheme.symmetric else 255))
+    assert isinstance(scheme.input, Quantized)
+    return (2**31 - 1) // (128 * scheme.input.number.reach)
 
 
 def _empty(name: str, source: str, linear: nn.Module, scheme: Scheme, stored: dict[str, Stored], dtype: Any) -> W8A8Linear:
@@ -167,8 +169,9 @@ def _empty(name: str, source: str, linear: nn.Module, scheme: Scheme, stored: di
     n, k = weight_of(linear).shape
     if k > longest(scheme):
         raise CheckpointError(f"layer {name!r} has {k} inputs, beyond {longest(scheme)}, up to which its int32 sums are exact")
-    zero = scheme.is_static and not scheme.symmetric
-    scale_shapes = [(n, 1), (n,)] if scheme.weights == "channel" else [(1,), (1, 1), ()]
+    assert isinstance(scheme.input, Quantized)
+    zero = scheme.is_static and not scheme.input.number.symmetric
+    scale_shapes = [(1,), (1, 1), ()] if isinstance(scheme.weight.granularity, PerTensor) else [(n, 1), (n,)]
     wanted: dict[str, tuple[list[tuple[int, ...]], tuple[str, ...]]] = {
         "weight": ([(n, k)], ("I8",)),
         "weight_scale": (scale_shapes, ("F32", "BF16", "F16")),

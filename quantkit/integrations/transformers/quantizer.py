@@ -38,6 +38,7 @@ from quantkit.checkpoint.record import (
     version_of,
 )
 from quantkit.core.errors import CheckpointError, MethodError, ModelError
+from quantkit.core.formats import PerTensor
 from quantkit.core.numerics import quantize_weight
 from quantkit.core.operand import Facts, check_exact
 from quantkit.core.report import LayerRecord, Report, attach, detach, has_report, report
@@ -134,7 +135,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def streams(self) -> bool:
         """Whether weights can be rounded while they are read: nothing has to be known of the model."""
         scheme = Scheme.parse(self.scheme)
-        if scheme.quantizes_attention or scheme.norm_bits is not None:
+        if scheme.quantizes_attention or scheme.norm_input is not None:
             return False
         return all(isinstance(c, RTN) or (isinstance(c, LLMInt8) and c.threshold) for c in self._calibrators)
 
@@ -166,8 +167,8 @@ class RoundToNearest(ConversionOps):  # type: ignore[misc]
             weight = weight.t()
         if not weight.isfinite().all():
             raise ModelError(f"the weight of {layer!r} holds NaN or Inf: the checkpoint is damaged, or was overflowing")
-        scheme = Scheme.parse(self.hf_quantizer.quantization_config.scheme)
-        codes, scale = quantize_weight(weight, scheme.weight_bits, per_tensor=scheme.weights == "tensor")
+        own = Scheme.parse(self.hf_quantizer.quantization_config.scheme).weight
+        codes, scale = quantize_weight(weight, own.number.bits, per_tensor=isinstance(own.granularity, PerTensor))
         if missing_keys is not None:
             missing_keys.discard(f"{layer}.weight_scale")
         return {name: codes, f"{layer}.weight_scale": scale}
