@@ -159,24 +159,24 @@ def _layer_record(layer: W8A8Linear) -> dict[str, Any]:
     return operand.facts.record(list(operand.tensors()), 0 if outliers is None else len(outliers))
 
 
-def empty_layer(name: str, facts: Any) -> W8A8Linear:
+def empty_layer(name: str, record: Any) -> W8A8Linear:
     """An INT8 layer on the meta device, with the buffers that its record says it has.
 
     Args:
         name: of the layer, for messages.
-        facts: the record.
+        record: what :func:`layer_records` wrote.
 
     Raises:
         CheckpointError: the record makes no sense.
     """
-    if not _has(facts, LAYER_FACTS):
+    if not _has(record, LAYER_FACTS):
         raise CheckpointError(f"the record of layer {name!r} is damaged")
     try:
-        own = Facts.read(facts)
+        facts = Facts.read(record)
     except QuantkitError as error:
         raise CheckpointError(f"layer {name!r}: {error}") from None
-    empty = own.empty(bias=facts["bias"], optional=facts["buffers"], outliers=facts["outliers"], device="meta")
-    return W8A8Linear.from_operand(empty)
+    operand = facts.empty(bias=record["bias"], optional=record["buffers"], outliers=record["outliers"], device="meta")
+    return W8A8Linear.from_operand(operand)
 
 
 # ---- attention

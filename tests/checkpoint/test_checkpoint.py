@@ -25,6 +25,7 @@ import quantkit
 from quantkit import CheckpointError, ModelError, Plan, Rotation, SmoothQuant, Stage, Transform
 from quantkit.calibrators import methods
 from quantkit.checkpoint import files, record, save
+from quantkit.core.operand import OPTIONAL
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -451,7 +452,7 @@ def test_hostile_tensors(case: str, folder: Path) -> None:
     def listed(body: dict[str, Any]) -> None:
         """The record lies with the tensors."""
         held = load_file(folder / SHARD)
-        body["layers"]["up"]["buffers"] = [b for b in record.OPTIONAL if f"up.{b}" in held]
+        body["layers"]["up"]["buffers"] = [b for b in OPTIONAL if f"up.{b}" in held]
         body["layers"]["up"]["outliers"] = len(held.get("up.outlier_index", ()))
 
     sign(folder, listed)
