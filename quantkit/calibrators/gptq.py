@@ -23,9 +23,12 @@ from quantkit.calibration.statistics import Statistic, TokenSample
 from quantkit.calibrators.base import Codes, Plan, SiteView, Stage, View
 from quantkit.calibrators.noise import best_clip
 from quantkit.core.errors import MethodError
-from quantkit.core.numerics import decode, encode, of_clusters, quantize_weight, steps_of, weight_grid
+from quantkit.core.formats import PerTensor, Quantized
+from quantkit.core.groups import group_scales
+from quantkit.core.numerics import decode, encode
 from quantkit.core.scheme import Scheme
 from quantkit.core.transform import Transform
+from quantkit.core.weights import quantize_weight, steps_of, weight_grid
 from quantkit.ops.reference import quantize_rows
 
 BLOCK = 128
@@ -152,15 +155,15 @@ class GPTQ:
         codes: dict[str, Codes] = {}
         ratios, kept = [], []
         for name, weight in site.weights():
-            per_tensor, learned = site.scheme.weights == "tensor", site.clips.get(name)
-            bits, groups = site.scheme.weight_bits, site.transform.groups or (weight.shape[1],)
+            per_tensor, learned = isinstance(site.scheme.weight.granularity, PerTensor), site.clips.get(name)
+            bits, groups = site.scheme.weight.number.bits, site.transform.groups or (weight.shape[1],)
             nearest = Codes(*quantize_weight(weight, bits, per_tensor=per_tensor, groups=groups, clip=learned))
             parts = zip(weight.split(groups, 1), moment.diagonal().split(groups), strict=True)
             absmax = torch.cat([self._grid(site, name, *part) for part in parts], 1)
             found = round_columns(weight, absmax, factor, order, bits, groups)
             wanted = tokens @ weight.T
             before, after = (
-                float(counts @ (rounded @ decode(c.codes, spread(of_clusters(c.scale), groups)).T - wanted).pow(2).sum(1))
+                float(counts @ (rounded @ decode(c.codes, spread(_scales(c.scale), groups)).T - wanted).pow(2).sum(1))
                 for c in (nearest, found)
             )
             if after < before:
@@ -187,7 +190,7 @@ class GPTQ:
             diagonal: ``[K]``, the same part of the diagonal of the second moment.
         """
         whole = weight.abs().amax(1, keepdim=True)
-        if site.scheme.weights == "tensor":
+        if isinstance(site.scheme.weight.granularity, PerTensor):
             whole = whole.amax().expand_as(whole)
         if name in site.clips:
             return whole * site.clips[name]
@@ -202,9 +205,9 @@ def as_rounded(x: Tensor, scheme: Scheme) -> Tensor:
     With a dynamic scheme each token is rounded. With a static scheme x is returned as it is, because the range is not known
     yet, and also where activations stay in floating point.
     """
-    if scheme.is_static or not scheme.quantizes_activations:
+    if scheme.is_static or not isinstance(scheme.input, Quantized):
         return x
-    codes, scale, zero = quantize_rows(x, bits=scheme.activation_bits, symmetric=scheme.symmetric)
+    codes, scale, zero = quantize_rows(x, bits=scheme.input.number.bits, symmetric=scheme.input.number.symmetric)
     return decode(codes, scale, 0 if zero is None else zero)
 
 
@@ -256,6 +259,11 @@ def spread(values: Tensor, groups: tuple[int, ...]) -> Tensor:
     return values.repeat_interleave(torch.tensor(groups, device=values.device), dim=1)
 
 
+def _scales(scale: Tensor) -> Tensor:
+    """``[N, G]``: the scale of each group of columns, from what :func:`quantkit.core.weights.weight_grid` gives."""
+    return scale if scale.shape[1] == 1 else group_scales(scale)  # one group has no multipliers
+
+
 def round_columns(weight: Tensor, absmax: Tensor, factor: Tensor, order: Tensor, bits: int, groups: tuple[int, ...]) -> Codes:
     """Round the columns of a weight in ``order``, and change the later columns to make up for the error of each.
 
@@ -269,7 +277,7 @@ def round_columns(weight: Tensor, absmax: Tensor, factor: Tensor, order: Tensor,
     """
     rows, channels = weight.shape
     grid, scale = weight_grid(absmax, bits, steps_of(channels, bits))
-    grids, scales = spread(grid, groups), spread(of_clusters(scale), groups)
+    grids, scales = spread(grid, groups), spread(_scales(scale), groups)
     left = weight[:, order].T.contiguous()  # [K, N]: a column at a time is a row of memory
     codes = torch.empty(channels, rows, dtype=torch.int8, device=weight.device)
     for first in range(0, channels, BLOCK):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.core.numerics import absmax_scale, decode, encode, qmax
+from quantkit.core.formats import PerTensor, Quantized
+from quantkit.core.numerics import absmax_scale, decode, encode
 from quantkit.core.rotation import Rotation, hadamard
 from quantkit.core.scheme import Scheme
 
@@ -42,9 +43,9 @@ def noise(x: Tensor, counts: Tensor, w: Tensor, scheme: Scheme, rotation: Rotati
         x, w = rotated(x, rotation), rotated(w, rotation)
     x2, w2 = x * x, w * w
     x_top = x.abs().amax(1, keepdim=True) if not scheme.is_static else x.abs().amax()
-    w_top = w2.amax(1, keepdim=True) if scheme.weights == "channel" else w2.amax()
-    x_step, w_step = (x_top / qmax(scheme.activation_bits)) ** 2 / 12, w_top / qmax(scheme.weight_bits) ** 2 / 12
-    x_step = x_step if scheme.quantizes_activations else torch.zeros_like(x_step)
+    w_top = w2.amax() if isinstance(scheme.weight.granularity, PerTensor) else w2.amax(1, keepdim=True)
+    w_step, input_ = w_top / scheme.weight.number.qmax**2 / 12, scheme.input
+    x_step = (x_top / input_.number.qmax) ** 2 / 12 if isinstance(input_, Quantized) else torch.zeros_like(x_top)
     from_x = (counts @ torch.minimum(x2, x_step)) @ w2.sum(0)
     from_w = (counts @ x2) @ torch.minimum(w2, w_step).sum(0)
     return float(from_x + from_w)
@@ -80,13 +81,13 @@ def best_clip(weight: Tensor, size: Tensor, scheme: Scheme) -> Tensor:
         scheme: the number of bits. If the weight has a single scale, all rows get the same answer.
     """
     whole = weight.abs().amax(1, keepdim=True)
-    together = scheme.weights == "tensor"
+    together, bits = isinstance(scheme.weight.granularity, PerTensor), scheme.weight.number.bits
     if together:
         whole = whole.amax().expand_as(whole)
     best, found = torch.full_like(whole, float("inf")), torch.ones_like(whole)
     for clip in CLIPS:
         absmax = whole * clip
-        rounded = decode(encode(weight, absmax, scheme.weight_bits), absmax_scale(absmax, scheme.weight_bits))
+        rounded = decode(encode(weight, absmax, bits), absmax_scale(absmax, bits))
         error = ((rounded - weight) ** 2 @ size)[:, None]
         error = error.sum().expand_as(error) if together else error
         found = torch.where(error < best, clip, found)

@@ -22,6 +22,7 @@ from torch import Tensor
 from quantkit.calibration.statistics import Range, Statistic, TokenSample
 from quantkit.calibrators.base import PerSite, SiteView, Stage
 from quantkit.core.errors import MethodError
+from quantkit.core.formats import Quantized
 from quantkit.core.transform import Transform
 
 STARTS, STEPS = 10, 100
@@ -86,7 +87,8 @@ class RPTQ(PerSite):
         carriers, k = site.site.carriers, site.site.channels
         low, high, weight, block = _channels(site)
         # Without symmetric codes both ends of a range matter, so both tell channels apart.
-        symmetric = site.scheme.symmetric and site.scheme.quantizes_activations
+        input_ = site.scheme.input
+        symmetric = isinstance(input_, Quantized) and input_.number.symmetric
         spans = 1
         if block == 1 and carriers is not None and carriers.span < k and self.clusters >= 2 * (k // carriers.span):
             # The rows that produce these channels may be reordered within spans (the heads of attention) only. There are enough

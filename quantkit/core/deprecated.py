@@ -61,7 +61,7 @@ def old_attribute(scheme: Any, name: str) -> object:
     if name not in OLD_ATTRIBUTES:
         raise AttributeError(f"{type(scheme).__name__!r} has no attribute {name!r}")
     value, instead = _values(scheme)[name]
-    # warnings.warn(f"Scheme.{name} is going away: read {instead}", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"Scheme.{name} is going away: read {instead}", DeprecationWarning, stacklevel=3)
     return value
 
 

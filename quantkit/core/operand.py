@@ -20,7 +20,8 @@ from torch import Tensor
 
 from quantkit.core.errors import MethodError, ModelError, QuantkitError
 from quantkit.core.formats import Float, Format, Quantized, groups_fault
-from quantkit.core.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, shares
+from quantkit.core.groups import shares
+from quantkit.core.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC
 from quantkit.core.rewrite import Rewrite
 from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme

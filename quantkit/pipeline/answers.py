@@ -13,7 +13,7 @@ from torch import Tensor
 from quantkit.calibrators import Calibrator, Plan, SiteView, Stage, View
 from quantkit.core.errors import MethodError
 from quantkit.core.formats import Quantized, groups_fault
-from quantkit.core.numerics import shares
+from quantkit.core.groups import shares
 from quantkit.core.plan import Codes
 from quantkit.core.progress import Progress, tracked
 from quantkit.core.rotation import Rotation

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from quantkit.core.errors import ModelError
 from quantkit.core.formats import PerTensor
-from quantkit.core.numerics import quantize_weight, sqnr_db
+from quantkit.core.numerics import sqnr_db
 from quantkit.core.operand import Operand
 from quantkit.core.plan import Codes, LinearPlan, ModelPlan, SitePlan
 from quantkit.core.progress import Progress, tracked
 from quantkit.core.report import LayerRecord, Report, attach
+from quantkit.core.weights import quantize_weight
 from quantkit.layers.attention import AttentionQuantizer, attach_attention, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.modules import linears_of, replace_module, weight_of

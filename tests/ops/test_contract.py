@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import quantkit
 from quantkit import BackendError, Rotation, Scheme, Transform, W8A8Linear
 from quantkit.core.formats import PerTensor
-from quantkit.core.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, quantize_weight
+from quantkit.core.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC
+from quantkit.core.weights import quantize_weight
 from quantkit.integrations.compressed.load import longest
 from quantkit.ops import reference
 from quantkit.ops.cpu import backend as cpu

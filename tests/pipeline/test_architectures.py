@@ -16,8 +16,9 @@ from randomised import build, worst_sqnr
 from torch import nn
 
 import quantkit
-from quantkit.core.numerics import absmax_scale, decode, encode, quantize_weight
+from quantkit.core.numerics import absmax_scale, decode, encode
 from quantkit.core.sites import Discovery
+from quantkit.core.weights import quantize_weight
 from quantkit.discovery import discover
 from quantkit.discovery.equivalence import outputs_of
 from quantkit.model.experts import unfuse

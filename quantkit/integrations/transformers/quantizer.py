@@ -39,10 +39,10 @@ from quantkit.checkpoint.record import (
 )
 from quantkit.core.errors import CheckpointError, MethodError, ModelError
 from quantkit.core.formats import PerTensor
-from quantkit.core.numerics import quantize_weight
 from quantkit.core.operand import Facts, check_exact
 from quantkit.core.report import LayerRecord, Report, attach, detach, has_report, report
 from quantkit.core.scheme import Scheme
+from quantkit.core.weights import quantize_weight
 from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import unfuse

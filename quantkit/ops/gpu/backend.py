@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantkit.core.formats import Float, Storage
-from quantkit.core.numerics import shared
+from quantkit.core.groups import with_multipliers
 from quantkit.core.operand import Operand
 from quantkit.core.rewrite import Rewrite
 from quantkit.core.tracing import constant_while_tracing
@@ -99,7 +99,7 @@ class GPU(Plain):
         if of_tokens is not None:
             free = order if align == BLOCK and rewrite.rotation is None else None
             borders, group_of, places = places_of(operand.groups, align, free, codes.device)
-            in_scale = None if in_scale is None else shared(in_scale, of_tokens)
+            in_scale = None if in_scale is None else with_multipliers(in_scale, of_tokens)
             width = 16 * len(group_of)
             codes = codes.new_zeros(len(codes), width).index_copy_(1, places, codes)
             if order is not None or width > k:

@@ -60,7 +60,7 @@ def of_lines(x, group, c):
 
 @gluon.jit
 def shared(scale, shares, AXIS: gl.constexpr):
-    """numerics.shared of scales of groups along AXIS: base scales and multipliers."""
+    """groups.with_multipliers of scales of groups along AXIS: base scales and multipliers."""
     terms = scale * shares
     top = gl.expand_dims(gl.reduce(terms, AXIS, larger), AXIS)
     parts = gl.ceil(gl.div_rn(terms, gl.zeros_like(terms) + top) * FINE)  # whole numbers, at most 2**22 together

@@ -32,7 +32,7 @@ def _spread(values, group, GROUPS: tl.constexpr):
 
 @triton.jit
 def _shared(scale, SHARES, COUNT: tl.constexpr, GROUPS: tl.constexpr):
-    """numerics.shared: base and multipliers ``[GROUPS]``."""
+    """groups.with_multipliers: base and multipliers ``[GROUPS]``."""
     g = tl.arange(0, GROUPS)
     terms = scale * tl.load(SHARES + g, mask=g < COUNT, other=0.0)
     top = tl.max(terms, 0)
