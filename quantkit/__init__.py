@@ -56,7 +56,7 @@ from quantkit.integrations.folders import load, save
 from quantkit.integrations.transformers.register import prepare_for_saving as _prepare_for_saving
 from quantkit.integrations.transformers.register import register_with_transformers
 from quantkit.layers.linear import W8A8Linear
-from quantkit.ops.table import Backend, backends, register_backend, use_backend
+from quantkit.ops.table import Backend, backends, register_backend, use_backend, why_simulated
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.recipe import Recipe
 
@@ -67,7 +67,7 @@ __all__ = [
     "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage", "Statistic",
     "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "compressed_tensors_as_int8",
     "discover", "export", "load", "quantize", "register_method", "register_with_transformers", "report", "save", "use_backend",
-    "verify_equivalence", "Backend", "register_backend",
+    "verify_equivalence", "Backend", "register_backend", "why_simulated",
 ]  # fmt: skip
 
 _LISTENERS.append(_prepare_for_saving)

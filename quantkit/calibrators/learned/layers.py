@@ -249,17 +249,17 @@ class LearnedSite:
 
     def _round(self, x: Tensor) -> Tensor:
         """The transformed activation ``x [..., K]`` rounded as the scheme says."""
-        format = self.view.scheme.input
-        if not isinstance(format, Quantized):
+        wanted = self.view.scheme.input
+        if not isinstance(wanted, Quantized):
             return x
         if self.range is not None:
             ends, shift = self.range, self.own_shift()
             ends = ends if shift is None else ends - shift
             ends = ends if self.log_scale is None else ends / self.own_scale()
-            return round_activation(x, format, ends.min(), ends.max())
-        if format.number.symmetric:
-            return RoundRows.apply(x, None, format.number.bits)
-        return round_activation(x, format, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
+            return round_activation(x, wanted, ends.min(), ends.max())
+        if wanted.number.symmetric:
+            return RoundRows.apply(x, None, wanted.number.bits)
+        return round_activation(x, wanted, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
 
 
 class LearnedLinear(nn.Module):
