@@ -351,7 +351,7 @@ RECORDS: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     "no layers": (drop("layers"), ["layers"]),
     "layer of another type": (put("layers", "up", 3), ["layers"]),
     "layer without scheme": (drop("layers", "up", "scheme"), ["layers"]),
-    "unknown scheme": (put("layers", "up", "scheme", "w9a8"), ["'up'", "weight_bits=9"]),
+    "unknown scheme": (put("layers", "up", "scheme", "w9a8"), ["'up'", "w9a8", "bits=9"]),
     "unknown layer": (put("layers", "top", STRANGER), ["'top'"]),
     "other sizes": (put("layers", "up", "in_features", 17), ["'up'", "17"]),
     "negative sizes": (put("layers", "up", "in_features", -16), ["'up'"]),
