@@ -110,14 +110,15 @@ class GPU(Plain):
             codes = F.pad(codes, (0, padded(k) - k))
         sums, pre_scale = row_sums(operand.codes, operand.groups), factors_of(rewrite)
         simple = number.symmetric and not operand.is_static and of_tokens is None
-        making = {
+        asked = {
             "bits": number.bits, "symmetric": number.symmetric, "shift": rewrite.shift, "pre_scale": pre_scale,
             "permutation": None if order is None else narrow(order, k),
-            "rotation": 0 if rewrite.rotation is None else rewrite.rotation.block,
+            "rotation": None if rewrite.rotation is None else rewrite.rotation.block,
             "side_index": rewrite.outliers, "side_mask": _mask_of(rewrite, k), "in_scale": in_scale,
             "in_zero": operand.input_zero_point, "clusters": group_of, "shares": of_tokens, "align": align,
-            "threshold": rewrite.threshold or 0.0,
+            "threshold": rewrite.threshold,
         }  # fmt: skip
+        making = {name: value for name, value in asked.items() if value is not None}
         return GPUPrepared(
             operand, sums, of_tokens, codes, _row_scales(operand), making,
             wsum=None if number.symmetric else sums, side_weight=_side_of(operand), pre_scale=pre_scale, borders=borders,
