@@ -22,14 +22,20 @@ from common import record
 from torch import Tensor
 
 import quantkit
-from quantkit.core.numerics import quantize_weight
 from quantkit.core.rotation import Rotation
 from quantkit.core.transform import Transform
+from quantkit.core.weights import quantize_weight
 from quantkit.layers.linear import W8A8Linear
 from quantkit.ops import reference
-from quantkit.ops.gpu import configs, hopper, operators, order, rows
-from quantkit.ops.gpu.matmul import matmul
-from quantkit.ops.gpu.quantize import quantize
+from quantkit.ops.gpu import operators
+from quantkit.ops.gpu.backend import GPUPrepared
+from quantkit.ops.gpu.codes import kernels as makers
+from quantkit.ops.gpu.codes import shapes
+from quantkit.ops.gpu.codes.request import CodesRequest
+from quantkit.ops.gpu.layout import BLOCK
+from quantkit.ops.gpu.product import tiles
+from quantkit.ops.gpu.product.kernels import kernel_of
+from quantkit.ops.gpu.product.request import ProductRequest
 
 DEVICE = torch.device("cuda")
 random = torch.Generator(DEVICE).manual_seed(0)
@@ -41,6 +47,21 @@ def rand(*shape: int) -> Tensor:
 
 def codes(*shape: int) -> Tensor:
     return torch.randint(-127, 128, shape, device=DEVICE, generator=random).to(torch.int8)
+
+
+def quantize(x: Tensor, **options: Any) -> list[Tensor]:
+    """Codes from the portable kernel."""
+    return makers.PORTABLE.launch(CodesRequest(x, **options))
+
+
+def takes(kernel: Any, x: Tensor, **options: Any) -> bool:
+    return kernel.why_not(CodesRequest(x, **options)) is None
+
+
+def multiply(q: Tensor, sx: Tensor, w: Tensor, sw: Tensor, dtype: torch.dtype, *, config: tiles.Config) -> Tensor:
+    """The product at this setting, whichever the tables would choose."""
+    kernel: Any = kernel_of(config)
+    return kernel.launch(ProductRequest(q, sx, w, sw, dtype), config)
 
 
 def poisoned(call: Callable[[], Any], *shapes: tuple[int, ...]) -> Any:
@@ -106,8 +127,8 @@ def check_gemms() -> None:
         (64, 8, 4, False),
         (32, 4, 8, True),
     ):
-        config = configs.Gemm(columns, stages, group, early)
-        against_exact(functools.partial(hopper.multiply, config=config), config)
+        config = tiles.Gemm(columns, stages, group, early)
+        against_exact(functools.partial(multiply, config=config), config)
 
 
 def check_decodes() -> None:
@@ -118,13 +139,13 @@ def check_decodes() -> None:
         (64, 6, 256, True),
         (128, 8, 128, True),
     ):
-        config = configs.Decode(tokens, stages, block, early)
-        against_exact(functools.partial(hopper.multiply, config=config), config)
+        config = tiles.Decode(tokens, stages, block, early)
+        against_exact(functools.partial(multiply, config=config), config)
 
 
 def check_tiles() -> None:
-    for tile in (*configs.TILES.values(), *(t for a, t in configs.LARGE.items() if a <= 90)):
-        against_exact(functools.partial(matmul, config=tile), tile)
+    for tile in (*tiles.TILES.values(), *(t for a, t in tiles.LARGE.items() if a <= 90)):
+        against_exact(functools.partial(multiply, config=tile), tile)
 
 
 def check_segments() -> None:
@@ -161,9 +182,10 @@ def check_segments() -> None:
             products = [reference.int_matmul(a, b) for a, b in zip(q.split(groups, 1), w.split(groups, 1), strict=True)]
             align = 16 if any(b % 128 for b in borders) else 128
             pack = {
-                "borders": torch.tensor(borders, device=DEVICE, dtype=torch.int32), "align": align, "zero": zero, "wsum": sums,
+                "borders": torch.tensor(borders, device=DEVICE, dtype=torch.int32), "align": align, "zero": zero,
+                "wsum": sums if zeros else None,
             }  # fmt: skip
-            acc = reference.segment_sum(products, sx[:, 1:], sw[:, 1:], zero, sums)
+            acc = reference.group_sum(products, sx[:, 1:], sw[:, 1:], zero, sums)
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 wanted = reference.epilogue(acc, sx[:, :1], sw[:, 0], None, None, None, dtype)
                 got = poisoned(lambda: operators.matmul(q, sx, w, packed, dtype, **pack), (m, n))  # noqa: B023
@@ -259,7 +281,7 @@ def check_rows() -> None:
             x = (rand(m, k) * 3).to(dtype)
             if m > 4:
                 x[1], x[2, k // 2], x[3, 0] = 0, float("nan"), float("-inf")
-            assert rows.takes(x, rotation=64), f"rows leaves {(m, k)} out"
+            assert takes(makers.ROWS, x, rotation=64), f"rows leaves {(m, k)} out"
             for block in (0, 8, 16, 32, 64, 128, 256):
                 if block and k % block:
                     continue
@@ -312,15 +334,13 @@ def check_clusters() -> None:
         k = sum(groups)
         order = torch.randperm(k, device=DEVICE)
         layer = layer_of(520, k, Transform(permutation=order, groups=groups))
-        packed, gain = layer.packed, rand(k).bfloat16()
-        where = {
-            "permutation": packed.permutation, "clusters": packed.clusters, "shares": packed.shares, "align": packed.align
-        }  # fmt: skip
-        assert packed.align == configs.BLOCK, f"clusters {k, groups}"
+        gain = rand(k).bfloat16()
+        where = {name: layer.prepared.making[name] for name in ("permutation", "clusters", "shares", "align")}
+        assert where["align"] == BLOCK, f"clusters {k, groups}"
         for m in (1, 37, 3000):
             x, y = rand(m, k).bfloat16(), rand(m, k).bfloat16()
             x[:, order[: groups[0]]] *= 30
-            assert rows.takes(x, **where), f"rows leaves clusters of {k} out"
+            assert takes(makers.ROWS, x, **where), f"rows leaves clusters of {k} out"
             with torch.inference_mode():
                 norm = {"source": "rms", "gain": gain, "eps": 1e-6}
                 for form in (norm, norm | {"x2": y}, {"source": "silu", "x2": y}):
@@ -348,12 +368,12 @@ def check_order() -> None:
         if m > 4:
             x[1], x[2, k // 2], x[3, 0] = 0, float("nan"), float("-inf")
         norm = {"source": "rms", "gain": rand(k).bfloat16(), "eps": 1e-6, "pre_scale": rand(k).abs() + 0.1}
-        for form, kernel in itertools.product(({}, norm, norm | {"x2": y}), (order, rows)):
+        for form, kernel in itertools.product(({}, norm, norm | {"x2": y}), (makers.ORDER, makers.ROWS)):
             options = form | {"permutation": torch.randperm(k, device=DEVICE)}
-            assert m <= order.FEW or order.takes(x, **options), f"order leaves {(m, k)} out"
-            assert rows.takes(x, **options), f"rows leaves {(m, k)} out"
-            got, wanted = poisoned(lambda: kernel.quantize(x, **options), (m, k)), quantize(x, **options)  # noqa: B023
-            what = f"{kernel.__name__} {(m, k, *form)}"
+            assert m <= shapes.FEW or takes(makers.ORDER, x, **options), f"order leaves {(m, k)} out"
+            assert takes(makers.ROWS, x, **options), f"rows leaves {(m, k)} out"
+            got, wanted = poisoned(lambda: kernel.launch(CodesRequest(x, **options)), (m, k)), quantize(x, **options)  # noqa: B023
+            what = f"{kernel.name} {(m, k, *form)}"
             finite = wanted[1].isfinite()
             assert torch.equal(got[1].isfinite(), finite), f"{what}: finite rows"
             assert relative(got[1][finite], wanted[1][finite]) < 1e-5, f"{what}: scale"
@@ -404,7 +424,7 @@ def check_layers() -> None:
         transforms.items(), ("w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym")
     ):
         layer = layer_of(n, k, transform, scheme=scheme)
-        assert layer.packed.backend.name == "triton"
+        assert isinstance(layer.prepared, GPUPrepared)
         x = rand(40, k).bfloat16()
         with torch.inference_mode():
             got = layer(x)

@@ -28,9 +28,13 @@ from common import record
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.core.numerics import steps_of
-from quantkit.ops.gpu import configs, hopper, operators, tune
-from quantkit.ops.gpu.gemv import gemv
+from quantkit.core.weights import steps_of
+from quantkit.ops.gpu import operators, tune
+from quantkit.ops.gpu.layout import BLOCK, padded_side
+from quantkit.ops.gpu.product import tiles
+from quantkit.ops.gpu.product.door import choose
+from quantkit.ops.gpu.product.kernels import kernel_of
+from quantkit.ops.gpu.product.request import ProductRequest
 from quantkit.ops.gpu.tune import COLD_BYTES, Call, graph_of, interleaved, seconds
 
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 4096, 8192)
@@ -117,7 +121,7 @@ def ours_with_columns(n: int) -> Callable[[Inputs], Call | None]:
 
     def candidate(a: Inputs) -> Call | None:
         index = torch.arange(n, device=DEVICE) * (a.k // n)
-        side = torch.randn(a.n, configs.padded_side(n), device=DEVICE, dtype=torch.bfloat16)
+        side = torch.randn(a.n, padded_side(n), device=DEVICE, dtype=torch.bfloat16)
         mask = torch.zeros(a.k, device=DEVICE, dtype=torch.int8).index_fill(0, index, 1)
 
         def call(i: int) -> Tensor:
@@ -143,7 +147,7 @@ def ours_in_segments(count: int, padding: int = 0) -> Callable[[Inputs], Call | 
         borders = torch.tensor([0, *inner, wide], device=DEVICE, dtype=torch.int32)
         q, w = ([int8(rows, wide) for _ in range(a.copies)] for rows in (a.m, a.n))
         multiples = 2.0 * torch.randint(0, 100, (a.m, count), device=DEVICE) + 1
-        sx, sw, more = torch.cat([a.sx, multiples], 1), a.sw, {"borders": borders, "align": configs.BLOCK}
+        sx, sw, more = torch.cat([a.sx, multiples], 1), a.sw, {"borders": borders, "align": BLOCK}
         if (steps := steps_of(a.k, 8)) > 1:
             sw = torch.cat([sw[None], 2.0 * torch.randint(0, steps // 2 + 1, (count, a.n), device=DEVICE) + 1])
         return lambda i: operators.matmul(at(q, i), sx, at(w, i), sw, torch.bfloat16, **more)
@@ -256,13 +260,14 @@ def probe(folder: Path) -> dict[str, Callable[[Inputs], Call | None]]:
 def variants() -> dict[str, Callable[[Inputs], Call | None]]:
     """Our kernels at every setting that ``quantkit tune`` tries."""
 
-    def with_config(config: configs.Config) -> Callable[[Inputs], Call | None]:
+    def with_config(config: tiles.Config) -> Callable[[Inputs], Call | None]:
         def candidate(a: Inputs) -> Call | None:
             if config not in tune.candidates(DEVICE, a.m, a.n, a.k):
                 return None
-            if isinstance(config, configs.Vector):
-                return lambda i: gemv(at(a.x, i), at(a.w, i), a.sw, config=config)
-            return lambda i: hopper.multiply(at(a.q, i), a.sx, at(a.w, i), a.sw, torch.bfloat16, config=config)
+            kernel: Any = kernel_of(config)
+            tokens, sx = (a.x, None) if isinstance(config, tiles.Vector) else (a.q, a.sx)
+            requests = [ProductRequest(at(tokens, i), sx, w, a.sw, torch.bfloat16) for i, w in enumerate(a.w)]
+            return lambda i: kernel.launch(at(requests, i), config)
 
         return candidate
 
@@ -271,7 +276,7 @@ def variants() -> dict[str, Callable[[Inputs], Call | None]]:
         for m, k in itertools.product((1, 8, 16, 32, 64, 128, 256, 4096), (4096, 14336))
         for c in tune.candidates(DEVICE, m, 4096, k)
     )
-    found = {f"{'bf16' if isinstance(c, configs.Vector) else 'given'}: {c}": with_config(c) for c in every}
+    found = {f"{'bf16' if isinstance(c, tiles.Vector) else 'given'}: {c}": with_config(c) for c in every}
     return found | {
         f"quantize: {w} warps": lambda a, w=w: lambda i: operators.quantize(at(a.x, i), warps=w) for w in (4, 8, 16, 32)
     }
@@ -417,7 +422,7 @@ def main() -> None:
     candidates |= peers() if args.peers else {}
     candidates |= {f"bf16: quantkit, {n} columns": ours_with_columns(n) for n in args.columns}
     candidates |= {f"given: quantkit, {n} segments": ours_in_segments(n) for n in args.segments}
-    candidates |= {f"given: quantkit, {n} segments, padded": ours_in_segments(n, configs.BLOCK) for n in args.segments}
+    candidates |= {f"given: quantkit, {n} segments, padded": ours_in_segments(n, BLOCK) for n in args.segments}
     candidates |= {"bf16: quantkit, threshold 6": ours_with_threshold} if args.threshold else {}
     candidates = {name: c for name, c in candidates.items() if any(fnmatch(name, pattern) for pattern in args.only)}
     if args.compile is not None:
@@ -437,7 +442,7 @@ def main() -> None:
             n, k = map(int, shape.split("x"))
             times = measure(Inputs(m, n, k), candidates, args.rounds, args.hot)
             torch.cuda.empty_cache()
-            rows.append({"m": m, "n": n, "k": k, "config": str(configs.choose(DEVICE, m, n, k, tma=True)), "us": times})
+            rows.append({"m": m, "n": n, "k": k, "config": str(choose(DEVICE, m, n, k, tma=True)), "us": times})
             best = sorted(times, key=lambda name: times[name]["cold"])
             print(f"{m} {shape}: " + "; ".join(f"{name} {times[name]['cold']}" for name in best), flush=True)
             path = record(args.name, rows, **facts)  # each time: whoever interrupts keeps what there is

@@ -17,8 +17,11 @@ import torch
 from common import record
 from torch import Tensor
 
-from quantkit.core.numerics import quantize_weight, shares
-from quantkit.ops.gpu import configs, narrow, operators, places_of
+from quantkit.core.groups import shares
+from quantkit.core.weights import quantize_weight
+from quantkit.ops.gpu import operators
+from quantkit.ops.gpu.layout import BLOCK
+from quantkit.ops.gpu.packing import narrow, places_of
 from quantkit.ops.gpu.tune import COLD_BYTES, graph_of, interleaved
 
 DEVICE = torch.device("cuda")
@@ -32,10 +35,10 @@ def forms(k: int) -> dict[str, dict[str, Any]]:
 
     def clustered(groups: tuple[int, ...]) -> dict[str, Any]:
         """As a layer packs clusters."""
-        _, clusters, places = places_of(groups, configs.BLOCK, order, DEVICE)
+        _, clusters, places = places_of(groups, BLOCK, order, DEVICE)
         gathered = torch.full((16 * len(clusters),), -1, device=DEVICE).index_copy_(0, places, order)
         of_each = shares(*quantize_weight(torch.randn(64, k, device=DEVICE), groups=groups), groups, symmetric=True)
-        return {"permutation": narrow(gathered, k), "clusters": clusters, "shares": of_each, "align": configs.BLOCK}
+        return {"permutation": narrow(gathered, k), "clusters": clusters, "shares": of_each, "align": BLOCK}
 
     ordered = {"permutation": narrow(order, k)}
     eight, ragged = clustered((k // 8,) * 8), clustered((20, *(k // 8,) * 6, k - 20 - k // 8 * 6))

@@ -25,8 +25,9 @@ from torch import nn
 
 from quantkit.checkpoint.files import read_json
 from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.core.facts import Facts
 from quantkit.core.heads import HeadSizes
-from quantkit.core.operand import Facts
+from quantkit.core.operand import empty_operand
 from quantkit.core.scheme import Scheme
 from quantkit.layers.attention import CHILD, AttentionQuantizer, attention_quantizers
 from quantkit.layers.linear import W8A8Linear
@@ -175,7 +176,7 @@ def empty_layer(name: str, record: Any) -> W8A8Linear:
         facts = Facts.read(record)
     except QuantkitError as error:
         raise CheckpointError(f"layer {name!r}: {error}") from None
-    operand = facts.empty(bias=record["bias"], optional=record["buffers"], outliers=record["outliers"], device="meta")
+    operand = empty_operand(facts, bias=record["bias"], optional=record["buffers"], outliers=record["outliers"], device="meta")
     return W8A8Linear.from_operand(operand)
 
 

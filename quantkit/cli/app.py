@@ -227,7 +227,7 @@ def tune(
     A minute or a few for each shape. quantkit has a table for every architecture and works well without this; the results
     of a model do not change by a bit. The table is kept in ~/.cache/quantkit (or QUANTKIT_CACHE) by device, Triton and version.
     """
-    from quantkit.ops.gpu import tunable
+    from quantkit.ops.gpu.devices import tunable
 
     if not model and not shape:
         raise typer.BadParameter("name a model or a --shape")

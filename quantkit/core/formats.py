@@ -147,6 +147,11 @@ class Quantized:
             raise SchemeError(f"{self.granularity} has groups of its own, and cannot be divided into {len(groups)} others")
         return replace(self, granularity=replace(self.granularity, groups=groups))
 
+    @property
+    def without_groups(self) -> Quantized:
+        """This format with one scale where it has one for each group."""
+        return replace(self, granularity=replace(self.granularity, groups=()))
+
 
 Format = Quantized | Float
 

@@ -14,7 +14,6 @@ from quantkit.core.errors import SchemeError
 from quantkit.core.formats import Float, Format, Int, PerChannel, PerTensor, PerToken, Quantized
 
 NAME = re.compile(r"w(\d)a(\d|16)(-static)?(-asym)?(-pertensor)?(?:-norm(\d|16))?(?:-kv(\d))?(?:-attention(\d))?")
-FLOAT = 16
 FLOAT_BITS = "16"
 """How a name says that a tensor is left in floating point, in whatever dtype it has."""
 

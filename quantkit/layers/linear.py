@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import MethodError
+from quantkit.core.facts import FLOAT32, TENSORS, Facts, check_exact
 from quantkit.core.formats import Format, Quantized, groups_fault
 from quantkit.core.numerics import absmax_scale, range_scale
-from quantkit.core.operand import FLOAT32, TENSORS, Facts, Operand, check_exact
+from quantkit.core.operand import Operand, empty_operand
 from quantkit.core.scheme import Scheme
 from quantkit.core.transform import Transform
 from quantkit.model.modules import applied_but_float32, weight_of
@@ -85,7 +86,7 @@ class W8A8Linear(nn.Linear):
         if fault:
             raise MethodError(f"W8A8Linear: {fault}")
         facts = Facts(in_features, out_features, scheme, tuple(groups) if len(groups) > 1 else ())
-        self._hold(facts.empty(bias=bias, device=device, dtype=dtype))
+        self._hold(empty_operand(facts, bias=bias, device=device, dtype=dtype))
 
     @classmethod
     def from_operand(cls, operand: Operand) -> W8A8Linear:

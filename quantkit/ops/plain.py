@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.core.formats import Float, Quantized
-from quantkit.core.numerics import shares
+from quantkit.core.groups import shares
 from quantkit.core.operand import Operand
 from quantkit.ops import reference
 
@@ -22,7 +22,7 @@ class PlainPrepared:
     Attributes:
         operand: what is run.
         sums: sums of the codes in each row, for zero points: ``[N]`` int32, or ``[G, N]`` of each group of channels.
-        shares: ``[G]`` float32, :func:`quantkit.core.numerics.shares` of the groups of the input; None without.
+        shares: ``[G]`` float32, :func:`quantkit.core.groups.shares` of the groups of the input; None without.
     """
 
     operand: Operand
@@ -111,7 +111,7 @@ class Plain:
 
 
 def shares_of(operand: Operand) -> Tensor | None:
-    """:func:`quantkit.core.numerics.shares` of the groups of the input; None where it has none."""
+    """:func:`quantkit.core.groups.shares` of the groups of the input; None where it has none."""
     if not operand.input_groups or not isinstance(operand.input, Quantized):
         return None
     return shares(operand.codes, operand.weight_scale, operand.groups, operand.input.number.symmetric)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,11 +13,17 @@ from torch import Tensor
 from quantkit.calibrators import Calibrator, Plan, SiteView, Stage, View
 from quantkit.core.errors import MethodError
 from quantkit.core.formats import Quantized, groups_fault
-from quantkit.core.numerics import shares
+from quantkit.core.groups import shares
 from quantkit.core.plan import Codes
+from quantkit.core.progress import Progress, tracked
 from quantkit.core.rotation import Rotation
 from quantkit.core.transform import Transform
 from quantkit.model.modules import weight_of
+
+
+def progress_of(progress: Progress) -> Any:
+    """What :class:`quantkit.View` offers as ``progress``."""
+    return functools.partial(tracked, progress=progress)
 
 
 def answer_of(calibrator: Calibrator, view: View, views: Sequence[SiteView]) -> Plan:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import ModelError
-from quantkit.core.numerics import quantize_weight, sqnr_db
 from quantkit.core.formats import PerTensor
+from quantkit.core.numerics import sqnr_db
 from quantkit.core.operand import Operand
 from quantkit.core.plan import Codes, LinearPlan, ModelPlan, SitePlan
 from quantkit.core.progress import Progress, tracked
 from quantkit.core.report import LayerRecord, Report, attach
+from quantkit.core.weights import quantize_weight
 from quantkit.layers.attention import AttentionQuantizer, attach_attention, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.modules import linears_of, replace_module, weight_of
@@ -66,12 +67,12 @@ def check_fits(model: nn.Module, plan: ModelPlan) -> None:
             raise ModelError(f"the plan is of another model: it folds into {producer.module!r}, which this model does not have")
     missing = next((name for name in plan.attention if name not in modules), None)
     if missing is not None:
-        raise ModelError(f"the plan is of another model: it rounds the attention of {missing!r}, which this model does not have")
+        raise ModelError(
+            f"the plan is of another model: it rounds the attention of {missing!r}, which this model does not have"
+        )
 
 
-def convert_rotated(
-    model: nn.Module, plan: ModelPlan, *, tokens: Tokens | None = None, progress: Progress = None
-) -> Report:
+def convert_rotated(model: nn.Module, plan: ModelPlan, *, tokens: Tokens | None = None, progress: Progress = None) -> Report:
     """Carry out what is left of ``plan`` on a model whose spaces are rotated already; returns the report, which is attached.
 
     Args:

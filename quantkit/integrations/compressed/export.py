@@ -33,8 +33,9 @@ from quantkit.checkpoint.record import RECORD_FILE
 from quantkit.checkpoint.tensors import Entry, unshared, write_shards
 from quantkit.core.errors import CheckpointError, ModelError
 from quantkit.core.formats import Format, Int, PerChannel, PerTensor, Quantized, Storage
-from quantkit.core.numerics import encode, qmax, quantize_weight
+from quantkit.core.numerics import encode, qmax
 from quantkit.core.report import Report, report
+from quantkit.core.weights import quantize_weight
 from quantkit.integrations.compressed.folder import INDEX, WEIGHTS, is_compressed
 from quantkit.integrations.compressed.layout import METHOD, describe
 from quantkit.integrations.folders import load

@@ -38,11 +38,12 @@ from quantkit.checkpoint.record import (
     version_of,
 )
 from quantkit.core.errors import CheckpointError, MethodError, ModelError
+from quantkit.core.facts import Facts, check_exact
 from quantkit.core.formats import PerTensor
-from quantkit.core.numerics import quantize_weight
-from quantkit.core.operand import Facts, check_exact
+from quantkit.core.operand import empty_operand
 from quantkit.core.report import LayerRecord, Report, attach, detach, has_report, report
 from quantkit.core.scheme import Scheme
+from quantkit.core.weights import quantize_weight
 from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import unfuse
@@ -270,7 +271,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         if is_conv1d(linear):
             self.transposed.add(name)
         facts = Facts(k, n, scheme, threshold=threshold or None)
-        layer = W8A8Linear.from_operand(facts.empty(bias=linear.bias is not None, device="meta", dtype=dtype))
+        layer = W8A8Linear.from_operand(empty_operand(facts, bias=linear.bias is not None, device="meta", dtype=dtype))
         # A placeholder in floating point and in the shape of the file: transformers up to 5.22 casts a weight to the dtype of
         # what it will replace before it is rounded.
         layer.weight = torch.empty(linear.weight.shape, dtype=dtype, device="meta")

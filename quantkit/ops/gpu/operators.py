@@ -1,36 +1,27 @@
-"""The GPU kernels as PyTorch operators: traced whole by ``torch.compile``, captured by CUDA graphs."""
+"""The GPU kernels as PyTorch operators: traced whole by ``torch.compile``, captured by CUDA graphs.
+
+Each operator makes one request of its flat arguments and hands it to the door of its side, :mod:`.codes.door` or
+:mod:`.product.door`. Names and arguments of operators stay as they are: Inductor's cache on disk knows graphs by them, so that
+other arguments need another name.
+
+Importing this module imports Triton, registers the operators, and installs the graph pass of :mod:`.fuse` with Inductor, which
+is a setting of the whole process. So it is imported when the operators are first needed, and never by ``import quantkit``.
+"""
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.compiler.errors import CompilationError
 
-from quantkit.ops.gpu import columns, configs, fuse
-from quantkit.ops.gpu.gemv import gemv as _gemv
-from quantkit.ops.gpu.matmul import matmul as _matmul
-from quantkit.ops.gpu.quantize import quantize as _quantize
-from quantkit.ops.gpu.quantize import reachable, with_unit
-
-log = logging.getLogger("quantkit")
-OTHER_GLUON = (
-    "this Triton's Gluon is another than quantkit knows (%s): the portable kernels run instead, up to 1.3 times slower"
-)
-
-try:
-    from quantkit.ops.gpu import hopper as hopper
-    from quantkit.ops.gpu import order as order
-    from quantkit.ops.gpu import rows as rows
-except (ImportError, AttributeError) as error:  # Gluon is experimental: its names move from one Triton to the next
-    hopper = order = rows = None  # type: ignore[assignment]
-    log.warning(OTHER_GLUON, str(error).splitlines()[0])
-
-SIXTEEN = (torch.bfloat16, torch.float16)
+from quantkit.ops.gpu import fuse
+from quantkit.ops.gpu.codes.door import make_codes
+from quantkit.ops.gpu.codes.request import CodesRequest, allocate
+from quantkit.ops.gpu.product.door import multiply
+from quantkit.ops.gpu.product.request import ProductRequest
 
 
 def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,85 +39,22 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @on_its_device
 def quantize(x: Tensor, **options: Any) -> list[Tensor]:
-    """See :func:`quantkit.ops.gpu.quantize.quantize`; the kernels of :mod:`.order` and :mod:`.rows` where they apply."""
-    for special in (order, rows):
-        if special is not None and x.device.type == "cuda" and special.takes(x, **options):
-            try:
-                return special.quantize(x, **options)
-            except CompilationError as error:
-                _do_without_gluon(error)
-                break
-    return _quantize(x, **options)
+    """INT8 codes of rows; ``options`` are the other fields of :class:`.codes.request.CodesRequest`, and nothing else."""
+    return make_codes(CodesRequest(x, **options))
 
 
 @on_its_device
-def matmul(
-    q: Tensor,
-    sx: Tensor,
-    weight: Tensor,
-    sw: Tensor,
-    dtype: torch.dtype,
-    zero: Tensor | None = None,
-    wsum: Tensor | None = None,
-    bias: Tensor | None = None,
-    side: Tensor | None = None,
-    side_weight: Tensor | None = None,
-    borders: Tensor | None = None,
-    align: int = 16,
-    active: Tensor | None = None,
-) -> Tensor:
-    """``[M, N]`` of ``dtype``; arguments as :func:`quantkit.ops.gpu.matmul.matmul`, with the kernel chosen by the shape.
-
-    ``align`` is what all borders are multiples of.
-    """
-    (m, k), n = q.shape, len(weight)
-    if m == 1 and zero is None and side is None and k % 16 == 0:
-        vector = configs.vector(k, given=True, segments=borders is not None)
-        return _gemv(q, weight, sw, sx=sx, dtype=dtype, bias=bias, borders=borders, config=vector)
-    tma = hopper is not None and k % 16 == 0 and (weight.data_ptr() | q.data_ptr()) % 16 == 0 and m > 0 and n > 0
-    tma = tma and (borders is None or align % configs.BLOCK == 0) and (m <= 64 or (n % 8 == 0 and dtype in SIXTEEN))
-    if side is not None:
-        tma = tma and (active is not None or side.shape[1] % configs.SIDE == 0) and side.dtype in SIXTEEN
-    if active is not None:
-        assert side is not None
-        side = reachable(side)
-    config = configs.choose(q.device, m, n, k, tma=tma, segments=borders is not None)
-    if not isinstance(config, configs.Tile):
-        try:
-            if active is None or side is None:
-                return hopper.multiply(
-                    q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight,
-                    borders=borders, config=config,
-                )  # fmt: skip
-            some = columns.gather(side, q, sx, weight, sw, active)
-            y = hopper.multiply(
-                q, sx, weight, sw, dtype, bias=bias, side=some[0], side_weight=some[1], active=active, config=config
-            )
-            tile = configs.portable(configs.capability(q.device), m, n, segments=True)
-            return _matmul(q, sx, weight, sw, dtype, bias=bias, side=side, active=active, done=y, config=tile)
-        except CompilationError as error:
-            _do_without_gluon(error)
-            config = configs.portable(configs.capability(q.device), m, n)
-    return _matmul(
-        q, sx, weight, sw, dtype, zero=zero, wsum=wsum, bias=bias, side=side, side_weight=side_weight, borders=borders,
-        active=active, config=config,
-    )  # fmt: skip
-
-
-def _do_without_gluon(error: Exception) -> None:
-    global hopper, order, rows
-    hopper = order = rows = None  # type: ignore[assignment]
-    log.warning(OTHER_GLUON, str(error).strip().splitlines()[-1])
+def matmul(q: Tensor, sx: Tensor, weight: Tensor, sw: Tensor, dtype: torch.dtype, *args: Any, **options: Any) -> Tensor:
+    """``[M, N]`` of ``dtype``; the others are the next fields of :class:`.product.request.ProductRequest`, in their order."""
+    return multiply(ProductRequest(q, sx, weight, sw, dtype, *args, **options))
 
 
 @on_its_device
 def gemv(
     x: Tensor, weight: Tensor, sw: Tensor, bits: int = 8, bias: Tensor | None = None, pre_scale: Tensor | None = None
 ) -> Tensor:
-    """``[1, N]`` from one float token ``x [1, K]``; see :func:`quantkit.ops.gpu.gemv.gemv`."""
-    tuned = configs.tuned_config(x.device, 1, *weight.shape)
-    config = tuned if isinstance(tuned, configs.Vector) else configs.vector(x.shape[1])
-    return _gemv(x, weight, sw, bits=bits, bias=bias, pre_scale=pre_scale, config=config)
+    """``[1, N]`` in the dtype of one token ``x [1, K]`` in floating point, which is quantized to ``bits`` on the way in."""
+    return multiply(ProductRequest(x, None, weight, sw, x.dtype, bias=bias, bits=bits, pre_scale=pre_scale))
 
 
 _library = torch.library.Library("quantkit", "FRAGMENT")
@@ -148,16 +76,9 @@ for _name, _function in (("quantize", quantize), ("matmul", matmul), ("gemv", ge
 
 
 @torch.library.register_fake("quantkit::quantize")
-def _(
-    x, *, symmetric=True, source="", x2=None, side_index=None, in_scale=None, clusters=None, shares=None, threshold=0.0, **_
-):  # fmt: skip
-    m, k = x.shape
-    width, count = (configs.padded(k), 1) if clusters is None else (16 * len(clusters), len(shares))
-    out = [x.new_empty((m, width), dtype=torch.int8), x.new_empty((m, with_unit(count)), dtype=torch.float32)]
-    out += [] if symmetric or in_scale is not None else [x.new_empty((m, count), dtype=torch.int32)]
-    out += [] if side_index is None else [x.new_empty((m, configs.padded_side(len(side_index))))]
-    out += [x.new_empty((m, k))] if x2 is not None and source in ("rms", "layer") else []
-    return out + ([x.new_empty(1 + k, dtype=torch.int32)] if threshold else [])
+def _(x, **options):
+    out = allocate(CodesRequest(x, **options)).given()
+    return [*out, x.new_empty(1 + x.shape[1], dtype=torch.int32)] if options.get("threshold") else out
 
 
 @torch.library.register_fake("quantkit::matmul")

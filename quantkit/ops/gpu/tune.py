@@ -21,11 +21,14 @@ from tqdm.auto import tqdm
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from quantkit.core.errors import BackendError
+from quantkit.core.operand import Operand
 from quantkit.model.modules import is_linear, weight_of
-from quantkit.ops.gpu import configs, operators, tunable
-from quantkit.ops.gpu.configs import Config, Decode, Gemm, Tile, Vector
-from quantkit.ops.gpu.gemv import gemv
-from quantkit.ops.gpu.matmul import matmul
+from quantkit.ops.gpu.devices import capability, tunable
+from quantkit.ops.gpu.layout import padded
+from quantkit.ops.gpu.product import kernels, tiles, tuned
+from quantkit.ops.gpu.product.request import ProductRequest
+from quantkit.ops.gpu.product.tiles import Config, Decode, Gemm, Tile, Vector
+from quantkit.ops.gpu.service import service
 
 TOKENS = (1, 2, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 COLD_BYTES = 200 * 2**20  # four times the L2 of an H100
@@ -38,11 +41,11 @@ def candidates(device: torch.device, m: int, n: int, k: int) -> list[Config]:
     """Settings worth a try, the built-in one first."""
     if m == 1:
         some = ((8, 2, 4), (8, 1, 4), (4, 2, 4), (4, 2, 8), (4, 1, 8), (2, 2, 8), (2, 2, 16), (4, 2, 16), (8, 2, 8), (16, 1, 8))
-        return list(dict.fromkeys([configs.vector(k), *(Vector(*v) for v in some)]))
-    arch = configs.capability(device)
+        return list(dict.fromkeys([tiles.vector(k), *(Vector(*v) for v in some)]))
+    arch = capability(device)
     found: list[Config] = []
-    if arch == 90 and operators.hopper and k % 16 == 0 and n % 8 == 0:
-        found = [configs.hopper(m, n)]
+    if arch == 90 and service.runs(kernels.HOPPER.name) and k % 16 == 0 and n % 8 == 0:
+        found = [tiles.hopper(m, n)]
         rings = {8: (12, 24), 16: (10, 20), 32: (8, 16), 64: (6, 12), 128: (4, 8)}  # stages of 256 and of 128 channels
         for width in [w for w in rings if m <= 2 * w][:2]:  # all tokens in one group, or in two
             found += [Decode(width, rings[width][0], 256), Decode(width, rings[width][1], 128)]
@@ -51,7 +54,7 @@ def candidates(device: torch.device, m: int, n: int, k: int) -> list[Config]:
             depth = {32: 10, 64: 8, 128: 6, 256: 4}
             found += [Gemm(c, depth[c], g, e) for c, g, e in itertools.product(columns, (8, 16), (False, True))]
     else:
-        found = [configs.portable(arch, m, n)]
+        found = [tiles.portable(arch, m, n)]
         height = next((h for h in (16, 32, 64, 128) if m <= h), 128)
         found += [
             Tile(height, wide, deep, 8, warps, stages)
@@ -113,12 +116,10 @@ class Operands:
 
     def call(self, config: Config) -> Call:
         """The product at this setting."""
-        w, bf16 = self.w, torch.bfloat16
-        if isinstance(config, Vector):
-            return lambda i: gemv(self.x, w[i % self.copies], self.sw, config=config)
-        if isinstance(config, Tile):
-            return lambda i: matmul(self.q, self.sx, w[i % self.copies], self.sw, bf16, config=config)
-        return lambda i: operators.hopper.multiply(self.q, self.sx, w[i % self.copies], self.sw, bf16, config=config)
+        kernel: Any = kernels.kernel_of(config)
+        q, sx = (self.x, None) if isinstance(config, Vector) else (self.q, self.sx)
+        requests = [ProductRequest(q, sx, w, self.sw, torch.bfloat16) for w in self.w]
+        return lambda i: kernel.launch(requests[i % self.copies], config)
 
 
 def fastest(device: torch.device, m: int, n: int, k: int, rounds: int = 7) -> tuple[Config, dict[Config, float]]:
@@ -140,11 +141,11 @@ def fastest(device: torch.device, m: int, n: int, k: int, rounds: int = 7) -> tu
 
 
 def shapes_of(model: nn.Module) -> list[tuple[int, int]]:
-    """(N, K) of the linears that are INT8, or would be, each once; they may be on the meta device."""
+    """(N, K) of the operands that modules hold, or of linears that would be INT8, each once; all may be on the meta device."""
     embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = embeddings()
-    int8: list[Any] = [m for m in model.modules() if hasattr(m, "weight_scale")]
-    found = {(m.out_features, m.in_features) for m in int8}
+    operands = [getattr(m, "operand", None) for m in model.modules()]
+    found = {(operand.out_features, operand.in_features) for operand in operands if isinstance(operand, Operand)}
     return sorted(found or {tuple(weight_of(m).shape) for m in model.modules() if is_linear(m) and m is not head})
 
 
@@ -162,28 +163,28 @@ def tune(
         shapes: (N, K): output and input channels.
         tokens: numbers of tokens to tune for; a size between two of them uses the choice of the larger.
         device: the GPU.
-        path: the table; left out, :func:`quantkit.ops.gpu.configs.cache_path`. Shapes that it holds already stay.
+        path: the table; left out, :func:`quantkit.ops.gpu.product.tuned.cache_path`. Shapes that it holds already stay.
 
     Raises:
         BackendError: no usable GPU, or the file cannot be written.
     """
     device = tunable(device)
-    path = path or configs.cache_path(device)
+    path = path or tuned.cache_path(device)
     table = _read(path)
     with torch.cuda.device(device), torch.inference_mode():
-        work = list(itertools.product([(n, configs.padded(k)) for n, k in shapes], tokens))
+        work = list(itertools.product([(n, padded(k)) for n, k in shapes], tokens))
         for (n, k), m in tqdm(work, desc="tuning", disable=not progress):
             config, _ = fastest(device, m, n, k)
-            table.setdefault(f"{n}x{k}", {})[str(m)] = configs.as_json(config)
+            table.setdefault(f"{n}x{k}", {})[str(m)] = tuned.as_json(config)
             _write(path, table)  # after each: whoever interrupts keeps what there is
-    configs.tuned.cache_clear()
+    tuned.tuned.cache_clear()
     return path
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         table: dict[str, Any] = json.loads(path.read_text())
-        configs.parse(table)
+        tuned.parse(table)
         return table
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
