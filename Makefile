@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ENGINE ?= .venv-engine
 
-.PHONY: demo test check lint types transformers-matrix transformers-oldest compressed-tensors-matrix engine-test env clean
+.PHONY: demo test check lint types house dist transformers-matrix transformers-oldest compressed-tensors-matrix engine-test env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/quantkit demo --output demo-out
@@ -19,6 +19,26 @@ types: $(VENV)/.ready
 	$(BIN)/mypy
 
 check: lint types test
+
+house: $(VENV)/.ready
+	$(BIN)/python tests/house.py
+
+# What goes to PyPI, installed as a user would install it (torch comes from constraints.txt), and used.
+dist: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv --clear dist/env
+	dist/env/bin/pip install --quiet -c constraints.txt dist/*.whl
+	cd dist && env/bin/quantkit --version && env/bin/python -c "$$MLP"
+	rm -rf dist/env
+
+define MLP
+import torch, quantkit
+model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
+print(quantkit.report(quantkit.quantize(model, calibration=[torch.randn(32, 64)])))
+endef
+export MLP
 
 transformers-matrix: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/integrations/transformers_matrix.py
@@ -53,4 +73,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 env: $(VENV)/.ready
 
 clean:
-	rm -rf $(VENV) $(ENGINE) demo-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINE) dist demo-out .pytest_cache .mypy_cache .ruff_cache

@@ -22,9 +22,9 @@ from common import record
 from torch import Tensor
 
 import quantkit
-from quantkit.core.numerics import quantize_weight
 from quantkit.core.rotation import Rotation
 from quantkit.core.transform import Transform
+from quantkit.core.weights import quantize_weight
 from quantkit.layers.linear import W8A8Linear
 from quantkit.ops import reference
 from quantkit.ops.gpu import operators

@@ -174,7 +174,7 @@ def store_activations(model: Any, ids: list[int], file: Path, dtype: torch.dtype
         hook.remove()
     for name, x in inputs.items():
         layer, x = model.get_submodule(name), x.to(dtype).contiguous()
-        codes, scale, zero = reference.quantize_rows(x, symmetric=layer.scheme.symmetric)
+        codes, scale, zero = reference.quantize_rows(x, symmetric=layer.scheme.input.number.symmetric)
         parts = {"x": x, "codes": codes, "scale": scale, "weight": layer.weight, "weight_scale": layer.weight_scale}
         parts |= {} if zero is None else {"zero": zero}
         tensors |= {f"{name}.{key}": value.contiguous().clone() for key, value in parts.items()}

@@ -28,7 +28,7 @@ from common import record
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.core.numerics import steps_of
+from quantkit.core.weights import steps_of
 from quantkit.ops.gpu import operators, tune
 from quantkit.ops.gpu.layout import BLOCK, padded_side
 from quantkit.ops.gpu.product import tiles

@@ -2,7 +2,7 @@
 
     python benchmarks/omniquant_gpu.py [--steps 100] [--name omniquant_gpu]
 
-Runs the calibrator's own code on one random block in bfloat16: both streams in memory of the host, the paper's 20 epochs of
+Runs the calibrator's own code on one random block in bfloat16: hidden states in memory of the host, the paper's 20 epochs of
 which only ``--steps`` steps are taken and timed. What a whole block and the 32 blocks of the model would take follows from the
 seconds per step and the seconds per sample of the passes between blocks; measured and extrapolated figures are told apart.
 """

@@ -17,7 +17,8 @@ import torch
 from common import record
 from torch import Tensor
 
-from quantkit.core.numerics import quantize_weight, shares
+from quantkit.core.groups import shares
+from quantkit.core.weights import quantize_weight
 from quantkit.ops.gpu import operators
 from quantkit.ops.gpu.layout import BLOCK
 from quantkit.ops.gpu.packing import narrow, places_of

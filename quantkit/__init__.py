@@ -16,7 +16,6 @@ from quantkit.calibrators import (
     RPTQ,
     RTN,
     Calibrator,
-    Codes,
     Hadamard,
     Hessian,
     LLMInt8,
@@ -30,6 +29,7 @@ from quantkit.calibrators import (
     View,
     register_method,
 )
+from quantkit.checkpoint.plans import load_plan, save_plan
 from quantkit.core.errors import (
     BackendError,
     CalibrationError,
@@ -42,6 +42,7 @@ from quantkit.core.errors import (
     SchemeError,
     TargetError,
 )
+from quantkit.core.plan import Codes, ModelPlan
 from quantkit.core.progress import Progress
 from quantkit.core.report import LISTENERS as _LISTENERS
 from quantkit.core.report import LayerRecord, Report, report
@@ -56,18 +57,20 @@ from quantkit.integrations.folders import load, save
 from quantkit.integrations.transformers.register import prepare_for_saving as _prepare_for_saving
 from quantkit.integrations.transformers.register import register_with_transformers
 from quantkit.layers.linear import W8A8Linear
-from quantkit.ops.table import Backend, backends, register_backend, use_backend
+from quantkit.ops.table import Backend, backends, register_backend, use_backend, why_simulated
+from quantkit.pipeline.plans import convert, plan
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.recipe import Recipe
 
 __all__ = [
-    "GPTQ", "RPTQ", "RTN", "BackendError", "CalibrationError", "Calibrator", "Carriers", "CheckpointError", "Codes",
-    "Discovery", "Equivalence", "EquivalenceError", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError",
-    "ModelError", "OmniQuant", "PerSite", "Plan", "PluginError", "Producer", "Progress", "QuantkitError", "Range", "Recipe",
-    "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage", "Statistic",
-    "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "compressed_tensors_as_int8",
-    "discover", "export", "load", "quantize", "register_method", "register_with_transformers", "report", "save", "use_backend",
-    "verify_equivalence", "Backend", "register_backend",
+    "Backend", "BackendError", "CalibrationError", "Calibrator", "Carriers", "CheckpointError", "Codes", "Discovery",
+    "Equivalence", "EquivalenceError", "GPTQ", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError", "ModelError",
+    "ModelPlan", "OmniQuant", "PerSite", "Plan", "PluginError", "Producer", "Progress", "QuantkitError", "RPTQ", "RTN",
+    "Range", "Recipe", "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage",
+    "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends",
+    "compressed_tensors_as_int8", "convert", "discover", "export", "load", "load_plan", "plan", "quantize",
+    "register_backend", "register_method", "register_with_transformers", "report", "save", "save_plan", "use_backend",
+    "verify_equivalence", "why_simulated",
 ]  # fmt: skip
 
 _LISTENERS.append(_prepare_for_saving)

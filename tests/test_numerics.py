@@ -18,10 +18,10 @@ from quantkit.core.numerics import (
     encode,
     encode_asymmetric,
     qmax,
-    quantize_weight,
     range_scale,
     sqnr_db,
 )
+from quantkit.core.weights import quantize_weight
 from quantkit.ops.reference import quantize_rows
 
 EPS = 2.0**-24  # of one float32 rounding

@@ -20,7 +20,8 @@ from quantkit import RTN, Plan, Range, Scheme, SchemeError, SmoothQuant, Stage, 
 from quantkit.calibration.observe import observe
 from quantkit.calibrators import SiteView
 from quantkit.calibrators.smoothquant import DEAD, smooth_scale
-from quantkit.core.numerics import absmax_scale, quantize_weight, range_scale
+from quantkit.core.numerics import absmax_scale, range_scale
+from quantkit.core.weights import quantize_weight
 from quantkit.discovery.equivalence import relative_error
 from quantkit.model.modules import linears_of, weight_of
 

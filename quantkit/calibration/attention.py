@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.core.progress import Progress, tracked
 from quantkit.core.errors import CalibrationError
+from quantkit.core.formats import Quantized
 from quantkit.core.heads import HeadSizes, count_heads
+from quantkit.core.progress import Progress, tracked
 from quantkit.core.scheme import Scheme
 from quantkit.discovery.attention import watching
 from quantkit.layers.attention import LABELS, AttentionQuantizer, parts_of
@@ -121,6 +122,7 @@ def _labels(name: str, heads: HeadSizes, scheme: Scheme, ranges: Ranges, label: 
         low = torch.stack([low.unflatten(0, (heads.keys, -1)).amin(1) for low, _ in sharing], 1)
         high = torch.stack([high.unflatten(0, (heads.keys, -1)).amax(1) for _, high in sharing], 1)
         ends = enumerate(zip(low, high, strict=True))
-        of_heads = [label(*end, scheme.symmetric, f"{name}.{which}.{head}") for head, end in ends]
+        symmetric = all(f.number.symmetric for f in (scheme.kv, scheme.queries) if isinstance(f, Quantized))
+        of_heads = [label(*end, symmetric, f"{name}.{which}.{head}") for head, end in ends]
         labels[which] = torch.stack(of_heads).to(low.device)
     return labels

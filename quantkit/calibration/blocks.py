@@ -178,19 +178,7 @@ def record_calls(
     calls: list[list[Call]] = []
     seen: list[tuple[Call, Tensor]] = []
     returned: list[Tensor] = []
-    pool: list[Tensor] = []
-
-    def shared(t: Tensor) -> Tensor:
-        """A tensor equal to ``t`` that an earlier block or the first sample was called with, if there is one, else ``t``.
-
-        Masks and positions are mostly the same everywhere, and one copy of them is enough.
-        """
-        for known in pool:
-            if known is t or (known.shape == t.shape and known.dtype == t.dtype and torch.equal(known, t)):
-                return known
-        if not calls:
-            pool.append(t)
-        return t
+    shared = _Shared()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         key, hidden = _hidden(args, kwargs)
@@ -216,9 +204,30 @@ def record_calls(
                 raise MethodError(f"{len(seen)} of {len(blocks)} blocks ran: every block has to run once, in order")
             states[index] = seen[0][1]
             calls.append([c for c, _ in seen])
+            shared.grows = False
             seen.clear()
             returned.clear()
     return states, calls
+
+
+class _Shared:
+    """Replaces equal tensors by one. Masks and positions are mostly the same in all blocks and samples.
+
+    Attributes:
+        grows: whether tensors that are new are remembered. Those of the first sample are enough.
+    """
+
+    def __init__(self) -> None:
+        self.grows = True
+        self._tensors: list[Tensor] = []
+
+    def __call__(self, t: Tensor) -> Tensor:
+        for known in self._tensors:
+            if known is t or (known.shape == t.shape and known.dtype == t.dtype and torch.equal(known, t)):
+                return known
+        if self.grows:
+            self._tensors.append(t)
+        return t
 
 
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor]:

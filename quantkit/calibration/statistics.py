@@ -1,9 +1,10 @@
-"""What a site's activation looked like over the calibration data: small, mergeable, saveable.
+"""What is kept of an activation: not its values, but a few numbers about them.
 
-A :class:`Statistic` is a monoid: updating with batches in any split, and merging the parts in any order, gives the
-same value. It holds O(K) numbers (or O(K^2) for a Hessian), never the activations themselves. After a
-:class:`~quantkit.core.transform.Transform` it is carried over in closed form, so that one pass over the data
-serves several calibrators.
+A :class:`Statistic` takes in an activation batch by batch and keeps O(K) numbers for K channels (or O(K^2) for a Hessian),
+whatever the amount of data. It has two properties that make it useful. It does not matter how the data is divided into batches,
+and statistics of two parts can be merged into that of the whole. And when a calibrator decides to transform the channels, the
+statistic of the transformed activation follows from that of the original (:meth:`Statistic.after`), so that one pass over the
+data serves several calibrators, one after the other.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ S = TypeVar("S", bound="Statistic")
 
 @runtime_checkable
 class Statistic(Protocol):
-    """One accumulator of one site. Third parties may add their own: a calibrator lists the classes it needs."""
+    """Something accumulated over one activation. A calibrator lists the classes it needs, which may be its own."""
 
     def __init__(self, channels: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
-        """Nothing seen yet, for activations of ``channels`` on ``device``; ``seed`` for those that draw."""
+        """Start with nothing seen, for activations with ``channels`` channels on ``device``. ``seed`` is for random choices."""
 
     def update(self, x: Tensor) -> None:
         """Take in ``x [T, K]``, any floating dtype, finite."""
@@ -33,14 +34,18 @@ class Statistic(Protocol):
         """The statistic of both data sets together."""
 
     def after(self, transform: Transform) -> Self:
-        """The statistic of the transformed activation. Raises MethodError where no closed form exists."""
+        """The statistic of the transformed activation. Raises MethodError if it does not follow from this one."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The numbers, for saving."""
+        """All numbers in it, by name."""
 
 
 class Range:
-    """Per-channel minimum and maximum, ``[K]`` float32."""
+    """The least and the largest value of each channel.
+
+    Attributes:
+        low, high: ``[K]`` float32; inf and -inf for a channel of which nothing was seen.
+    """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self.low = torch.full((channels,), float("inf"), device=device)
@@ -48,7 +53,7 @@ class Range:
 
     @property
     def absmax(self) -> Tensor:
-        """``[K]`` float32, 0 for a channel that was never seen."""
+        """The largest absolute value of each channel, ``[K]`` float32; 0 for a channel of which nothing was seen."""
         return torch.maximum(self.low.abs(), self.high.abs()).where(self.high >= self.low, 0.0)
 
     def update(self, x: Tensor) -> None:
@@ -74,11 +79,17 @@ class Range:
 
 
 class TokenSample:
-    """A weighted sample of tokens that does not miss the rare ones that decide ranges.
+    """A weighted sample of tokens, in which the rare ones with the largest values are always contained.
 
-    Kept are the ``extremes`` tokens with the largest absmax, and of all others a uniform sample of ``size``. Every other
-    token draws a random key and the smallest keys stay, so a merge of samples is a sample of the union. Tokens keep the
-    dtype in which they came.
+    The ``extremes`` tokens with the largest absolute values are kept, because they decide ranges. Of all others a uniform
+    sample of ``size`` tokens is kept: each draws a random key, and those with the smallest keys stay. That way the merge of two
+    samples is a sample of both data sets together.
+
+    Attributes:
+        common: ``[n, K]``, the uniform sample, in the dtype in which tokens came.
+        keys: ``[n]`` float64, their random keys.
+        rare: ``[m, K]``, the tokens with the largest values.
+        seen: the number of all tokens.
     """
 
     size, extremes = 256, 64
@@ -95,7 +106,7 @@ class TokenSample:
         order = x.abs().amax(1).argsort(descending=True, stable=True)
         rare, rest = x[order[: self.extremes]], order[self.extremes :]
         keys = torch.rand(len(rest), generator=self._random, dtype=torch.float64)
-        keep = keys.argsort()[: self.size]  # never copy more of a batch than could survive
+        keep = keys.argsort()[: self.size]  # no other token of this batch could stay, so no other is copied
         self._take_rare(rare)
         self._take_common(x[rest[keep.to(x.device)]], keys[keep])
 
@@ -107,7 +118,7 @@ class TokenSample:
         return out
 
     def _take_rare(self, tokens: Tensor) -> None:
-        """The most extreme stay; those that no longer are join the lottery of the common ones."""
+        """Keep the tokens with the largest values; those that no longer belong to them draw keys as all others do."""
         both = torch.cat([self.rare.to(tokens.dtype), tokens.to(self.rare.device)])
         order = both.abs().amax(1).argsort(descending=True, stable=True)
         self.rare, dropped = both[order[: self.extremes]], both[order[self.extremes :]]
@@ -120,7 +131,8 @@ class TokenSample:
         self.keys, self.common = keys[keep], both[keep.to(both.device)]
 
     def weighted(self) -> tuple[Tensor, Tensor]:
-        """Tokens ``[n, K]`` float32 and how many tokens each stands for, ``[n]`` float32; the weights sum to ``seen``."""
+        """The sampled tokens ``[n, K]`` float32, and how many tokens of the data each stands for, ``[n]`` float32, ``seen`` in
+        sum."""
         each = (self.seen - len(self.rare)) / max(len(self.common), 1)
         weights = torch.cat([torch.ones(len(self.rare)), torch.full((len(self.common),), each)])
         return torch.cat([self.rare, self.common]).float(), weights.to(self.rare.device)

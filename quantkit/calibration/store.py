@@ -39,8 +39,9 @@ class Fingerprint:
         """Take in texts as UTF-8, tensors as their bytes in memory (without dtype and shape), and None as a mark of its own."""
         for part in parts:
             if isinstance(part, Tensor):
-                if part.numel():
-                    self._digest.update(memory_of(part.detach().cpu().contiguous()))
+                here = part.detach().cpu().contiguous()  # has a name, since memory_of() does not keep its tensor alive
+                if here.numel():
+                    self._digest.update(memory_of(here))
             else:
                 self._digest.update(b"-" if part is None else part.encode())
 

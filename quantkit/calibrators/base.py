@@ -1,4 +1,14 @@
-"""What a calibrator is: it looks at sites and returns data. It never touches the model."""
+"""What a calibrator is: an object that looks at a model and its data, decides, and returns its decision as data.
+
+A calibrator never changes the model. It is given a :class:`View` with one :class:`SiteView` for each site, that is for each
+activation that some linears read, and it returns a :class:`Plan`: transforms of channels, integers, clips and notes. The
+pipeline checks the plan, applies it and proves that the model still computes the same. So a calibrator can be tested without a
+model, and calibrators can be combined: each one sees statistics and weights as the plans before it have left them.
+
+:class:`Calibrator` is the protocol that the pipeline asks for. :class:`PerSite` is a base class for the usual case, a decision
+for one site at a time. :class:`Foreseen` and :class:`HeadClusters` are what a calibrator may offer besides.
+:func:`check_attributes` and :func:`check_order` refuse calibrators and compositions that make no sense, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +17,15 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.calibration.statistics import Statistic, TokenSample
 from quantkit.core.errors import MethodError
+from quantkit.core.formats import Quantized
+from quantkit.core.plan import Codes as Codes
 from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Site
@@ -22,6 +34,7 @@ from quantkit.core.transform import Transform
 from quantkit.model.modules import weight_of
 
 S = TypeVar("S", bound=Statistic)
+T = TypeVar("T")
 
 
 class Stage(IntEnum):
@@ -33,17 +46,6 @@ class Stage(IntEnum):
     PARTITION = 3  # which channels go together
     ROTATE = 4  # orthogonal mixing of channels
     ROUND = 5  # the integers themselves
-
-
-@dataclass(frozen=True)
-class Codes:
-    """The integers of one linear: ``codes [N, K]`` int8 and ``scale [N, 1]`` float32, for the transformed weight.
-
-    With clusters of channels ``scale`` is ``[N, 1 + G]``, see :func:`quantkit.core.numerics.weight_grid`.
-    """
-
-    codes: Tensor
-    scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ class SiteView:
         return self.site.name
 
     @property
+    def weight_format(self) -> Quantized:
+        """The number format of its weights, with the groups that earlier calibrators put its channels in."""
+        return self.scheme.weight.in_groups(self.transform.groups or ())
+
+    @property
     def device(self) -> torch.device:
         """Of its weights; every tensor of a plan has to be there too."""
         return weight_of(next(iter(self.linears.values()))).device
@@ -128,6 +135,12 @@ class SiteView:
             yield name, changed.clone() if changed.data_ptr() == weight.data_ptr() else changed
 
 
+class Track(Protocol):
+    """A function of some items and of a word for what is done with them, which returns the items."""
+
+    def __call__(self, items: Iterable[T], what: str, /) -> Iterable[T]: ...
+
+
 @dataclass
 class View:
     """What a calibrator sees of the model. Nothing in it may be changed.
@@ -139,29 +152,34 @@ class View:
         sites: one view per site.
         batches: starts another pass over the calibration data; raises CalibrationError where that is impossible.
         seed: for calibrators that draw random numbers.
-        progress: wraps an iterable in a progress bar: ``progress(items, "what")``.
+        progress: ``progress(items, "what")`` gives the same items and tells the user how far it is.
     """
 
     model: nn.Module
     sites: Sequence[SiteView]
     batches: Callable[[], Iterable[Any]]
     seed: int
-    progress: Callable[[Sequence[Any], str], Iterable[Any]]
+    progress: Track
 
 
 @runtime_checkable
 class Calibrator(Protocol):
     """The protocol. Any object with these four attributes can be passed as ``method=``.
 
-    Attributes:
-        name: for the report.
-        stage: what it decides; fixes its place in a composition.
-        statistics: the kinds of :class:`~quantkit.calibration.statistics.Statistic` to collect; none means that it needs no data.
+    The first three are only read, so they may be attributes of the class, fields of a frozen dataclass or properties.
     """
 
-    name: str
-    stage: Stage
-    statistics: tuple[type[Statistic], ...]
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
+
+    @property
+    def stage(self) -> Stage:
+        """What it decides. This fixes its place in a composition."""
+
+    @property
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """The kinds of :class:`~quantkit.calibration.statistics.Statistic` to collect; none means that it needs no data."""
 
     def plan(self, view: View) -> Plan:
         """Decide. Called once, after the pass over the data, with what earlier calibrators decided applied."""
@@ -177,13 +195,11 @@ class Foreseen(Protocol):
 
 @runtime_checkable
 class HeadClusters(Protocol):
-    """What a calibrator may offer besides, for schemes that quantize attention: clusters of the channels of each head.
+    """What a calibrator may offer besides, for schemes that quantize attention: clusters of the channels of each head."""
 
-    Attributes:
-        head_clusters: at most so many for each head; 1 for none.
-    """
-
-    head_clusters: int
+    @property
+    def head_clusters(self) -> int:
+        """How many clusters each head may have at most; 1 for none."""
 
     def label_head(self, low: Tensor, high: Tensor, symmetric: bool, name: str) -> Tensor:
         """Cluster ``[D]`` int64, from 0 up, of each channel of the head called ``name``.
@@ -204,11 +220,22 @@ def rotation_ahead(site: SiteView, later: Sequence[Calibrator]) -> Rotation | No
 
 
 class PerSite:
-    """Base class of calibrators that look at one site at a time: override :meth:`plan_site`."""
+    """Base class of calibrators that look at one site at a time: override :meth:`plan_site`, ``name`` and ``stage``.
 
-    name: ClassVar[str]
-    stage: ClassVar[Stage]
-    statistics: ClassVar[tuple[type[Statistic], ...]] = ()
+    ``statistics`` are empty unless they are overridden too.
+    """
+
+    if TYPE_CHECKING:  # a real property would stand in the way of a subclass that assigns one of these in __init__
+
+        @property
+        def name(self) -> str: ...
+        @property
+        def stage(self) -> Stage: ...
+        @property
+        def statistics(self) -> tuple[type[Statistic], ...]: ...
+
+    else:
+        statistics = ()
 
     def plan_site(self, site: SiteView) -> tuple[Transform, dict[str, Any]]:
         """The transform of this site and notes for the report."""

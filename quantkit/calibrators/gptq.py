@@ -1,4 +1,13 @@
-"""GPTQ (Frantar et al. 2023): round column by column, and let the columns to come make up for the error."""
+"""GPTQ (Frantar et al. 2023): round a weight column by column, and let the later columns make up for the error of the earlier.
+
+What matters is the output ``W x`` and not the weight. If two channels of x usually rise and fall together, the rounding error
+of one column of W can be cancelled by a change to the other column. Which channels do is in the second moment ``H = sum of x
+x^T`` over the calibration data. After a column is rounded, the columns that are still to come are changed by that combination
+which, by H, makes the expected error of the output least; at the end all are rounded.
+
+The file holds the statistic (:class:`Hessian`), the calibrator (:class:`GPTQ`), and the two steps of its linear algebra:
+:func:`inverse_factor` turns H into the coefficients of the changes, and :func:`round_columns` rounds with them.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +23,37 @@ from quantkit.calibration.statistics import Statistic, TokenSample
 from quantkit.calibrators.base import Codes, Plan, SiteView, Stage, View
 from quantkit.calibrators.noise import best_clip
 from quantkit.core.errors import MethodError
-from quantkit.core.numerics import decode, encode, of_clusters, quantize_weight, steps_of, weight_grid
+from quantkit.core.formats import PerTensor, Quantized
+from quantkit.core.groups import group_scales
+from quantkit.core.numerics import decode, encode
 from quantkit.core.scheme import Scheme
 from quantkit.core.transform import Transform
+from quantkit.core.weights import grid_of, round_weight
 from quantkit.ops.reference import quantize_rows
 
 BLOCK = 128
-"""Columns that are rounded before the rest of the weight hears of their errors."""
+"""So many columns are rounded before the columns behind them are changed, all at once in one matrix product."""
 
 HELD = 7
-"""Every seventh token is held out: a stride that no usual length of a text divides, so first tokens are among them too."""
+"""Every seventh token is held out. Seven divides no usual length of a text, so that tokens from all positions are held out."""
 
 
 class Hessian:
-    """Second moment of a site's activation, with a sample of tokens that are left out of it to judge by.
+    """The second moment of a site's activation, and a sample of held-out tokens by which a result can be judged.
+
+    Every seventh token is held out: it is not in the moment.
 
     Attributes:
-        moment: ``[K, K]`` float32, the sum of ``x x^T``; 4 K^2 bytes for each site.
-        total: ``[K]`` float64, the sum of x, without which a shift could not be applied; ``count`` is the number of tokens.
-        held: of the tokens that are held out.
+        moment: ``[K, K]`` float32, the sum of ``x x^T`` over tokens; it takes 4 K^2 bytes for each site.
+        total: ``[K]`` float64, the sum of x over the same tokens, which is needed to apply a shift afterwards.
+        count: the number of these tokens.
+        seen: the number of all tokens, with those held out.
+        held: a sample of the tokens that were held out.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self.moment = torch.zeros(channels, channels, device=device)
-        # Not every device knows float64.
+        # In float32 on mps, which has no float64.
         self.total = torch.zeros(channels, dtype=torch.float64 if self.moment.device.type != "mps" else None, device=device)
         self.count = self.seen = 0
         self.held = TokenSample(channels, device, seed)
@@ -59,7 +75,7 @@ class Hessian:
 
     def after(self, transform: Transform) -> Hessian:
         moment, total = self.moment, self.total
-        if transform.shift is not None:  # the sum of (x - d)(x - d)^T, in float64 since it may nearly cancel
+        if transform.shift is not None:  # the sum of (x - d)(x - d)^T; in float64, since large terms may nearly cancel
             shift = transform.shift.to(total)
             cross = torch.outer(shift, total)
             moment = (moment.to(total.dtype) - cross - cross.T + self.count * torch.outer(shift, shift)).float()
@@ -69,7 +85,7 @@ class Hessian:
         return self._with(moment, linear.activation(total)[0], self.count, self.held.after(transform))
 
     def _with(self, moment: Tensor, total: Tensor, count: int, held: TokenSample) -> Hessian:
-        out = object.__new__(Hessian)  # K^2 zeros for nothing would cost as much as the answer
+        out = object.__new__(Hessian)  # __init__ would fill K^2 zeros, only to throw them away
         out.moment, out.total, out.count, out.held, out.seen = moment, total, count, held, count + held.seen
         return out
 
@@ -80,21 +96,22 @@ class Hessian:
 
 @dataclass(frozen=True)
 class GPTQ:
-    """Integers that keep the output of each linear, not each weight, as near as they can.
+    """Chooses the codes of each weight so that the output of the linear, and not the weight itself, changes as little as
+    possible.
 
-    Columns are rounded one by one, those with the largest activation first; what is lost in one is made up for by the columns
-    that follow, in the measure of the activation's second moment (paper, algorithm 1). All linears of a site share the moment.
-    The codes are stored in the natural order, so nothing is reordered at run time.
+    Columns are rounded one by one, beginning with those whose input is largest, and the error of each is made up for by the
+    columns that follow (paper, algorithm 1). All linears of a site share one second moment. The codes are stored in the
+    original order of columns, so nothing is reordered at run time.
 
-    Each linear then compares its output error on tokens that were held out, with activations rounded as the scheme rounds them,
-    with that of round to nearest, and keeps the better of the two; the report says which. So it does where no damping makes
-    the moment invertible.
+    For each linear the result is then compared with rounding to nearest, by the output error on tokens that were held out, with
+    activations rounded as the scheme rounds them. The better of the two is kept, and the report says where that is rounding to
+    nearest. A site whose second moment cannot be inverted with any damping is rounded to nearest as well.
 
     Args:
-        damping: share of the mean diagonal that is added to the diagonal. Raised tenfold, up to 1, as long as the moment cannot
-            be inverted.
-        clip: each row may choose a smaller grid than its largest weight asks for (down to a half) if that lowers the error
-            predicted from the diagonal; grids that an earlier calibrator has learned are taken as they are.
+        damping: added to the diagonal of the second moment, as a fraction of its mean, so that it can be inverted. Where this
+            is not enough it is raised tenfold, up to 1.
+        clip: whether the grid of a row may end below its largest weight, down to a half of it, where that lowers the error
+            predicted from the diagonal of the second moment. Grids that an earlier calibrator chose are always kept.
 
     Raises:
         MethodError: damping is no number above 0 and up to 1, or clip no bool.
@@ -123,7 +140,7 @@ class GPTQ:
         return plan
 
     def plan_site(self, site: SiteView) -> tuple[dict[str, Codes], dict[str, Any]]:
-        """The codes of those linears that gain by it, and notes for the report."""
+        """The codes of the linears for which they are better than rounding to nearest, and notes for the report."""
         seen = site.statistic(Hessian)
         if not seen.held.seen:
             return {}, {"gptq": f"no: fewer than {HELD} tokens reached it, so none is held out"}
@@ -136,27 +153,27 @@ class GPTQ:
         if factor is None:
             return {}, {"gptq": "no: the second moment cannot be inverted, rounded to nearest"}
         codes: dict[str, Codes] = {}
-        shares, kept = [], []
+        ratios, kept = [], []
         for name, weight in site.weights():
-            per_tensor, learned = site.scheme.weights == "tensor", site.clips.get(name)
-            bits, groups = site.scheme.weight_bits, site.transform.groups or (weight.shape[1],)
-            nearest = Codes(*quantize_weight(weight, bits, per_tensor=per_tensor, groups=groups, clip=learned))
+            own, channels = site.weight_format, weight.shape[1]
+            nearest = Codes(*round_weight(weight, own, clip=site.clips.get(name)))
+            groups = own.groups(channels) or (channels,)
             parts = zip(weight.split(groups, 1), moment.diagonal().split(groups), strict=True)
             absmax = torch.cat([self._grid(site, name, *part) for part in parts], 1)
-            found = round_columns(weight, absmax, factor, order, bits, groups)
+            found = round_columns(weight, absmax, factor, order, own)
             wanted = tokens @ weight.T
             before, after = (
-                float(counts @ (rounded @ decode(c.codes, spread(of_clusters(c.scale), groups)).T - wanted).pow(2).sum(1))
+                float(counts @ (rounded @ decode(c.codes, of_columns(c.scale, own, channels)).T - wanted).pow(2).sum(1))
                 for c in (nearest, found)
             )
             if after < before:
                 codes[name] = found
-                shares.append(after / before)
+                ratios.append(after / before)
             else:
-                kept.append(name.rpartition(".")[2])  # the pipeline rounds it as ``nearest`` is
+                kept.append(name.rpartition(".")[2])  # without an entry in codes, the pipeline rounds it to nearest
         notes: dict[str, Any] = {}
-        if shares:
-            notes["gptq error"] = math.prod(shares) ** (1 / len(shares))
+        if ratios:
+            notes["gptq error"] = math.prod(ratios) ** (1 / len(ratios))
         if damping > self.damping:
             notes["gptq damping"] = damping
         if kept:
@@ -164,9 +181,16 @@ class GPTQ:
         return codes, notes
 
     def _grid(self, site: SiteView, name: str, weight: Tensor, diagonal: Tensor) -> Tensor:
-        """Largest value ``[N, 1]`` of the grid of each row, or of its part in one cluster."""
+        """Where the grid of each row ends, ``[N, 1]``.
+
+        Args:
+            site: for its scheme, and the grids that earlier calibrators chose.
+            name: of the linear.
+            weight: ``[N, K]``, the columns of one group of channels, or all columns.
+            diagonal: ``[K]``, the same part of the diagonal of the second moment.
+        """
         whole = weight.abs().amax(1, keepdim=True)
-        if site.scheme.weights == "tensor":
+        if isinstance(site.scheme.weight.granularity, PerTensor):
             whole = whole.amax().expand_as(whole)
         if name in site.clips:
             return whole * site.clips[name]
@@ -176,16 +200,19 @@ class GPTQ:
 
 
 def as_rounded(x: Tensor, scheme: Scheme) -> Tensor:
-    """``x [T, K]`` after the rounding of a dynamic scheme; as it is for a static one, whose range is not known here, and where
-    activations stay in floating point."""
-    if scheme.is_static or not scheme.quantizes_activations:
+    """``x [T, K]`` as the product will see it.
+
+    With a dynamic scheme each token is rounded. With a static scheme x is returned as it is, because the range is not known
+    yet, and also where activations stay in floating point.
+    """
+    if scheme.is_static or not isinstance(scheme.input, Quantized):
         return x
-    codes, scale, zero = quantize_rows(x, bits=scheme.activation_bits, symmetric=scheme.symmetric)
+    codes, scale, zero = quantize_rows(x, bits=scheme.input.number.bits, symmetric=scheme.input.number.symmetric)
     return decode(codes, scale, 0 if zero is None else zero)
 
 
 def dampings(least: float) -> Iterator[float]:
-    """``least`` and tenfold more each time, up to 1."""
+    """The dampings to be tried: ``least``, and ten times more each time, up to 1."""
     while least < 1:
         yield least
         least *= 10
@@ -193,12 +220,19 @@ def dampings(least: float) -> Iterator[float]:
 
 
 def inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor | None, float]:
-    """Upper Cholesky factor ``[K, K]`` float32 of the inverse of ``moment``, with rows and columns in ``order``.
+    """The upper Cholesky factor of the inverse of a second moment, from which :func:`round_columns` takes its coefficients.
 
-    Computed in float64: with a damping of 1 % the condition may reach 100 K, too much for two inversions in float32.
+    It is computed in float64. With a damping of 1 % the condition number may reach 100 K, too much for two inversions in
+    float32.
+
+    Args:
+        moment: ``[K, K]`` float32.
+        order: ``[K]`` int64, the order in which columns will be rounded.
+        damping: the least fraction of the mean diagonal to add to the diagonal.
 
     Returns:
-        The factor, or None if no damping helps, and the damping that did.
+        The factor ``[K, K]`` float32, with rows and columns in ``order``, and the damping with which it was found; or None and
+        1.0 if the moment is not finite, or no damping up to 1 makes it invertible.
     """
     double = moment.dtype if moment.device.type == "mps" else torch.float64
     diagonal = moment.diagonal().to(double)
@@ -207,7 +241,8 @@ def inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tenso
     mean = float(diagonal.mean())
     for damp in dampings(damping):
         h = moment[order][:, order].to(double)
-        # A channel that never fired has no say: on the diagonal any positive number leaves the others alone.
+        # A channel that was always 0 has a row of zeros. Any positive number on the diagonal makes it invertible, and changes
+        # nothing for the others.
         h.diagonal().add_(damp * mean).masked_fill_(diagonal[order] <= 0, mean or 1.0)
         lower, failed = torch.linalg.cholesky_ex(h)
         if int(failed):
@@ -220,24 +255,30 @@ def inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tenso
 
 
 def spread(values: Tensor, groups: tuple[int, ...]) -> Tensor:
-    """``[N, G]`` of clusters, whose sizes are ``groups``, for each of their columns, ``[N, K]``."""
+    """``values [N, G]``, one for each group of columns, repeated for each column: ``[N, K]``. ``groups`` are the sizes."""
     return values.repeat_interleave(torch.tensor(groups, device=values.device), dim=1)
 
 
-def round_columns(weight: Tensor, absmax: Tensor, factor: Tensor, order: Tensor, bits: int, groups: tuple[int, ...]) -> Codes:
-    """Codes of ``weight [N, K]`` on the grid of ``absmax``, each column's error spread over those that follow in ``order``.
+def of_columns(scale: Tensor, own: Quantized, channels: int) -> Tensor:
+    """The scale of each row in each column, ``[N, K]``, from what :func:`quantkit.core.weights.round_weight` gives."""
+    groups = own.groups(channels)
+    return spread(group_scales(scale), groups) if groups else scale.expand(-1, channels)
+
+
+def round_columns(weight: Tensor, absmax: Tensor, factor: Tensor, order: Tensor, own: Quantized) -> Codes:
+    """Round the columns of a weight in ``order``, and change the later columns to make up for the error of each.
 
     Args:
         weight: ``[N, K]`` float32.
-        absmax: ``[N, G]`` float32, the largest value of each row's grid in each cluster of columns.
-        factor: from :func:`inverse_factor`, in the same order.
-        order: ``[K]`` int64, the columns as they are rounded.
-        bits: of the codes.
-        groups: sizes of the G clusters; K for one of all columns.
+        absmax: ``[N, G]`` float32, where the grid of each row ends in each group of columns.
+        factor: ``[K, K]``, from :func:`inverse_factor` with the same order.
+        order: ``[K]`` int64, the order in which columns are rounded.
+        own: the number format of the weight.
     """
     rows, channels = weight.shape
-    grid, scale = weight_grid(absmax, bits, steps_of(channels, bits))
-    grids, scales = spread(grid, groups), spread(of_clusters(scale), groups)
+    grid, scale = grid_of(absmax, own, channels)
+    bits, grids = own.number.bits, spread(grid, own.groups(channels) or (channels,))
+    scales = of_columns(scale, own, channels)
     left = weight[:, order].T.contiguous()  # [K, N]: a column at a time is a row of memory
     codes = torch.empty(channels, rows, dtype=torch.int8, device=weight.device)
     for first in range(0, channels, BLOCK):

@@ -1,4 +1,9 @@
-"""LLM.int8() (Dettmers et al. 2022): a few columns stay in 16 bit, and the rest loses its outliers."""
+"""LLM.int8() (Dettmers et al. 2022): a few columns stay in 16 bits, so that the rest has no outliers.
+
+In large language models a few channels of an activation are many times larger than all others, and a token's scale has to reach
+them. Taken out of the integer product, together with the columns of the weight that read them, they are multiplied in floating
+point, and the scale of everything else can be small.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +21,31 @@ from quantkit.core.errors import MethodError
 from quantkit.core.transform import Transform
 
 COUNTS = (16, 32, 64)
-"""Columns that ``"auto"`` may keep: whole steps of a 16-bit matrix instruction."""
+"""How many columns ``"auto"`` may keep. Matrix instructions in 16 bits take 16 columns at a time."""
 
 WORTH = 0.9
-"""More columns have to bring the predicted error below this share of what fewer leave, over and above the share of channels
-that they are: any channel that is not rounded takes its error away, and behind a rotation its part of the step as well."""
+"""A larger number of columns is taken only if it brings the predicted error below this fraction of that of a smaller number.
+
+That is in addition to the fraction of channels that is left: every channel that is not rounded takes its own error away,
+whether it is an outlier or not, and behind a rotation it makes the steps of all others smaller as well.
+"""
 
 
 @dataclass(frozen=True)
 class LLMInt8(PerSite):
-    """Keep the channels in which activations are outliers, and their weight columns, out of INT8.
+    """Keeps outlier channels of activations, and the columns of weights that read them, out of the integer product.
 
-    The paper looks for ``|x| >= 6`` in every batch, so a token's result depends on its neighbours. Here the columns are a
-    property of the site, found in calibration: the set is the one that leaves the least predicted output error, see
-    :func:`quantkit.calibrators.noise.noise` (where a rotation follows, the error behind it). Their weights are kept in the
-    model's dtype, and neither side's INT8 scale sees them.
+    The paper looks in every batch for elements with ``|x| >= 6``, so that the result of a token depends on the other tokens of
+    its batch. Here the columns of a site are chosen once, in calibration: those whose removal leaves the least predicted error
+    of the output (:func:`quantkit.calibrators.noise.noise`; where a rotation follows, the error behind it). Their weights stay
+    in the dtype of the model, and the scales of both sides are computed without them.
 
-    With a ``threshold`` it is the paper's method all the same, and needs no data: in every batch, columns of x with an element
-    that reaches it are multiplied without rounding x, with the INT8 codes of the weight, as bitsandbytes does.
+    With a ``threshold`` it is the paper's own method, and needs no data: in every batch, the columns of x in which an element
+    reaches the threshold are multiplied without rounding x, but with the INT8 codes of the weight, as bitsandbytes does.
 
     Args:
-        columns: for each site, a number, or ``"auto"``: 0, 16, 32 or 64, as many as are worth it.
-        threshold: the paper's is 6.0; None for columns from calibration.
+        columns: how many columns each site keeps. ``"auto"`` chooses 0, 16, 32 or 64, as many as are worth it.
+        threshold: the paper uses 6.0. None chooses columns in calibration.
 
     Raises:
         MethodError: columns or threshold is something else, or both are given.
@@ -63,8 +71,8 @@ class LLMInt8(PerSite):
             raise MethodError(f"LLMInt8(columns={columns}, threshold={threshold}): a threshold finds its own columns; give one")
 
     @property
-    def statistics(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
-        """A threshold needs no data."""
+    def statistics(self) -> tuple[type[Statistic], ...]:
+        """A sample of tokens, from which the columns are chosen; nothing with a threshold, which needs no data."""
         return () if self.threshold else (TokenSample,)
 
     def plan_site(self, site: SiteView) -> tuple[Transform, dict[str, Any]]:
@@ -90,7 +98,17 @@ class LLMInt8(PerSite):
 
 
 def best_set(tokens: Tensor, counts: Tensor, rows: Tensor, site: SiteView, n: int) -> tuple[float, Tensor]:
-    """Predicted error and channels ``[n]`` of the best set of ``n`` that one of the :func:`rankings` puts first."""
+    """The best set of ``n`` channels to keep, among those that one of the :func:`rankings` puts first.
+
+    Args:
+        tokens, counts: ``[T, K]`` and ``[T]``, sampled tokens and how many each stands for.
+        rows: ``[N, K]``, sampled rows of the weights.
+        site: for its scheme and the rotation that follows.
+        n: how many channels.
+
+    Returns:
+        The predicted error without them, and the channels, ``[n]`` int64.
+    """
     best, ahead = (float("inf"), tokens.new_empty(0, dtype=torch.long)), site.rotation_ahead
     for size in rankings(tokens, counts):
         chosen = size.topk(n).indices
@@ -101,9 +119,13 @@ def best_set(tokens: Tensor, counts: Tensor, rows: Tensor, site: SiteView, n: in
 
 
 def rankings(tokens: Tensor, counts: Tensor) -> Iterator[Tensor]:
-    """How far channels stick out, ``[K]``, in several measures: at all times, or in the tokens that they spoil."""
+    """Several measures, each ``[K]``, of how much a channel is an outlier.
+
+    The first ones measure how large it is over all tokens; the others how large it is in comparison with the largest channel of
+    the same token, which is the one that decides the token's scale.
+    """
     for power in (2, 4, 8, None):
         yield tokens.abs().amax(0) if power is None else power_mean(tokens, counts, power)
-    share = tokens.abs() / tokens.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    relative = tokens.abs() / tokens.abs().amax(1, keepdim=True).clamp_min(1e-30)
     for power in (2, 4, 8):
-        yield power_mean(share, counts, power)
+        yield power_mean(relative, counts, power)

@@ -1,16 +1,22 @@
-"""A closed-form guess of the output error, by which calibrators compare what they might do to a site."""
+"""How much rounding will hurt, predicted without rounding anything.
+
+Calibrators that search, for an alpha, a set of outlier channels or a clipping, compare hundreds of candidates for each site.
+Running the linear with each would take too long. :func:`noise` predicts the error of the output from the sizes of values and
+the steps of the grids alone; :func:`best_clip` finds the grid of each row of a weight.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from quantkit.core.numerics import absmax_scale, decode, encode, qmax
+from quantkit.core.formats import PerTensor, Quantized
+from quantkit.core.numerics import absmax_scale, decode, encode
 from quantkit.core.rotation import Rotation, hadamard
 from quantkit.core.scheme import Scheme
 
 ROWS = 512
-"""Rows of a weight on which candidates are compared: the error is a sum over rows, so a sample ranks them as well."""
+"""Candidates are compared on so many rows of a weight. The error is a sum over rows, so a sample of rows ranks them as well."""
 
 
 def sampled_rows(weight: Tensor) -> Tensor:
@@ -19,31 +25,35 @@ def sampled_rows(weight: Tensor) -> Tensor:
 
 
 def noise(x: Tensor, counts: Tensor, w: Tensor, scheme: Scheme, rotation: Rotation | None = None) -> float:
-    """Predicted squared error of ``x w^T`` after rounding both sides, up to a constant.
+    """The predicted squared error of ``x w^T`` when both sides are rounded, up to a constant factor.
 
-    A value is off by ``step**2 / 12`` on average, or by its own square where it is so small that it rounds to zero. An error in
-    ``x[t, j]`` reaches the output through column j of ``w``, and one in ``w[n, j]`` through column j of ``x``.
+    The squared rounding error of a value is ``step**2 / 12`` on average, or the square of the value itself if it is so small
+    that it rounds to zero. The error of ``x[t, j]`` reaches the output through column j of ``w``, and that of ``w[n, j]``
+    through column j of ``x``.
 
     Args:
-        x: ``[T, K]`` float32 transformed tokens; counts ``[T]``, how many tokens each stands for.
-        w: ``[N, K]`` float32 transformed weights.
-        scheme: bits and granularity.
-        rotation: applied to both sides before they are rounded, such as :attr:`SiteView.rotation_ahead`.
+        x: ``[T, K]`` float32, sampled tokens as the product reads them.
+        counts: ``[T]`` float32, how many tokens of the data each of them stands for.
+        w: ``[N, K]`` float32, rows of the weights as the product reads them.
+        scheme: the numbers of bits, and which values share a scale.
+        rotation: applied to both sides before they are rounded, such as
+            :attr:`quantkit.calibrators.base.SiteView.rotation_ahead`.
     """
     if rotation is not None:
         x, w = rotated(x, rotation), rotated(w, rotation)
     x2, w2 = x * x, w * w
     x_top = x.abs().amax(1, keepdim=True) if not scheme.is_static else x.abs().amax()
-    w_top = w2.amax(1, keepdim=True) if scheme.weights == "channel" else w2.amax()
-    x_step, w_step = (x_top / qmax(scheme.activation_bits)) ** 2 / 12, w_top / qmax(scheme.weight_bits) ** 2 / 12
-    x_step = x_step if scheme.quantizes_activations else torch.zeros_like(x_step)
+    w_top = w2.amax() if isinstance(scheme.weight.granularity, PerTensor) else w2.amax(1, keepdim=True)
+    w_step, input_ = w_top / scheme.weight.number.qmax**2 / 12, scheme.input
+    x_step = (x_top / input_.number.qmax) ** 2 / 12 if isinstance(input_, Quantized) else torch.zeros_like(x_top)
     from_x = (counts @ torch.minimum(x2, x_step)) @ w2.sum(0)
     from_w = (counts @ x2) @ torch.minimum(w2, w_step).sum(0)
     return float(from_x + from_w)
 
 
 def rotated(x: Tensor, rotation: Rotation) -> Tensor:
-    """``rotation.apply(x)`` up to rounding, in few products, since a search asks for it a hundred times."""
+    """``rotation.apply(x)`` in a few matrix products, which differ from it in the last bits, but are fast enough for a
+    search."""
     y = x if rotation.signs is None else x * rotation.signs.to(x)
     done = 1
     while done < rotation.block:  # the Hadamard matrix of n m is the Kronecker product of those of n and m
@@ -54,32 +64,32 @@ def rotated(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def power_mean(tokens: Tensor, counts: Tensor, power: int) -> Tensor:
-    """Of ``|tokens| [T, K]`` over tokens that stand for ``counts [T]``, ``[K]``."""
+    """The power mean of each channel of ``|tokens| [T, K]``, where token t counts ``counts[t]`` times: ``[K]``."""
     return ((counts @ tokens.abs() ** power) / counts.sum()) ** (1 / power)
 
 
 CLIPS = tuple(1 - i / 40 for i in range(21))
-"""Shares of a row's largest weight that its grid may span: 1 down to 1/2."""
+"""Where the grid of a row may end, as fractions of its largest weight: from 1 down to 1/2."""
 
 
 def best_clip(weight: Tensor, size: Tensor, scheme: Scheme) -> Tensor:
-    """The share ``[N, 1]`` of each row's grid with the least rounding error of ``weight [N, K]``.
+    """Where the grid of each row should end for the least rounding error: ``[N, 1]``, one of :data:`CLIPS`.
 
     Args:
         weight: ``[N, K]`` float32.
-        size: ``[K]``, how much the square of an error in each column counts.
-        scheme: bits; with one scale for the whole weight all rows get the same share.
+        size: ``[K]``, how much the squared error of each column counts.
+        scheme: the number of bits. If the weight has a single scale, all rows get the same answer.
     """
     whole = weight.abs().amax(1, keepdim=True)
-    together = scheme.weights == "tensor"
+    together, bits = isinstance(scheme.weight.granularity, PerTensor), scheme.weight.number.bits
     if together:
         whole = whole.amax().expand_as(whole)
-    best, clip = torch.full_like(whole, float("inf")), torch.ones_like(whole)
-    for share in CLIPS:
-        absmax = whole * share
-        rounded = decode(encode(weight, absmax, scheme.weight_bits), absmax_scale(absmax, scheme.weight_bits))
+    best, found = torch.full_like(whole, float("inf")), torch.ones_like(whole)
+    for clip in CLIPS:
+        absmax = whole * clip
+        rounded = decode(encode(weight, absmax, bits), absmax_scale(absmax, bits))
         error = ((rounded - weight) ** 2 @ size)[:, None]
         error = error.sum().expand_as(error) if together else error
-        clip = torch.where(error < best, share, clip)
+        found = torch.where(error < best, clip, found)
         best = torch.minimum(error, best)
-    return clip
+    return found

@@ -1,4 +1,9 @@
-"""SmoothQuant (Xiao et al. 2023): move the difficulty of activations into weights, where it costs less."""
+"""SmoothQuant (Xiao et al. 2023): divide large channels of activations by a scale, and multiply the weights by it.
+
+The product stays the same, ``(x / s) (W s)^T = x W^T``, but channels that stood out in x no longer do, and one scale for each
+token suits them all. The weights get worse by as much, which they can afford, having a scale for each row. The divisions cost
+nothing at run time where they are folded into the layer before.
+"""
 
 from __future__ import annotations
 
@@ -15,28 +20,30 @@ from quantkit.core.errors import MethodError
 from quantkit.core.transform import Transform
 
 ALPHAS = tuple(i / 20 for i in range(21))
+"""What ``alpha="auto"`` tries."""
 NORMS = (2, 4, 8, None)
-"""Powers of the mean by which a channel's size is measured; None is the paper's maximum."""
+"""How the size of a channel is measured: by the power mean of this power, or, for None, by its maximum as in the paper."""
 
 DEAD = 1e-6
-"""A channel whose maximum is below this share of the median never fired in calibration."""
+"""A channel whose maximum is at most this fraction of the median counts as one that was always 0 in calibration."""
 
 
 @dataclass(frozen=True)
 class SmoothQuant(PerSite):
-    """x' = x / s and W' = W s, with ``s = a**alpha / w**(1 - alpha)`` for each channel (paper, eq. 4).
+    """Divides each channel of an activation by ``s = a**alpha / w**(1 - alpha)`` and multiplies the weights by it (paper, eq.
+    4).
 
-    ``a`` is the channel's largest absolute activation over the calibration data and ``w`` its largest absolute weight over
-    all linears of the site. With a fixed ``alpha`` that is the whole of it. With ``"auto"`` each site chooses, in closed
-    form and without another forward pass, the alpha and the measure of ``a`` (maximum, or a power mean that one rare token
-    cannot decide) with the least predicted output error, see :func:`noise`. In ``[SmoothQuant(), Hadamard()]`` it is the error
-    behind the rotation.
+    ``a`` is the channel's largest absolute activation over the calibration data, and ``w`` its largest absolute weight over all
+    linears of the site. With ``"auto"`` each site chooses its own alpha, and whether ``a`` is the maximum or a power mean,
+    which a single rare token cannot decide: whatever makes the predicted error of the output least
+    (:func:`quantkit.calibrators.noise.noise`). In ``[SmoothQuant(), Hadamard()]`` that is the error behind the rotation.
 
-    Channels that never fired keep s = 1 (the paper's formula would multiply the producer's row by up to 1e5). Channels that
-    no weight reads only pollute the token's maximum and are shrunk to the median.
+    There are two exceptions to the formula. Channels that were always 0 in calibration keep s = 1; the formula would multiply
+    the row that produces them by up to 1e5. Channels that no weight reads are scaled down to the median, since they can only
+    make the largest value of a token larger.
 
     Args:
-        alpha: 0 (all difficulty stays in activations) to 1 (all moves to weights), or ``"auto"``.
+        alpha: from 0 (activations stay as they are) to 1 (all channels of an activation become equally large), or ``"auto"``.
 
     Raises:
         MethodError: alpha is neither.
@@ -75,7 +82,8 @@ class SmoothQuant(PerSite):
 
 
 def smooth_scale(a: Tensor, w: Tensor, alpha: float) -> Tensor:
-    """``a**alpha / w**(1 - alpha)`` for ``a [K]`` and ``w [K]`` in float32, 1 for dead channels, see :class:`SmoothQuant`."""
+    """``a**alpha / w**(1 - alpha)`` for ``a [K]`` and ``w [K]``, with the exceptions of :class:`SmoothQuant`: ``[K]``
+    float32."""
     a, w = a.float(), w.float()
     median = a.median()
     dead, unread = a <= DEAD * median, w == 0

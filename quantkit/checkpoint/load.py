@@ -134,7 +134,10 @@ def _empty_layers(model: nn.Module, records: Mapping[str, Any]) -> dict[str, W8A
 
 
 def _check_fit(model: nn.Module, added: Mapping[str, nn.Module], stored: Mapping[str, Stored], tied: Mapping[str, str]) -> None:
-    """Every tensor that the model needs, with the modules that will be ``added`` to it, is stored as it needs it, and no other."""
+    """Raise a CheckpointError unless exactly the tensors that the model needs are stored, each in its shape and type.
+
+    ``added`` are modules that will be put into the model, by name; their tensors count in place of those that are there now.
+    """
     wanted = {name: t for name, t in model.state_dict().items() if name.rpartition(".")[0] not in added}
     scales = set()
     for name, module in added.items():

@@ -25,10 +25,10 @@ from torch import nn
 
 from quantkit.checkpoint.files import read_json
 from quantkit.core.errors import CheckpointError, QuantkitError
+from quantkit.core.facts import Facts
 from quantkit.core.heads import HeadSizes
-from quantkit.core.operand import Facts
+from quantkit.core.operand import empty_operand
 from quantkit.core.scheme import Scheme
-from quantkit.core.transform import groups_fault
 from quantkit.layers.attention import CHILD, AttentionQuantizer, attention_quantizers
 from quantkit.layers.linear import W8A8Linear
 
@@ -160,24 +160,24 @@ def _layer_record(layer: W8A8Linear) -> dict[str, Any]:
     return operand.facts.record(list(operand.tensors()), 0 if outliers is None else len(outliers))
 
 
-def empty_layer(name: str, facts: Any) -> W8A8Linear:
+def empty_layer(name: str, record: Any) -> W8A8Linear:
     """An INT8 layer on the meta device, with the buffers that its record says it has.
 
     Args:
         name: of the layer, for messages.
-        facts: the record.
+        record: what :func:`layer_records` wrote.
 
     Raises:
         CheckpointError: the record makes no sense.
     """
-    if not _has(facts, LAYER_FACTS):
+    if not _has(record, LAYER_FACTS):
         raise CheckpointError(f"the record of layer {name!r} is damaged")
     try:
-        own = Facts.read(facts)
+        facts = Facts.read(record)
     except QuantkitError as error:
         raise CheckpointError(f"layer {name!r}: {error}") from None
-    empty = own.empty(bias=facts["bias"], optional=facts["buffers"], outliers=facts["outliers"], device="meta")
-    return W8A8Linear.from_operand(empty)
+    operand = empty_operand(facts, bias=record["bias"], optional=record["buffers"], outliers=record["outliers"], device="meta")
+    return W8A8Linear.from_operand(operand)
 
 
 # ---- attention

@@ -130,6 +130,7 @@ def _write(file: Path, entries: list[Entry]) -> None:
             assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape)
             if tensor.numel():
                 out.write(memory_of(tensor))
+            del tensor  # or it would be there still while the next one is made
 
 
 def read_header(file: Path) -> dict[str, Stored]:

@@ -1,7 +1,7 @@
 """The commands: ``quantkit quantize | export | eval | inspect | tune | demo``.
 
-A command is a function, and its parameters are the arguments and options that typer shows in ``--help``; this is why some of them
-have many. Each uses the library as anybody would.
+A command is a function, and its parameters are the arguments and options that typer shows in ``--help``; this is why some of
+them have many. Each uses the library as anybody would.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.table import Table
 
 import quantkit
 from quantkit.calibration.data import packed_text, self_sampled
-from quantkit.calibrators import METHODS
+from quantkit.calibrators import methods
 from quantkit.evaluation.perplexity import compare, windows_of
 from quantkit.integrations.folders import is_checkpoint
 from quantkit.integrations.transformers.models import load_float, load_tokenizer, without_weights
@@ -63,7 +63,7 @@ def quantize(
         typer.Option(
             "--method",
             "-m",
-            help=f"{', '.join(METHODS)}; repeat to compose, in order.  [default: smoothquant]",
+            help=f"{', '.join(methods())}; repeat to compose, in order.  [default: smoothquant]",
         ),
     ] = None,
     scheme: Annotated[

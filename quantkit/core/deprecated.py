@@ -30,7 +30,7 @@ class OldArguments(type):
             return super().__call__(*args, **options)
         given = dict(zip(OLD_ARGUMENTS, args, strict=False)) | options
         warnings.warn(
-            "Scheme(weight_bits=..., activation_bits=..., ...) is going away: pass a name, such as Scheme.parse('w4a8-kv8'), or "
+            "Scheme(weight_bits=..., ...) is going away: pass a name, such as Scheme.parse('w4a8-kv8'), or "
             "formats, Scheme(weight=Quantized(Int(4)), ...)",
             DeprecationWarning,
             stacklevel=2,
@@ -38,7 +38,7 @@ class OldArguments(type):
         return _translated(cls, **given)
 
 
-def _translated(
+def _translated(  # as many parameters as there once were arguments
     scheme: Any, weight_bits: int = 8, activation_bits: int = 8, weights: str = "channel", activations: str = "token",
     symmetric: bool = True, kv_bits: int = 16, attention_bits: int = 16, norm_bits: int | None = None,
 ) -> Any:  # fmt: skip
@@ -61,7 +61,7 @@ def old_attribute(scheme: Any, name: str) -> object:
     if name not in OLD_ATTRIBUTES:
         raise AttributeError(f"{type(scheme).__name__!r} has no attribute {name!r}")
     value, instead = _values(scheme)[name]
-    # warnings.warn(f"Scheme.{name} is going away: read {instead}", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"Scheme.{name} is going away: read {instead}", DeprecationWarning, stacklevel=3)
     return value
 
 
@@ -76,12 +76,12 @@ def _values(scheme: Any) -> dict[str, tuple[object, str]]:
     return {
         "weight_bits": (bits(scheme.weight), "Scheme.weight.number.bits"),
         "activation_bits": (bits(scheme.input), "Scheme.input, a Float() or a Quantized(...) with number.bits"),
-        "weights": ("tensor" if hasattr(scheme.weight, "is_static") and scheme.weight.is_static else "channel", "Scheme.weight.granularity"),
+        "weights": ("tensor" if scheme.weight.is_static else "channel", "Scheme.weight.granularity"),
         "activations": ("tensor" if scheme.is_static else "token", "Scheme.is_static"),
         "symmetric": (all(f.number.symmetric for f in activations), "Scheme.input.number.symmetric"),
         "kv_bits": (bits(scheme.kv), "Scheme.kv"),
         "attention_bits": (bits(scheme.queries), "Scheme.queries"),
         "norm_bits": (bits(scheme.norm_input), "Scheme.norm_input"),
-        "is_simulation": (other, "quantkit.report(model), which says of each layer whether a backend runs it as its formats say"),
+        "is_simulation": (other, "quantkit.why_simulated(scheme), which says what no backend runs, or None"),
         "quantizes_activations": (bits(scheme.input) != 16, "isinstance(Scheme.input, Quantized)"),
     }  # fmt: skip

@@ -18,19 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.core.errors import MethodError, ModelError, QuantkitError
+from quantkit.core.errors import MethodError
+from quantkit.core.facts import Facts, check_exact
 from quantkit.core.formats import Float, Format, Quantized, groups_fault
-from quantkit.core.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, shares
+from quantkit.core.groups import shares
 from quantkit.core.rewrite import Rewrite
 from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
-
-OPTIONAL = ("pre_scale", "shift", "permutation", "rotation_signs", "outlier_index", "outlier_weight")
-"""Names, in files and layers, of the tensors that an operand may have or not whatever its formats are."""
-TENSORS = ("weight", "weight_scale", "bias", "input_scale", "input_zero_point", *OPTIONAL)
-"""Names, in files and layers, of all tensors of an operand."""
-FLOAT32 = frozenset(TENSORS) - {"bias", "outlier_weight"}
-"""Those that are float32 (or whole numbers) whatever the dtype of the model is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +32,8 @@ class Operand:
     """One quantized matrix product. N are its output features, K its input features, G its groups, n its outlier columns.
 
     Attributes:
-        codes: ``[N, K]`` int8.
+        in_features: K.
+        stored: the codes as the storage of the weight's format has them, ``[N, K]`` int8 with a byte for each.
         scale: ``[N, 1]`` float32, the base scale of each row.
         weight: format of the weight.
         input: format of the activation; :class:`Float` leaves it as it is, and multiplies it by what the codes stand for.
@@ -54,7 +49,8 @@ class Operand:
         ModelError: K is beyond the exact range of an int32 accumulator.
     """
 
-    codes: Tensor
+    in_features: int
+    stored: Tensor
     scale: Tensor
     weight: Quantized = Quantized()
     input: Format = Scheme().input
@@ -76,6 +72,7 @@ class Operand:
         if groups and (fault := groups_fault(groups, k)):
             return fault
         wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "stored": (self.stored, (n, self.weight.storage.width(k))),
             "scale": (self.scale, (n, 1)),
             "multipliers": (self.multipliers, (n, len(groups))),
             "input_scale": (self.input_scale, (max(1, len(self.input_groups)),)),
@@ -104,16 +101,16 @@ class Operand:
     @property
     def out_features(self) -> int:
         """N."""
-        return self.codes.shape[0]
+        return self.stored.shape[0]
 
     @property
-    def in_features(self) -> int:
-        """K."""
-        return self.codes.shape[1]
+    def codes(self) -> Tensor:
+        """``[N, K]`` int8: the codes, one in a byte."""
+        return self.weight.storage.unpack(self.stored, self.in_features)
 
     @property
     def device(self) -> torch.device:
-        return self.codes.device
+        return self.stored.device
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -133,7 +130,8 @@ class Operand:
     @property
     def scheme(self) -> Scheme:
         """The formats of a scheme that this operand has, without its groups."""
-        return Scheme(without_groups(self.weight), without_groups(self.input))
+        input_ = self.input
+        return Scheme(self.weight.without_groups, input_.without_groups if isinstance(input_, Quantized) else input_)
 
     @property
     def weight_scale(self) -> Tensor:
@@ -190,7 +188,7 @@ class Operand:
 
         return replace(
             self,
-            codes=self.codes[index],
+            stored=self.stored[index],
             scale=self.scale[index],
             multipliers=some(self.multipliers),
             outlier_weight=some(self.outlier_weight),
@@ -226,16 +224,17 @@ class Operand:
         weight, input_ = self.weight, self.input
         if self.groups:
             kept, sizes = _groups_between(self.groups, start, stop)
-            weight = without_groups(weight).in_groups(sizes)
+            weight = weight.without_groups.in_groups(sizes)
             if self.input_groups and isinstance(input_, Quantized):
-                input_ = without_groups(input_).in_groups(sizes)
+                input_ = input_.without_groups.in_groups(sizes)
         outliers, among = rewrite.outliers, None
         if outliers is not None:
             among = (outliers >= start) & (outliers < stop)
             outliers = outliers[among] - start
         rotation = rewrite.rotation
         return Operand(
-            codes=self.codes[:, start:stop],
+            in_features=stop - start,
+            stored=weight.storage.pack(self.codes[:, start:stop]),
             scale=self.scale,
             weight=weight,
             input=input_,
@@ -276,7 +275,7 @@ class Operand:
         """Its tensors, by their names in files and layers (:data:`TENSORS`)."""
         rewrite = self.rewrite
         found = {
-            "weight": self.codes,
+            "weight": self.stored,
             "weight_scale": self.weight_scale,
             "bias": self.bias,
             "input_scale": self.input_scale,
@@ -296,12 +295,13 @@ class Operand:
         scale = tensors["weight_scale"]
         assert scale is not None
         weight, groups = facts.scheme.weight, facts.groups
-        codes = tensors["weight"]
-        assert codes is not None
+        stored = tensors["weight"]
+        assert stored is not None
         input_ = facts.scheme.input
         rotation = None if facts.rotation_block is None else Rotation(facts.rotation_block, tensors.get("rotation_signs"))
         return cls(
-            codes=codes,
+            in_features=facts.in_features,
+            stored=stored,
             scale=scale[:, :1],
             weight=weight.in_groups(groups),
             input=input_.in_groups(groups) if isinstance(input_, Quantized) else input_,
@@ -321,120 +321,47 @@ class Operand:
         )
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What an operand is, but for the values in its tensors: with these it can be written to JSON and made again.
+def empty_operand(
+    facts: Facts,
+    *,
+    bias: bool = False,
+    optional: Sequence[str] = (),
+    outliers: int = 0,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+) -> Operand:
+    """An operand of these facts with room for its values: codes of 0, scales of 1.
 
-    Attributes:
-        in_features, out_features: K and N.
-        scheme: formats of weight and input.
-        groups: sizes of the groups of channels that have scales of their own; empty for one scale.
-        rotation_block: channels of a block that the rewrite rotates, None for no rotation.
-        threshold: of the rewrite, None for none.
+    Args:
+        facts: what it is.
+        bias: whether it has one.
+        optional: which of :data:`OPTIONAL` it has.
+        outliers: columns that stay outside of the integer product.
+        device: of all tensors.
+        dtype: of bias and ``outlier_weight``.
     """
-
-    in_features: int
-    out_features: int
-    scheme: Scheme
-    groups: tuple[int, ...] = ()
-    rotation_block: int | None = None
-    threshold: float | None = None
-
-    @classmethod
-    def read(cls, record: Mapping[str, Any]) -> Facts:
-        """From the JSON of :meth:`record`.
-
-        Raises:
-            QuantkitError: the values make no sense; says which.
-        """
-        k, n, block = record["in_features"], record["out_features"], record["rotation_block"]
-        threshold, groups, count = record["threshold"], tuple(record["groups"]), record["outliers"]
-        if groups and (fault := groups_fault(groups, k)):
-            raise QuantkitError(fault)
-        if block and any(size % block for size in groups):
-            raise QuantkitError(f"it rotates blocks of {block} across the borders of its groups {groups}")
-        if block < 0 or (block and (k % block or block & (block - 1))):
-            raise QuantkitError(f"it rotates blocks of {block}, which does not go with {k} channels")
-        if not 0 <= count <= k or not 0 <= threshold < float("inf"):
-            raise QuantkitError(f"it has {count} outliers of {k} channels and a threshold of {threshold}")
-        scheme = Scheme.parse(record["scheme"])
-        if scheme != scheme.of_linear():
-            raise QuantkitError(f"it has the scheme {record['scheme']!r}, which says more than a linear does")
-        if k < 0 or n < 0:
-            raise QuantkitError(f"it has {k} inputs and {n} outputs")
-        check_exact(k, scheme.input, "it")
-        buffers = record["buffers"]
-        unknown = next((name for name in buffers if name not in OPTIONAL), None)
-        if unknown is not None:
-            raise QuantkitError(f"it has {unknown!r}, which this quantkit does not know")
-        if ("outlier_index" in buffers) != ("outlier_weight" in buffers):
-            raise QuantkitError("it has outlier_index or outlier_weight without the other")
-        if threshold and (buffers or block or groups or not scheme.takes_threshold):
-            raise QuantkitError("it has a threshold, which goes with symmetric scales per token and nothing else")
-        return cls(k, n, scheme, groups, block or None, threshold or None)
-
-    def record(self, tensors: Sequence[str], outliers: int) -> dict[str, Any]:
-        """As plain JSON; ``tensors`` are the names that the operand has, and ``outliers`` is how many columns stay outside.
-
-        In files, 0 stands for no rotation and for no threshold.
-        """
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "scheme": self.scheme.name,
-            "bias": "bias" in tensors,
-            "rotation_block": self.rotation_block or 0,
-            "threshold": float(self.threshold or 0.0),
-            "outliers": outliers,
-            "buffers": [name for name in OPTIONAL if name in tensors],
-            "groups": list(self.groups),
-        }
-
-    def empty(
-        self,
-        *,
-        bias: bool = False,
-        optional: Sequence[str] = (),
-        outliers: int = 0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> Operand:
-        """An operand of these facts with room for its values: codes of 0, scales of 1.
-
-        Args:
-            bias: whether it has one.
-            optional: which of :data:`OPTIONAL` it has.
-            outliers: columns that stay outside of the integer product.
-            device: of all tensors.
-            dtype: of bias and ``outlier_weight``.
-        """
-        k, n, g = self.in_features, self.out_features, len(self.groups)
-        input_ = self.scheme.input
-        static = isinstance(input_, Quantized) and input_.is_static
-        zero = static and isinstance(input_, Quantized) and not input_.number.symmetric
-        where: dict[str, Any] = {"device": device}
-        tensors: dict[str, Tensor | None] = {
-            "weight": torch.zeros(n, k, dtype=torch.int8, **where),
-            "weight_scale": torch.ones(n, 1 + g, dtype=torch.float32, **where),
-            "bias": torch.zeros(n, dtype=dtype, **where) if bias else None,
-            "input_scale": torch.ones(max(1, g), dtype=torch.float32, **where) if static else None,
-            "input_zero_point": torch.zeros(max(1, g), dtype=torch.int32, **where) if zero else None,
-        }
-        room = {
-            "pre_scale": ((k,), torch.float32),
-            "shift": ((k,), torch.float32),
-            "permutation": ((k,), torch.int64),
-            "rotation_signs": ((k,), torch.float32),
-            "outlier_index": ((outliers,), torch.int64),
-            "outlier_weight": ((n, outliers), dtype),
-        }
-        tensors |= {name: torch.zeros(shape, dtype=kind, **where) for name, (shape, kind) in room.items() if name in optional}
-        return Operand.of(self, tensors)
-
-
-def without_groups(format: Any) -> Any:
-    """``format`` with one scale where it has one for each group."""
-    return replace(format, granularity=replace(format.granularity, groups=())) if isinstance(format, Quantized) else format
+    k, n, g = facts.in_features, facts.out_features, len(facts.groups)
+    input_, storage = facts.scheme.input, facts.scheme.weight.storage
+    static = isinstance(input_, Quantized) and input_.is_static
+    zero = static and isinstance(input_, Quantized) and not input_.number.symmetric
+    where: dict[str, Any] = {"device": device}
+    tensors: dict[str, Tensor | None] = {
+        "weight": torch.zeros(n, storage.width(k), dtype=storage.dtype, **where),
+        "weight_scale": torch.ones(n, 1 + g, dtype=torch.float32, **where),
+        "bias": torch.zeros(n, dtype=dtype, **where) if bias else None,
+        "input_scale": torch.ones(max(1, g), dtype=torch.float32, **where) if static else None,
+        "input_zero_point": torch.zeros(max(1, g), dtype=torch.int32, **where) if zero else None,
+    }
+    room = {
+        "pre_scale": ((k,), torch.float32),
+        "shift": ((k,), torch.float32),
+        "permutation": ((k,), torch.int64),
+        "rotation_signs": ((k,), torch.float32),
+        "outlier_index": ((outliers,), torch.int64),
+        "outlier_weight": ((n, outliers), dtype),
+    }
+    tensors |= {name: torch.zeros(shape, dtype=kind, **where) for name, (shape, kind) in room.items() if name in optional}
+    return Operand.of(facts, tensors)
 
 
 def _groups_between(groups: tuple[int, ...], start: int, stop: int) -> tuple[slice, tuple[int, ...]]:
@@ -462,18 +389,18 @@ def joined(operands: Sequence[Operand]) -> Operand:
     for other in operands[1:]:
         if difference := input_difference(first, other):
             raise MethodError(f"operands cannot be joined: they differ in {difference}")
-    biases = [o.codes.new_zeros(o.out_features, dtype=torch.float32) if o.bias is None else o.bias for o in operands]
+    biases = [o.scale.new_zeros(o.out_features) if o.bias is None else o.bias for o in operands]
 
     def below(name: str) -> Tensor | None:
         parts = [getattr(o, name) for o in operands]
         return None if parts[0] is None else torch.cat(parts)
 
-    codes, scale = below("codes"), below("scale")
-    assert codes is not None
+    stored, scale = below("stored"), below("scale")
+    assert stored is not None
     assert scale is not None
     return replace(
         first,
-        codes=codes,
+        stored=stored,
         scale=scale,
         multipliers=below("multipliers"),
         outlier_weight=below("outlier_weight"),
@@ -482,7 +409,7 @@ def joined(operands: Sequence[Operand]) -> Operand:
 
 
 def input_difference(one: Operand, other: Operand) -> str | None:
-    """In what the treatment of the activation, or the format of the weight, differs between two operands; None if in nothing."""
+    """In what two operands differ as to formats and the treatment of the activation; None if in nothing."""
     for name in ("weight", "input"):
         if getattr(one, name) != getattr(other, name):
             return name
@@ -532,14 +459,3 @@ class Stack:
     def __getitem__(self, index: int) -> Operand:
         """One of them, as a view."""
         return Operand.of(self.facts, {name: tensor[index] for name, tensor in self.tensors.items()})
-
-
-def check_exact(channels: int, input_: Format, name: str) -> None:
-    """Raises ModelError where an int32 accumulator of ``channels`` products could overflow."""
-    symmetric = isinstance(input_, Float) or input_.number.symmetric
-    limit = MAX_EXACT_K if symmetric else MAX_EXACT_K_ASYMMETRIC
-    if channels > limit:
-        raise ModelError(
-            f"{name}: K = {channels} input features are beyond {limit}, up to which int32 sums of products are exact; leave the "
-            f"layer in floating point with ignore=[{name!r}]"
-        )

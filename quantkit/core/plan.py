@@ -1,9 +1,9 @@
 """Every decision about a model, as data: what deciding writes and converting reads.
 
-A :class:`ModelPlan` names the sites of a model and says, for each of them, which transform its channels get, which integers its
-weights become or how these are found, and why. It holds tensors and plain values only, no module and no function. So it can be
-looked at, saved and read back (:func:`quantkit.save_plan`, :func:`quantkit.load_plan`), sent to another process, and carried out on
-another copy of the same model: :func:`quantkit.convert` is a function of a model and a plan.
+A :class:`ModelPlan` names the sites of a model and says, for each of them, which transform its channels get, which integers
+its weights become or how these are found, and why. It holds tensors and plain values only, no module and no function. So it can
+be looked at, saved and read back (:func:`quantkit.save_plan`, :func:`quantkit.load_plan`), sent to another process, and carried
+out on another copy of the same model: :func:`quantkit.convert` is a function of a model and a plan.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class LinearPlan:
 
     Attributes:
         codes: the integers themselves; None to round to nearest.
-        clip: ``[N, 1]`` float32 in (0, 1], the share of its largest value that each row's grid spans when it is rounded; None for
-            all of it.
+        clip: ``[N, 1]`` float32 in (0, 1], the share of its largest value that each row's grid spans when it is rounded; None
+            for all of it.
     """
 
     codes: Codes | None = None

@@ -1,8 +1,8 @@
 """What is done to an activation before it is quantized, as data and in plain torch.
 
-A calibrator may decide that the channels of an activation are shifted, scaled, put in another order or rotated, and that some of
-them stay out of the integer product. What of that cannot be written into the module that produces the activation is done at run
-time: this is a :class:`Rewrite`. :func:`rewritten` is the one definition of it, also for the
+A calibrator may decide that the channels of an activation are shifted, scaled, put in another order or rotated, and that some
+of them stay out of the integer product. What of that cannot be written into the module that produces the activation is done at
+run time: this is a :class:`Rewrite`. :func:`rewritten` is the one definition of it, also for the
 :class:`~quantkit.core.transform.Transform` that calibrators return; kernels do the same in fewer passes.
 """
 
@@ -53,7 +53,7 @@ def rewritten(
 
 @dataclass(frozen=True, eq=False)
 class Rewrite:
-    """What happens to an activation ``[M, K]`` at run time. Every field is optional; they are listed in the order of their steps.
+    """What happens to an activation ``[M, K]`` at run time. Every field is optional; their order is that of the steps.
 
     Attributes:
         shift: ``[K]`` float32, subtracted.
@@ -112,7 +112,7 @@ class Rewrite:
         return gradient if self.pre_scale is None else gradient * self.pre_scale
 
 
-# Under torch.compile all butterflies are one operator: Inductor takes seconds for each layer to compile what it can only run slower.
+# Under torch.compile a rotation is one operator: Inductor takes seconds for each layer to compile what it only runs slower.
 _library = torch.library.Library("quantkit", "FRAGMENT")
 _library.define("rotate(Tensor x, int block, Tensor? signs) -> Tensor")
 _library.impl("rotate", lambda x, block, signs: Rotation(block, signs).apply(x), "CompositeExplicitAutograd")

@@ -14,7 +14,6 @@ from quantkit.core.errors import SchemeError
 from quantkit.core.formats import Float, Format, Int, PerChannel, PerTensor, PerToken, Quantized
 
 NAME = re.compile(r"w(\d)a(\d|16)(-static)?(-asym)?(-pertensor)?(?:-norm(\d|16))?(?:-kv(\d))?(?:-attention(\d))?")
-FLOAT = 16
 FLOAT_BITS = "16"
 """How a name says that a tensor is left in floating point, in whatever dtype it has."""
 
@@ -106,7 +105,8 @@ class Scheme(metaclass=OldArguments):
         """A :class:`Scheme` from itself or from a name.
 
         A name is ``wXaY[-static][-asym][-pertensor][-normB][-kvB][-attentionB]``: bits from 2 to 8 of weights and of what
-        linears read, of what norms write, of keys and values, and of queries. 16 bits leave what linears read in floating point.
+        linears read, of what norms write, of keys and values, and of queries. With 16 bits, what linears read stays in floating
+        point.
 
         Raises:
             SchemeError: it is no such name, or the formats that it names make no scheme.

@@ -45,6 +45,7 @@ class Origin(NamedTuple):
     power: int
 
     def same_as(self, other: Origin) -> bool:
+        """Whether both are the same rows of the same module, to the same power."""
         return (self.module, self.power) == (other.module, other.power) and torch.equal(self.rows, other.rows)
 
 

@@ -1,4 +1,10 @@
-"""How far a causal language model is from its floating-point self: perplexity, KL divergence, top-1 agreement."""
+"""How far a causal language model is from the floating-point model that it was made from.
+
+Three measures on windows of text: the perplexity of each model; the KL divergence between what both predict for the next
+token, at every position; and how often both have the same favourite. KL divergence sees a difference long before perplexity
+does, since it looks at all probabilities and not only at that of the token which follows. The difference in log-likelihood
+comes with the standard error of the paired difference, so that one can tell whether it is one.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +39,19 @@ def logits_of(model: nn.Module, window: Tensor) -> Tensor:
 def compare(
     model: nn.Module, windows: Tensor, reference: nn.Module | Sequence[Tensor] | None = None, *, progress: Progress = None
 ) -> dict[str, float | int]:
-    """Score ``model`` on ``windows [n, length]``.
+    """Score a model on windows of text.
 
     Args:
         model: a causal language model.
-        windows: token ids.
-        reference: the float model, or its log-probabilities per window (from :func:`log_probabilities`).
+        windows: token ids ``[n, length]``.
+        reference: the float model, or its log-probabilities for each window (from :func:`log_probabilities`).
+        progress: show progress; None decides by the terminal.
 
     Returns:
-        ``perplexity`` over the length-1 predicted tokens of each window; with a reference also ``reference_perplexity``,
-        ``kl`` (mean KL(reference || model) in nats over all positions), ``top1`` (share of equal argmax), ``nll_difference``
-        and its standard error ``nll_difference_se`` (paired, per token); and ``tokens``.
+        ``perplexity`` over the tokens of each window but its first, and ``tokens``, the number of all. With a reference also
+        ``reference_perplexity``; ``kl``, the mean of KL(reference || model) over all positions, in nats; ``top1``, the share of
+        positions with the same most likely token; ``nll_difference``, the mean difference of negative log-likelihoods of a
+        token, in nats; and ``nll_difference_se``, its standard error.
     """
     nll, base_nll, kl, top1 = [], [], [], []
     with evaluating(model):
@@ -70,10 +78,11 @@ def compare(
 
 
 def log_probabilities(model: nn.Module, window: Tensor) -> Tensor:
-    """``[length, vocabulary]`` float32 of one window."""
+    """Log-probabilities of the next token, ``[length, vocabulary]`` float32, at each position of one window ``[length]``."""
     with evaluating(model):
         return logits_of(model, window).log_softmax(-1)
 
 
 def _nll(log_probs: Tensor, window: Tensor) -> Tensor:
+    """Negative log-likelihoods ``[length - 1]`` float64 of the tokens that follow the first."""
     return -log_probs[:-1].gather(1, window[1:, None])[:, 0].double()

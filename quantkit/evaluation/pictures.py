@@ -18,7 +18,17 @@ from quantkit.model.modules import call, evaluating
 
 
 def draw(before: nn.Module, after: nn.Module, window: Tensor, path: Path, *, title: str) -> Path:
-    """|activation| over tokens and channels, and |weight| over channels, of the spikiest norm site, before and after."""
+    """Draw the magnitudes of one site before and after smoothing, as surfaces.
+
+    Args:
+        before, after: a language model in floating point, and the same one quantized.
+        window: token ids ``[T]``.
+        path: file of the picture.
+        title: name of the model in its heading.
+
+    Returns:
+        The file. It shows the activation over tokens and channels, and the weight over input and output channels.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -54,13 +64,13 @@ def draw(before: nn.Module, after: nn.Module, window: Tensor, path: Path, *, tit
 
 
 def spikiness(x: Tensor) -> float:
-    """Largest channel maximum over the median one."""
+    """How far the largest channel of ``x [T, K]`` stands out: its maximum over the median of all channel maxima."""
     top = x.abs().amax(0)
     return float(top.max() / top.median())
 
 
 def input_of(model: nn.Module, site: Site, window: Tensor) -> Tensor:
-    """``[T, K]`` float32: what the linears of ``site`` read."""
+    """What the linears of ``site`` read while the model reads a window, ``[T, K]`` float32."""
     seen: list[Tensor] = []
     hook = model.get_submodule(site.name).register_forward_pre_hook(lambda _, args: seen.append(args[0][0].float()))
     try:
@@ -72,7 +82,7 @@ def input_of(model: nn.Module, site: Site, window: Tensor) -> Tensor:
 
 
 def weights_of(model: nn.Module, site: Site) -> Tensor:
-    """``[N, K]`` float32 of the first linear of ``site``."""
+    """The weight of the first linear of ``site``, ``[N, K]`` float32."""
     linear: Any = model.get_submodule(site.name)
     weight: Tensor = linear.dequantized_weight() if isinstance(linear, W8A8Linear) else linear.weight.detach().float()
     return weight

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantkit.core.errors import ModelError
+from quantkit.core.formats import Format, Quantized
 from quantkit.core.heads import HeadSizes, count_heads
-from quantkit.core.scheme import FLOAT, Scheme
+from quantkit.core.scheme import Scheme
 from quantkit.model.modules import applied_but_float32
 from quantkit.ops.attention import attention, round_heads, through
 
@@ -31,9 +32,14 @@ LABELS = {"query": "key_label", "key": "key_label", "value": "value_label"}
 """The buffer that holds the cluster of each channel. Queries and keys share one: they are multiplied channel by channel."""
 
 
+def format_of(scheme: Scheme, what: str) -> Format:
+    """The number format of the ``"query"``, ``"key"`` or ``"value"`` of a call."""
+    return scheme.queries if what == "query" else scheme.kv
+
+
 def parts_of(scheme: Scheme) -> list[str]:
     """Which of ``"query"``, ``"key"`` and ``"value"`` a scheme rounds."""
-    return (["query"] if scheme.attention_bits != FLOAT else []) + (["key", "value"] if scheme.kv_bits != FLOAT else [])
+    return [what for what in LABELS if isinstance(format_of(scheme, what), Quantized)]
 
 
 class AttentionQuantizer(nn.Module):
@@ -82,7 +88,7 @@ class AttentionQuantizer(nn.Module):
         """
         query, key, value = self.rounded("query", query), self.rounded("key", key), self.rounded("value", value)
         options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-        if self.scheme.attention_bits == FLOAT:
+        if not isinstance(self.scheme.queries, Quantized):
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **options)
         return attention(query, key, value, attn_mask, dropout_p, **options)
 
@@ -97,8 +103,8 @@ class AttentionQuantizer(nn.Module):
             ModelError: ``x`` has another number of heads, or of channels, than this quantizer was made for.
         """
         scheme, sizes = self.scheme, self.heads
-        bits = scheme.attention_bits if what == "query" else scheme.kv_bits
-        if bits == FLOAT:
+        format = format_of(scheme, what)
+        if not isinstance(format, Quantized):
             return x
         own, width = sizes.size(what)
         if count_heads(x) % own or x.shape[-1] != width:
@@ -110,7 +116,7 @@ class AttentionQuantizer(nn.Module):
         ends: Tensor | None = getattr(self, f"{what}_range", None)
         label = None if label is None else label.repeat_interleave(count_heads(x) // len(label), 0)
         ends = None if ends is None else ends.repeat_interleave(count_heads(x) // own, 1)
-        return through(round_heads, x, label, ends, self.clusters, bits, scheme.symmetric)
+        return through(round_heads, x, label, ends, self.clusters, format.number.bits, format.number.symmetric)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AttentionQuantizer:
         applied_but_float32(self, fn, self._buffers.keys())
@@ -157,8 +163,9 @@ def explained(quantizers: Mapping[str, AttentionQuantizer]) -> list[str]:
     if not quantizers:
         return []
     first, clusters = next(iter(quantizers.values())).scheme, max(q.clusters for q in quantizers.values())
-    said = [] if first.kv_bits == FLOAT else [f"keys and values in {first.kv_bits} bits"]
-    said += [] if first.attention_bits == FLOAT else [f"queries in {first.attention_bits} bits, probabilities in 8"]
+    said = [f"keys and values in {first.kv.number.bits} bits"] if isinstance(first.kv, Quantized) else []
+    queries = first.queries
+    said += [f"queries in {queries.number.bits} bits, probabilities in 8"] if isinstance(queries, Quantized) else []
     said += [f"up to {clusters} clusters of channels in each head"] if clusters > 1 else []
     kinds = sorted({re.sub(r"\d+", "#", name) or "the model" for name in quantizers})
     return [f"attention of {len(quantizers)} modules ({', '.join(kinds)}): {', '.join(said)}; simulated"]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import MethodError
+from quantkit.core.facts import FLOAT32, TENSORS, Facts, check_exact
 from quantkit.core.formats import Format, Quantized, groups_fault
 from quantkit.core.numerics import absmax_scale, range_scale
-from quantkit.core.operand import FLOAT32, TENSORS, Facts, Operand, check_exact
+from quantkit.core.operand import Operand, empty_operand
 from quantkit.core.scheme import Scheme
 from quantkit.core.transform import Transform
 from quantkit.model.modules import applied_but_float32, weight_of
@@ -85,7 +86,7 @@ class W8A8Linear(nn.Linear):
         if fault:
             raise MethodError(f"W8A8Linear: {fault}")
         facts = Facts(in_features, out_features, scheme, tuple(groups) if len(groups) > 1 else ())
-        self._hold(facts.empty(bias=bias, device=device, dtype=dtype))
+        self._hold(empty_operand(facts, bias=bias, device=device, dtype=dtype))
 
     @classmethod
     def from_operand(cls, operand: Operand) -> W8A8Linear:
@@ -137,7 +138,7 @@ class W8A8Linear(nn.Linear):
 
         signs = None if leftover.rotation is None else leftover.rotation.signs
         tensors = {
-            "weight": own(codes, torch.int8),
+            "weight": own(scheme.weight.storage.pack(codes)),
             "weight_scale": own(weight_scale, torch.float32),
             "bias": own(bias, like.dtype),
             **_static_input(scheme.input, input_range, max(1, len(facts.groups))),
@@ -173,7 +174,7 @@ class W8A8Linear(nn.Linear):
     def operand(self) -> Operand:
         """The buffers and what they mean, as one value. Made again when a buffer was replaced."""
         known = self._operand
-        if known is None or known.codes is not self._buffers["weight"]:
+        if known is None or known.stored is not self._buffers["weight"]:
             self._operand = known = Operand.of(self._facts, self._buffers)
         return known
 
@@ -232,7 +233,7 @@ class W8A8Linear(nn.Linear):
         """The operand as the backend of its device runs it, made at first use."""
         # not self.weight: Module.__getattr__ costs a microsecond, of which a token has few
         known, asked = self._prepared, forced()
-        if known is None or known.operand.codes is not self._buffers["weight"] or self._prepared_for != asked:
+        if known is None or known.operand.stored is not self._buffers["weight"] or self._prepared_for != asked:
             known = prepare(self.operand)
             self._prepared, self._prepared_for = known, asked
         return known

@@ -1,7 +1,11 @@
-"""Mixtures of experts whose weights are one 3-D parameter, as transformers 5 stores them, taken apart into linears.
+"""Mixtures of experts whose weights are one parameter with three dimensions, taken apart into linears.
 
-:class:`Experts` stands in for such a module. Its linears are views of the original parameters, so nothing is copied, and
-putting the original back undoes it. It is used only where it computes the same, on random tokens and routes.
+transformers 5 stores the weights of all experts of a block as ``[E, N, K]`` and multiplies by slices of it. There is no
+``nn.Linear`` to find, to probe or to quantize. So :class:`Experts` stands in for such a module while a model is quantized: it
+has a linear for each projection of each expert. Their weights are views of the original parameter, so that nothing is copied,
+and putting the original module back undoes everything.
+
+A stand-in is used only if it computes the same as the original on random tokens with random routes.
 """
 
 from __future__ import annotations
@@ -21,12 +25,15 @@ log = logging.getLogger("quantkit")
 
 
 class Experts(nn.Module):
-    """Linears ``0.gate_proj``, ``0.up_proj``, ``0.down_proj``, ``1.gate_proj``, ... in place of a fused experts module.
+    """A module of experts with linears called ``0.gate_proj``, ``0.up_proj``, ``0.down_proj``, ``1.gate_proj`` and so on.
 
-    Only the experts that some token is routed to run, one after the other.
+    Experts run one after the other, and only those that some token is routed to.
 
     Args:
-        fused: a module as transformers' ``use_experts_implementation`` makes them.
+        fused: the module to stand in for, of a class that transformers decorates with ``use_experts_implementation``.
+
+    Attributes:
+        everywhere: while it is set, every expert sees every token, see :func:`running_everywhere`.
     """
 
     def __init__(self, fused: Any) -> None:
@@ -44,27 +51,34 @@ class Experts(nn.Module):
                 expert.up_proj = _linear(*_of(first, e))
             expert.down_proj = _linear(*_of(down, e))
             self.add_module(str(e), expert)
-        # The family's own way to join gate and up, without the weights.
+        # How gate and up are joined is the family's own affair: a copy of its module, without the weights, does it.
         self.activation = copy.copy(fused)
         self.activation._parameters = {}
         self.activation._is_hf_initialized = True  # so that from_pretrained does not fill the weights that it lost
         self.train(fused.training)
 
     def _halves(self, fused: tuple[Tensor, Tensor | None], e: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of the gate and then of the up projection of expert ``e``, as views of the fused ones."""
         weight, bias = _of(fused, e)
         middle = len(weight) // 2
         for part in (slice(middle), slice(middle, None)) if self.is_concatenated else (slice(0, None, 2), slice(1, None, 2)):
             yield weight[part], None if bias is None else bias[part]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``[T, H]`` tokens, their experts ``[T, k]`` and the experts' shares ``[T, k]``, to ``[T, H]``."""
+        """The weighted sum of what each token's experts compute, ``[T, H]`` in the dtype of ``hidden_states``.
+
+        Args:
+            hidden_states: ``[T, H]``, the tokens.
+            top_k_index: ``[T, k]`` int64, the experts of each token.
+            top_k_weights: ``[T, k]``, by what their outputs are multiplied.
+        """
         out = torch.zeros_like(hidden_states)
         if self.everywhere:
             for e in range(self.num_experts):
                 out = out + self._run(e, hidden_states.clone()) / self.num_experts
             return out
         for e in top_k_index.unique().tolist():
-            if e < self.num_experts:  # beyond are tokens that another device takes
+            if e < self.num_experts:  # larger numbers stand for experts of other devices
                 token, choice = (top_k_index == e).nonzero(as_tuple=True)
                 y = self._run(e, hidden_states[token]) * top_k_weights[token, choice, None]
                 out.index_add_(0, token, y.to(out.dtype))
@@ -83,12 +97,15 @@ class Experts(nn.Module):
 
 
 def unfuse(model: nn.Module, *, only: Collection[str] | None = None) -> list[tuple[str, nn.Module]]:
-    """Take every fused experts module of ``model`` apart that can be; returns names and originals, for :func:`put_back`.
+    """Put an :class:`Experts` in the place of every module of fused experts in ``model``, wherever it computes the same.
 
     Args:
-        model: changed in place, its function is not.
-        only: names of linears that a checkpoint quantizes: modules that hold one of them are taken apart, without proof (there
-            are no weights yet). Otherwise all are that compute the same on random tokens.
+        model: changed in place; its function stays.
+        only: names of the linears that a checkpoint holds as quantized. If given, modules are replaced that contain one of
+            them, and no others, and without proof, since there are no weights yet.
+
+    Returns:
+        Pairs of the name and the original module, for :func:`put_back`.
     """
     replaced: list[tuple[str, nn.Module]] = []
     try:
@@ -110,19 +127,22 @@ def unfuse(model: nn.Module, *, only: Collection[str] | None = None) -> list[tup
 
 
 def put_back(model: nn.Module, replaced: Sequence[tuple[str, nn.Module]]) -> None:
-    """Undo :func:`unfuse`, except where a linear of the stand-in was quantized."""
+    """Put the original modules back that :func:`unfuse` returned, except where a linear of the stand-in was quantized."""
     for name, original in replaced:
         floats: dict[str, Any] = linears_of(model.get_submodule(name))
         if len(floats) == len(original.down_proj) * (3 if original.has_gate else 2):  # type: ignore[arg-type]
             replace_module(model, name, original)
             continue
-        for linear in floats.values():  # a view would keep the weights of all experts in memory
+        for linear in floats.values():  # as views they would keep the weights of all experts in memory
             linear.weight = nn.Parameter(weight_of(linear).clone(), requires_grad=linear.weight.requires_grad)
 
 
 @contextmanager
 def running_everywhere(model: nn.Module) -> Iterator[None]:
-    """Inside, every expert sees every token, whatever the router says: a probe must not depend on routes."""
+    """While the context is open, every expert sees every token, whatever the router says.
+
+    The probe needs this: its answers must not depend on where made-up values happen to be routed.
+    """
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, Experts):
@@ -132,6 +152,7 @@ def running_everywhere(model: nn.Module) -> Iterator[None]:
 
 
 def _is_fused(module: nn.Module) -> bool:
+    """Whether this is a module of fused experts with parameters that :class:`Experts` knows, and no others."""
     facts: Any = module
     if not all(hasattr(facts, name) for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")):
         return False
@@ -149,11 +170,13 @@ def _rows(fused: Any, name: str) -> tuple[Tensor, Tensor | None]:
 
 
 def _of(projection: tuple[Tensor, Tensor | None], e: int) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[N, K]`` and bias ``[N]`` of expert ``e``."""
     weight, bias = projection
     return weight[e], None if bias is None else bias[e]
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear with exactly these tensors, which are not copied."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
     if bias is not None:
@@ -163,6 +186,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 @torch.no_grad()
 def _computes_the_same(stand_in: Experts, fused: Any) -> bool:
+    """Whether both give the same, to a few roundings, for sixteen random tokens with up to two random experts each."""
     random = torch.Generator().manual_seed(0)
     weight, tokens, each = fused.down_proj, 16, min(2, stand_in.num_experts)
     hidden = weight.shape[2] if fused.is_transposed else weight.shape[1]
@@ -174,6 +198,6 @@ def _computes_the_same(stand_in: Experts, fused: Any) -> bool:
     try:
         wanted, got = fused(x, index, share), stand_in(x, index, share)
     except (TypeError, ValueError, RuntimeError, IndexError):
-        return False  # called in another way
+        return False  # the original takes other arguments
     off = (wanted.double() - got.double()).norm() / wanted.double().norm().clamp_min(1e-30)
     return wanted.shape == got.shape and float(off) <= 4 * torch.finfo(weight.dtype).eps

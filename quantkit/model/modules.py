@@ -1,4 +1,4 @@
-"""Looking at ``nn.Module`` trees: what counts as a linear, how its weight reads, how a model is called."""
+"""Looking at trees of ``nn.Module``: what counts as a linear, what its weight is, how a model is called, what it returns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantkit.core.errors import CalibrationError
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' ``Conv1D`` (GPT-2), a linear that stores its weight as ``[K, N]``."""
+    """Whether this is the ``Conv1D`` of transformers (GPT-2): a linear that stores its weight transposed, as ``[K, N]``."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # not loaded: then there is no Conv1D to find
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
@@ -25,7 +25,8 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes ``x W^T + b`` and nothing else, so that a W8A8Linear can take its place.
 
-    A subclass of ``nn.Linear`` with a forward of its own (Falcon's, say) is asked to multiply something.
+    A subclass of ``nn.Linear`` with a forward of its own, such as Falcon's, may compute more. It is run on a small input, and
+    counts if it gives what a plain linear gives.
     """
     if is_conv1d(module):
         return True
@@ -46,21 +47,21 @@ def _multiplies(module: nn.Linear) -> bool:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear as an ``[N, K]`` view that shares its memory."""
+    """The weight of a linear as ``[N, K]``: a detached view, so that writing to it changes the linear."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().t() if is_conv1d(module) else weight.detach()
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module of every linear, in registration order, each module once."""
+    """Name -> module for every linear, in the order of registration. A linear with several names is listed once."""
     return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
 def applied_but_float32(module: nn.Module, fn: Any, names: Collection[str]) -> None:
-    """What ``Module._apply`` does to buffers, without another dtype for the float32 ones called ``names``.
+    """``Module._apply``, which ``.to()``, ``.half()`` and the like call, except that some buffers keep their dtype.
 
-    So do ``.to(dtype)``, ``.half()`` and the like move everything, but float32 scales stay float32.
+    The buffers of ``module`` called ``names`` that are float32 move to another device with the rest, and stay float32.
     """
     before = {n: b for n, b in module.named_buffers() if b.dtype == torch.float32 and n in names}
     nn.Module._apply(module, fn)
@@ -71,7 +72,7 @@ def applied_but_float32(module: nn.Module, fn: Any, names: Collection[str]) -> N
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` wherever the module called ``name`` is registered, under every alias."""
+    """Put ``new`` in the place of the module called ``name``, at every place of the model where that is registered."""
     old = model.get_submodule(name)
     for parent in model.modules():
         for child, module in parent.named_children():
@@ -83,7 +84,13 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Run the model on one calibration batch: a tensor, a mapping of keyword arguments, or a tuple of arguments."""
+    """Run the model on one batch: a tensor, a mapping of keyword arguments, or a tuple or list of arguments.
+
+    Models that would return a cache of keys and values are told not to.
+
+    Raises:
+        CalibrationError: the batch is of another type.
+    """
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     if isinstance(batch, Tensor):
         return model(batch, **extra)
@@ -97,7 +104,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every floating tensor in nested tuples, lists, mappings and dataclasses; caches and other objects are passed over."""
+    """Every floating-point tensor in nested tuples, lists, mappings and dataclasses. Caches and other objects are left out."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -125,7 +132,10 @@ def all_tensors(value: Any) -> list[Tensor]:
 
 
 def memory_of(tensor: Tensor) -> Any:
-    """The bytes of a contiguous tensor in main memory that has elements, not copied: good for a file or a hash."""
+    """The bytes of a tensor as an object with the buffer protocol, for a file or a hash; nothing is copied.
+
+    The tensor has to be contiguous, in main memory and not empty, and to live as long as the bytes are used.
+    """
     return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
 
@@ -150,7 +160,7 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the training flags of every module come back afterwards."""
+    """While the context is open, the model is in eval mode and computes no gradients; then each module's flag is restored."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -7,17 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from quantkit.core.numerics import (
-    absmax_scale,
-    encode,
-    encode_asymmetric,
-    largest_of,
-    of_clusters,
-    qmax,
-    range_scale,
-    shared,
-    zero_point,
-)
+from quantkit.core.groups import group_scales, with_multipliers
+from quantkit.core.numerics import absmax_scale, encode, encode_asymmetric, qmax, range_scale, zero_point
+from quantkit.core.weights import largest_in_groups
 
 
 def quantize_rows(
@@ -29,17 +21,17 @@ def quantize_rows(
         x: float.
         bits, symmetric: number format.
         groups, shares: sizes of G consecutive clusters of channels, each with a scale of its own, and
-            :func:`quantkit.core.numerics.shares` of what they are multiplied by; none is one of all.
+            :func:`quantkit.core.groups.shares` of what they are multiplied by; none is one of all.
 
     Returns:
-        codes ``[M, K]`` int8, scale ``[M, 1]`` float32 (with groups ``[M, 1 + G]``, :func:`quantkit.core.numerics.shared`), and zero
+        codes ``[M, K]`` int8, scale ``[M, 1]`` float32 (with groups ``[M, 1 + G]``, :func:`quantkit.core.groups.with_multipliers`), and zero
         ``[M, 1]`` (``[M, G]``) int32 or None when symmetric.
     """
     if not x.shape[1]:
         return x.to(torch.int8), x.new_ones(len(x), 1, dtype=torch.float32), None
     if not groups:
         if symmetric:
-            absmax = largest_of(x, (x.shape[1],))
+            absmax = largest_in_groups(x, (x.shape[1],))
             return encode(x, absmax, bits), absmax_scale(absmax, bits), None
         low, high = x.float().aminmax(dim=1, keepdim=True)
         scale, lowest = range_scale(low, high, bits)
@@ -49,9 +41,9 @@ def quantize_rows(
     low, high = (torch.stack(values, 1) for values in zip(*ends, strict=True))
     scale = absmax_scale(torch.maximum(-low, high), bits) if symmetric else range_scale(low, high, bits)[0]
     finite = scale.isfinite().all(dim=1, keepdim=True)  # where one cluster is not, none counts as such
-    scale = shared(torch.where(finite, scale, 1.0), shares)
-    zero = None if symmetric else zero_point(torch.where(finite, low.clamp_max(0), 0.0), of_clusters(scale), bits)
-    q = codes_of(x, of_clusters(scale), zero, groups, bits).masked_fill(~finite, 0)
+    scale = with_multipliers(torch.where(finite, scale, 1.0), shares)
+    zero = None if symmetric else zero_point(torch.where(finite, low.clamp_max(0), 0.0), group_scales(scale), bits)
+    q = codes_of(x, group_scales(scale), zero, groups, bits).masked_fill(~finite, 0)
     return q, poisoned(scale, finite), zero
 
 
@@ -67,14 +59,15 @@ def quantize_static(
     """Static codes of ``x [M, K]`` for ``scale [G]`` and ``zero [G]``, G clusters or one; values outside saturate.
 
     Returns:
-        codes ``[M, K]`` int8 and scale ``[M, 1]`` or, with groups, ``[M, 1 + G]`` float32 (:func:`quantkit.core.numerics.shared`, of
+        codes ``[M, K]`` int8 and scale ``[M, 1]`` or, with groups, ``[M, 1 + G]`` float32 (:func:`quantkit.core.groups.with_multipliers`, of
         which codes are), NaN for rows that are not finite.
     """
     finite = x.isfinite().all(dim=1, keepdim=True)
     if groups:
         assert shares is not None
-        scale = shared(scale, shares)
-    q = codes_of(x, of_clusters(scale), zero, groups or (x.shape[1],), bits).masked_fill(~finite, 0)
+        scale = with_multipliers(scale, shares)
+    own = group_scales(scale) if groups else scale
+    q = codes_of(x, own, zero, groups or (x.shape[1],), bits).masked_fill(~finite, 0)
     return q, poisoned(scale.expand(len(x), -1), finite)
 
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from quantkit.core.errors import BackendError
-from quantkit.core.operand import Operand
+from quantkit.core.facts import Facts
+from quantkit.core.operand import Operand, empty_operand
 from quantkit.core.plugins import plugins
+from quantkit.core.scheme import Scheme
 from quantkit.core.tracing import constant_while_tracing
 from quantkit.ops.cpu.backend import CPU
 from quantkit.ops.gpu.backend import GPU
@@ -119,11 +121,22 @@ def choose(operand: Operand) -> Backend:
     return backend
 
 
-def why_simulated(operand: Operand) -> str | None:
-    """None if some backend computes in the formats of ``operand``, wherever that may be; else what is computed instead.
+def why_simulated(what: Operand | Scheme | str) -> str | None:
+    """None if some backend computes in the formats of an operand or a scheme, on whatever device; else what it computes instead.
 
-    The reference backend does not count: it defines what others compute, and saves nothing.
+    What no backend runs is a *simulation*: values are rounded as the formats say, but nothing gets smaller or faster. The
+    reference backend does not count, since it saves nothing.
+
+    Raises:
+        SchemeError: a name of no scheme.
     """
+    if not isinstance(what, Operand):
+        scheme = Scheme.parse(what)
+        if scheme.quantizes_attention:
+            return "no kernel rounds what attention reads"
+        parts = (scheme.of_linear(), scheme.of_linear(behind_norm=True))
+        return next((why for part in parts if (why := why_simulated(empty_operand(Facts(64, 64, part), device="meta")))), None)
+    operand = what
     reasons = [b.why_simulated(operand) for b in table() if type(b) is not Plain]
     return None if None in reasons else next(iter(reasons), "no backend runs it")
 

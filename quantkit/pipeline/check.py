@@ -11,7 +11,6 @@ from torch import nn
 
 from quantkit.calibrators import Calibrator, Stage, resolve
 from quantkit.core.errors import MethodError, ModelError
-from quantkit.core.operand import Facts
 from quantkit.core.progress import Progress
 from quantkit.core.scheme import Scheme
 from quantkit.layers.linear import W8A8Linear
@@ -78,7 +77,7 @@ def check(model: Any, request: Request) -> None:
         raise MethodError(
             f"scheme=None leaves the model in floating point, so there is nothing to round: drop {rounder}, or pass a scheme"
         )
-    if scheme is not None and (reason := why_simulated_scheme(scheme)):
+    if scheme is not None and (reason := why_simulated(scheme)):
         log.warning(
             "scheme %s is a simulation: rounded as it says, but stored and computed with more bits, no smaller or faster (%s)",
             scheme.name,
@@ -101,17 +100,6 @@ def check_model(model: Any) -> None:
             raise ModelError(
                 f"parameter {name!r} is on the meta device (offloaded, or never loaded): load the whole model into memory first"
             )
-
-
-def why_simulated_scheme(scheme: Scheme) -> str | None:
-    """What of a scheme no backend computes as it says, in a few words; None if all of it runs for real."""
-    if scheme.quantizes_attention:
-        return "no kernel rounds what attention reads"
-    for own in (scheme.of_linear(), scheme.of_linear(behind_norm=True)):
-        reason = why_simulated(Facts(64, 64, own).empty(device="meta"))
-        if reason:
-            return reason
-    return None
 
 
 def linears_to_choose_from(model: nn.Module, request: Request) -> dict[str, nn.Module]:

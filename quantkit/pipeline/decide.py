@@ -18,12 +18,11 @@ from quantkit.calibrators.base import rotation_ahead
 from quantkit.core.errors import CalibrationError, MethodError
 from quantkit.core.formats import Quantized
 from quantkit.core.plan import Codes, LinearPlan, ModelPlan, SitePlan
-from quantkit.core.progress import tracked
 from quantkit.core.report import Report
 from quantkit.core.scheme import Scheme
 from quantkit.core.spaces import SpaceRotation
 from quantkit.core.transform import Transform
-from quantkit.pipeline.answers import answer_of
+from quantkit.pipeline.answers import answer_of, progress_of
 from quantkit.pipeline.check import Request
 from quantkit.pipeline.data import Data
 from quantkit.pipeline.find import Found, behind_norm
@@ -70,9 +69,7 @@ def decide(
     sites = []
     for view in views:
         linears = {name: LinearPlan(codes.get(name), view.clips.get(name)) for name in view.linears}
-        sites.append(
-            SitePlan(view.site, view.scheme, view.transform, linears, ranges.get(view.name), False, notes[view.name])
-        )
+        sites.append(SitePlan(view.site, view.scheme, view.transform, linears, ranges.get(view.name), False, notes[view.name]))
     report = Report(
         [c.name for c in request.calibrators],
         request.scheme.name if request.scheme else None,
@@ -102,18 +99,15 @@ def _recipe(request: Request) -> dict[str, Any] | None:
     return Recipe(request.calibrators, request.scheme, request.seed, tuple(request.ignore), targets).to_dict()
 
 
-def progress_of(progress: Any) -> Any:
-    """What :class:`quantkit.View` offers as ``progress``."""
-    return functools.partial(tracked, progress=progress)
-
-
 def _ask(
     model: nn.Module, request: Request, data: Data, views: list[SiteView]
 ) -> tuple[dict[str, Codes], dict[str, dict[str, Any]]]:
     """The integers that were chosen, by linear, and the notes for each site. What else was decided is in the views then."""
     calibrators = [c for c in request.calibrators if c.stage != Stage.MODEL]
     codes: dict[str, Codes] = {}
-    notes: dict[str, dict[str, Any]] = {view.name: {"turned": view.rotated_space} if view.rotated_space else {} for view in views}
+    notes: dict[str, dict[str, Any]] = {
+        view.name: {"turned": view.rotated_space} if view.rotated_space else {} for view in views
+    }
     for index, calibrator in enumerate(calibrators):
         for view in views:
             view.rotation_ahead = rotation_ahead(view, calibrators[index + 1 :])

@@ -10,7 +10,7 @@ from torch import nn
 from quantkit.calibration.observe import SiteStatistics, observe
 from quantkit.calibrators import Stage
 from quantkit.core.errors import CalibrationError, ModelError
-from quantkit.core.operand import check_exact
+from quantkit.core.facts import check_exact
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Kept, Site
 from quantkit.discovery.discover import discover

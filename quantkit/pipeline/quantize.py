@@ -1,10 +1,9 @@
-"""quantize(): the straight line. Everything up to ``convert`` only looks, and what it decides is a value; ``convert`` changes the
-model.
+"""quantize(): the straight line. Everything up to ``convert`` only looks, and decides; ``convert`` changes the model.
 
 ===============  =====================================================================================================
 check            refuse what cannot work before the model runs (:mod:`.check`)
 data             the calibration data, and a small piece of it to probe with (:mod:`.data`)
-rotate           rewrite the float model as a whole, if a method asks for it, and prove it the same (:mod:`.rotate`)
+rotate           rewrite the float model as a whole, if a method asks for it, and prove it the same (:mod:`.spaces`)
 find             the sites of the model, and which linears stay in floating point (:mod:`.find`)
 observe          one pass over the data collects statistics (:mod:`quantkit.calibration.observe`)
 decide           calibrators turn statistics into a plan (:mod:`.decide`)
@@ -19,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -26,18 +26,17 @@ import torch
 from torch import nn
 
 from quantkit.calibrators import Calibrator
-from quantkit.core.plan import ModelPlan
 from quantkit.core.progress import Progress
 from quantkit.core.scheme import Scheme
 from quantkit.pipeline.attention import attention_to_round, decide_attention
 from quantkit.pipeline.check import Request, check, linears_to_choose_from
-from quantkit.pipeline.convert import carry_out, convert_rotated
+from quantkit.pipeline.convert import convert_rotated
 from quantkit.pipeline.data import Data
 from quantkit.pipeline.decide import Decision, decide
 from quantkit.pipeline.find import find_sites
 from quantkit.pipeline.prove import prove
 from quantkit.pipeline.restore import as_it_was, experts_apart
-from quantkit.pipeline.rotate import rotate_spaces
+from quantkit.pipeline.spaces import rotate_spaces
 
 log = logging.getLogger("quantkit")
 M = TypeVar("M", bound=nn.Module)
@@ -81,14 +80,14 @@ def quantize(
     request = Request.of(method, scheme, ignore=ignore, targets=targets, seed=seed, progress=progress)
     check(model, request)
     with experts_apart(model, request.takes_experts_apart), as_it_was(model) as undo:
-        decision = _decided(model, request, calibration, tokenizer, undo)
+        decision = decided(model, request, calibration, tokenizer, undo)
         report = convert_rotated(model, decision.plan, tokens=decision.tokens, progress=progress)
     log.info(report.summary)
     return model
 
 
-def _decided(model: nn.Module, request: Request, calibration: Any, tokenizer: Any, undo: Any) -> Decision:
-    """The whole plan for a model, which is only rotated so far."""
+def decided(model: nn.Module, request: Request, calibration: Any, tokenizer: Any, undo: ExitStack) -> Decision:
+    """The whole plan for a model, whose spaces are rotated afterwards (``undo`` puts them back), and nothing else is changed."""
     linears = linears_to_choose_from(model, request)
     data = Data.of(model, request, calibration, tokenizer)
     heads = attention_to_round(model, request, data)
@@ -97,51 +96,3 @@ def _decided(model: nn.Module, request: Request, calibration: Any, tokenizer: An
     decision = decide(model, request, data, found, rotations, said)
     plan = prove(model, decision.plan, data.piece)
     return replace(decision, plan=replace(plan, attention=decide_attention(model, plan, request, data, heads)))
-
-
-@torch.inference_mode(False)
-def decide_only(
-    model: nn.Module,
-    method: str | Calibrator | Sequence[str | Calibrator] = "smoothquant",
-    *,
-    calibration: Iterable[Any] | None = None,
-    tokenizer: Any = None,
-    scheme: str | Scheme | None = "w8a8",
-    ignore: Sequence[str | type] = (),
-    targets: Sequence[str | type] | None = None,
-    seed: int = 0,
-    progress: Progress = None,
-) -> ModelPlan:
-    """Everything that :func:`quantkit.quantize` would decide about ``model``, which stays as it is.
-
-    Takes the same arguments. ``quantkit.convert(model, plan)`` carries the plan out, now or another day, on this model or on
-    another copy of it; see also :func:`quantkit.save_plan`.
-
-    Raises:
-        QuantkitError: as :func:`quantkit.quantize`.
-    """
-    request = Request.of(method, scheme, ignore=ignore, targets=targets, seed=seed, progress=progress)
-    check(model, request)
-    with experts_apart(model, request.takes_experts_apart), as_it_was(model) as undo:
-        plan = _decided(model, request, calibration, tokenizer, undo).plan
-        undo.close()
-    return plan
-
-
-@torch.inference_mode(False)
-def convert(model: M, plan: ModelPlan, *, progress: Progress = None) -> M:
-    """Carry out ``plan``, made for this model or a copy of it with the same weights, in place.
-
-    Args:
-        model: the float model.
-        plan: from :func:`quantkit.plan` or :func:`quantkit.load_plan`.
-        progress: as in :func:`quantkit.quantize`.
-
-    Returns:
-        The same object. Its report has no signal-to-noise ratios, which take calibration data.
-
-    Raises:
-        ModelError: the model is quantized already, or has other layers than those of the plan; it is not changed.
-    """
-    log.info(carry_out(model, plan, progress).summary)
-    return model

@@ -38,7 +38,7 @@ class Recipe:
     """
 
     method: tuple[Calibrator, ...]
-    scheme: Scheme | None = Scheme()  # noqa: RUF009  frozen
+    scheme: Scheme | None = Scheme()
     seed: int = 0
     ignore: tuple[str, ...] = ()
     targets: tuple[str, ...] | None = None

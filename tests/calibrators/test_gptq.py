@@ -28,8 +28,9 @@ from quantkit import (
 )
 from quantkit.calibrators.gptq import dampings, inverse_factor, round_columns
 from quantkit.calibrators.noise import CLIPS, best_clip
-from quantkit.core.numerics import absmax_scale, decode, encode, qmax, quantize_weight
+from quantkit.core.numerics import absmax_scale, decode, encode, qmax
 from quantkit.core.scheme import Scheme
+from quantkit.core.weights import quantize_weight
 
 
 def surgery(weight: Tensor, absmax: Tensor, moment: Tensor, order: list[int], bits: int) -> Tensor:

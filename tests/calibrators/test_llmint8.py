@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit import LLMInt8, MethodError, SmoothQuant, W8A8Linear
-from quantkit.core.numerics import quantize_weight
+from quantkit.core.weights import quantize_weight
 
 HOT = [3, 17, 40]
 

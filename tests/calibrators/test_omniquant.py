@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from helpers import assert_same, gpt2, llama, mlp, normal, state, tokens
+from helpers import assert_same, llama, mlp, normal, state, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quantkit
 from quantkit import GPTQ, LLMInt8, MethodError, OmniQuant, PerSite, SmoothQuant, Stage, Transform
-from quantkit.calibration.blocks import HiddenStates, find_blocks, record_calls, samples_of
+from quantkit.calibration.blocks import record_calls
 from quantkit.calibrators.learned import rounding
 from quantkit.calibrators.learned.layers import Block
 from quantkit.calibrators.learned.omniquant import distance
@@ -437,18 +437,6 @@ def test_the_place_of_hidden_states_changes_nothing() -> None:
 # ---- blocks
 
 
-def test_blocks_are_found() -> None:
-    assert find_blocks(llama(), ["model.layers.0.mlp.up_proj"]) == ("model.layers.0", "model.layers.1")
-    assert find_blocks(gpt2(), ["transformer.h.0.attn.c_attn"]) == ("transformer.h.0",)
-    assert find_blocks(Chain(), ["blocks.2.up"]) == ("blocks.0", "blocks.1", "blocks.2")
-    sequential = nn.Sequential(mlp(), mlp())
-    assert find_blocks(sequential, ["0.up", "1.up"]) == ("0", "1")
-    with pytest.raises(MethodError, match="most of the layers"):
-        find_blocks(nn.ModuleDict({"a": sequential, "b": nn.Linear(2, 2), "c": nn.Linear(2, 2)}), ["a.0.up", "b", "c"])
-    outer = nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList([mlp(), mlp()])}) for _ in range(2)])
-    assert find_blocks(outer, ["0.experts.0.up", "0.experts.1.up", "1.experts.0.up"]) == ("0", "1")
-
-
 @pytest.mark.parametrize("model", [mlp(), nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))], ids=["one", "mixed"])
 def test_no_blocks(model: nn.Module) -> None:
     with pytest.raises(MethodError, match="no blocks were found"):
@@ -475,30 +463,9 @@ def test_blocks_that_are_no_chain(kind: Any, message: str) -> None:
         learn(kind(), "omniquant", chain_data(), ignore=["blocks.2.*"])
 
 
-def test_samples() -> None:
-    ids, mask = tokens(3, 8), torch.ones(3, 8, dtype=torch.long)
-    assert [s.shape for s in samples_of([ids, ids], 4)] == [(1, 8)] * 4
-    first = samples_of([{"input_ids": ids, "attention_mask": mask}], 9)[1]
-    assert_same(first, {"input_ids": ids[1:2], "attention_mask": mask[1:2]})
-    assert len(samples_of([(ids, torch.arange(8)[None])], 9)) == 1  # positions for all
-    assert len(samples_of([normal(5, 16)], 9)) == 1  # rows are tokens
+def test_one_sample_is_not_enough() -> None:
     with pytest.raises(MethodError, match="at least two"):
         learn(Chain(), "omniquant", [normal(1, 20, 16)])
-
-
-@pytest.mark.parametrize("place", ["device", "cpu", "disk"])
-def test_hidden_states(place: Any) -> None:
-    kept_states, x = HiddenStates(place, torch.device("cpu")), normal(2, 3)
-    kept_states[0] = x
-    kept_states[1] = x.to(torch.bfloat16)
-    before = x.clone()
-    x += 1
-    assert_same(kept_states[0], before)
-    kept_states[0] = x
-    assert_same(kept_states[0], x)
-    kept_states[0] = normal(4, 5)
-    assert_same(kept_states[0], normal(4, 5))
-    assert_same(kept_states[1], before.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize(

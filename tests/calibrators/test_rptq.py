@@ -14,7 +14,7 @@ from families import FAMILIES
 from helpers import assert_same, example, gpt2, llama, mlp, normal, outputs, tokens
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_architectures import build
+from randomised import build
 from torch import Tensor, nn
 
 import quantkit
@@ -35,14 +35,9 @@ from quantkit import (
 )
 from quantkit.calibrators.rptq import by_kmeans, by_tiles
 from quantkit.checkpoint.record import digest_of
-from quantkit.core.numerics import (
-    MAX_EXACT_K,
-    MAX_EXACT_K_ASYMMETRIC,
-    quantize_weight,
-    shared,
-    shares,
-    steps_of,
-)
+from quantkit.core.groups import shares, with_multipliers
+from quantkit.core.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC
+from quantkit.core.weights import quantize_weight, steps_of
 from quantkit.discovery.equivalence import outputs_of, relative_error
 from quantkit.ops import reference, use_backend
 
@@ -639,7 +634,7 @@ def test_no_sum_leaves_int32(groups: list[int], symmetric: bool, code: int, data
         worst = sum(int(part.long().abs().sum(1).max()) * 31 for part in codes.split(groups, 1)) * 255
         assert worst * 2 > 2**31 * (1 - 2.0**-10)
         return
-    unit, multiple = shared(scale, share).split([1, len(groups)], 1)
+    unit, multiple = with_multipliers(scale, share).split([1, len(groups)], 1)
     assert bool((multiple % 2 == 1).all())
     assert bool((multiple >= 1).all())
     assert bool((unit * multiple >= scale * (1 - 2.0**-20)).all())
@@ -670,7 +665,7 @@ def test_what_units_cost(k: int, steps: int, rows: float, tokens: float) -> None
     needed = torch.stack([part.abs().amax(1) for part in weight.split(groups, 1)], 1) / 127
     assert float(((scale[:, :1] * scale[:, 1:]).square().mean(0) / needed.square().mean(0)).mean()) < rows
     needed = (torch.rand(200, 4) + 0.5) * torch.logspace(1.3, 0, 4)
-    given = shared(needed, shares(codes, scale, groups, True))
+    given = with_multipliers(needed, shares(codes, scale, groups, True))
     assert float(((given[:, :1] * given[:, 1:]).square().mean(0) / needed.square().mean(0)).mean()) < tokens
 
 

@@ -25,6 +25,7 @@ import quantkit
 from quantkit import CheckpointError, ModelError, Plan, Rotation, SmoothQuant, Stage, Transform
 from quantkit.calibrators import methods
 from quantkit.checkpoint import files, record, save
+from quantkit.core.operand import OPTIONAL
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -350,7 +351,7 @@ RECORDS: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     "no layers": (drop("layers"), ["layers"]),
     "layer of another type": (put("layers", "up", 3), ["layers"]),
     "layer without scheme": (drop("layers", "up", "scheme"), ["layers"]),
-    "unknown scheme": (put("layers", "up", "scheme", "w9a8"), ["'up'", "weight_bits=9"]),
+    "unknown scheme": (put("layers", "up", "scheme", "w9a8"), ["'up'", "w9a8", "bits=9"]),
     "unknown layer": (put("layers", "top", STRANGER), ["'top'"]),
     "other sizes": (put("layers", "up", "in_features", 17), ["'up'", "17"]),
     "negative sizes": (put("layers", "up", "in_features", -16), ["'up'"]),
@@ -451,7 +452,7 @@ def test_hostile_tensors(case: str, folder: Path) -> None:
     def listed(body: dict[str, Any]) -> None:
         """The record lies with the tensors."""
         held = load_file(folder / SHARD)
-        body["layers"]["up"]["buffers"] = [b for b in record.OPTIONAL if f"up.{b}" in held]
+        body["layers"]["up"]["buffers"] = [b for b in OPTIONAL if f"up.{b}" in held]
         body["layers"]["up"]["outliers"] = len(held.get("up.outlier_index", ()))
 
     sign(folder, listed)

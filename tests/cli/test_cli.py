@@ -172,7 +172,7 @@ def test_exit_codes(folder: Path, int8: Path) -> None:
     refused = shell("quantize", folder / "float", "-o", folder / "no", "-c", folder / "text.txt", "-q", "--scheme", "w9a9")
     assert refused.returncode == 1
     assert "error:" in refused.stderr
-    assert "weight_bits=9" in refused.stderr
+    assert "bits=9" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not refused.stdout
     assert not (folder / "no").exists()

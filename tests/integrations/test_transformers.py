@@ -22,7 +22,7 @@ from transformers import (
 
 import quantkit
 from quantkit import MethodError, QuantKitConfig, W8A8Linear
-from quantkit.core.numerics import quantize_weight
+from quantkit.core.weights import quantize_weight
 
 TOKENS = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 import quantkit
 from quantkit import BackendError, Rotation, Scheme, Transform, W8A8Linear
 from quantkit.core.formats import PerTensor
-from quantkit.core.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC, quantize_weight
+from quantkit.core.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC
+from quantkit.core.weights import quantize_weight
 from quantkit.integrations.compressed.load import longest
 from quantkit.ops import reference
-from quantkit.ops.table import backends, forced, use_backend
 from quantkit.ops.cpu import backend as cpu
 from quantkit.ops.cpu.native import library
+from quantkit.ops.table import backends, forced, use_backend
 
 SCHEMES = [
     "w8a8",
@@ -99,7 +100,9 @@ def layer(
     inner, side = leftover.weight(weight)
     kind = Scheme.parse(scheme)
     groups = leftover.groups or ()
-    codes, scale = quantize_weight(inner, kind.weight.number.bits, per_tensor=kind.weight.granularity == PerTensor(), groups=groups)
+    codes, scale = quantize_weight(
+        inner, kind.weight.number.bits, per_tensor=kind.weight.granularity == PerTensor(), groups=groups
+    )
     return W8A8Linear.from_float(
         linear, scheme=kind, codes=codes, weight_scale=scale, bias=torch.randn(n) if bias else None, leftover=leftover,
         outlier_weight=side, input_range=(torch.tensor(-2.0), torch.tensor(3.0)),

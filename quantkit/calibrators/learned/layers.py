@@ -26,7 +26,7 @@ from quantkit.calibration.statistics import Range, TokenSample
 from quantkit.calibrators.base import SiteView
 from quantkit.calibrators.learned.rounding import RoundRows, round_activation, round_symmetric
 from quantkit.calibrators.noise import best_clip
-from quantkit.core.numerics import qmax
+from quantkit.core.formats import PerTensor, Quantized
 from quantkit.core.transform import Transform
 from quantkit.model.modules import weight_of
 
@@ -121,7 +121,7 @@ class Block:
             if linear.steps is not None:
                 tokens, counts = linear.site.view.statistic(TokenSample).weighted()
                 clip = best_clip(linear.inner_weight()[0].float(), counts @ tokens**2, linear.site.view.scheme)
-                linear.steps.copy_((1 - clip[: len(linear.steps)]) * qmax(linear.site.view.scheme.weight_bits))
+                linear.steps.copy_((1 - clip[: len(linear.steps)]) * linear.site.view.scheme.weight.number.qmax)
 
     @torch.no_grad()
     def keep_in_range(self) -> None:
@@ -132,7 +132,7 @@ class Block:
         """
         for linear in self.linears:
             if linear.steps is not None:
-                linear.steps.clamp_(0, (1 - LEAST_CLIP) * qmax(linear.site.view.scheme.weight_bits))
+                linear.steps.clamp_(0, (1 - LEAST_CLIP) * linear.site.view.scheme.weight.number.qmax)
         for site in self.sites:
             site.last = None
 
@@ -249,17 +249,17 @@ class LearnedSite:
 
     def _round(self, x: Tensor) -> Tensor:
         """The transformed activation ``x [..., K]`` rounded as the scheme says."""
-        scheme = self.view.scheme
-        if not scheme.quantizes_activations:
+        wanted = self.view.scheme.input
+        if not isinstance(wanted, Quantized):
             return x
         if self.range is not None:
             ends, shift = self.range, self.own_shift()
             ends = ends if shift is None else ends - shift
             ends = ends if self.log_scale is None else ends / self.own_scale()
-            return round_activation(x, scheme, ends.min(), ends.max())
-        if scheme.symmetric:
-            return RoundRows.apply(x, None, scheme.activation_bits)
-        return round_activation(x, scheme, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
+            return round_activation(x, wanted, ends.min(), ends.max())
+        if wanted.number.symmetric:
+            return RoundRows.apply(x, None, wanted.number.bits)
+        return round_activation(x, wanted, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
 
 
 class LearnedLinear(nn.Module):
@@ -287,14 +287,14 @@ class LearnedLinear(nn.Module):
         self.constant: tuple[Tensor, Tensor | None] | None = None
         self.steps: Tensor | None = None
         if clips:
-            shape = (1, 1) if site.view.scheme.weights == "tensor" else (len(self.weight), 1)
+            shape = (1, 1) if isinstance(site.view.scheme.weight.granularity, PerTensor) else (len(self.weight), 1)
             self.steps = torch.zeros(shape, device=self.weight.device, requires_grad=True)
 
     def clip(self) -> Tensor:
         """The clipping as :attr:`quantkit.calibrators.base.Plan.clips` has it: ``[N, 1]``, where the grid of each row ends, as
         a fraction of the largest weight of the row."""
         assert self.steps is not None
-        return (1 - self.steps / qmax(self.site.view.scheme.weight_bits)).expand(len(self.weight), 1).contiguous()
+        return (1 - self.steps / self.site.view.scheme.weight.number.qmax).expand(len(self.weight), 1).contiguous()
 
     def inner_weight(self) -> tuple[Tensor, Tensor | None]:
         """The transformed weight before rounding, ``[N, K]``, and the columns of outlier channels, ``[N, n]`` or None."""
@@ -303,8 +303,8 @@ class LearnedLinear(nn.Module):
     def rounded_weight(self) -> tuple[Tensor, Tensor | None]:
         """The same with the weight rounded; the columns of outlier channels stay as they are."""
         inner, side = self.inner_weight()
-        clip, bits = None if self.steps is None else self.clip(), self.site.view.scheme.weight_bits
-        if self.site.view.scheme.weights == "tensor":
+        clip, bits = None if self.steps is None else self.clip(), self.site.view.scheme.weight.number.bits
+        if isinstance(self.site.view.scheme.weight.granularity, PerTensor):
             absmax = inner.abs().amax()
             return round_symmetric(inner, absmax if clip is None else absmax * clip, bits), side
         return RoundRows.apply(inner, clip, bits), side

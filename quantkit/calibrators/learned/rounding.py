@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.core.formats import Quantized
 from quantkit.core.numerics import ABSMAX_FLOOR, absmax_scale, encode, encode_asymmetric, qmax, range_scale
-from quantkit.core.scheme import Scheme
 
 
 def round_symmetric(x: Tensor, absmax: Tensor, bits: int) -> Tensor:
@@ -41,17 +41,17 @@ def round_symmetric(x: Tensor, absmax: Tensor, bits: int) -> Tensor:
     return StraightThrough.apply(x, absmax_scale(absmax, bits), codes, inside)
 
 
-def round_activation(x: Tensor, scheme: Scheme, low: Tensor, high: Tensor) -> Tensor:
-    """``x`` rounded as ``scheme`` rounds activations with the range from ``low`` to ``high``; all three get gradients.
+def round_activation(x: Tensor, format: Quantized, low: Tensor, high: Tensor) -> Tensor:
+    """``x`` rounded as ``format`` rounds activations with the range from ``low`` to ``high``; all three get gradients.
 
     Args:
         x: float, any shape.
-        scheme: symmetric or asymmetric, and the bits of activations.
+        format: symmetric or asymmetric, and how many bits.
         low, high: least and largest value, of shapes that broadcast to that of ``x``.
     """
-    bits = scheme.activation_bits
-    if scheme.symmetric:
-        return round_symmetric(x, torch.maximum(-low, high) if scheme.is_static else high, bits)
+    bits = format.number.bits
+    if format.number.symmetric:
+        return round_symmetric(x, torch.maximum(-low, high) if format.is_static else high, bits)
     scale, zero = range_scale(low, high, bits)
     with torch.no_grad():
         codes = encode_asymmetric(x, scale, zero, bits).float() - zero

@@ -1,7 +1,13 @@
-"""export(): an INT8 model in the layout that inference engines load, with no conversion step.
+"""``quantkit.export``: an INT8 model in the compressed-tensors layout, which inference engines load without a conversion.
 
-What that layout cannot carry is refused before a byte is written. Tensors are written one by one, so that a folder is
-exported in the memory of its largest tensor.
+The layout holds codes, one scale for each row, and perhaps one scale for the input of a layer. It knows nothing of what else a
+layer of quantkit's may do to its input, nor of other bits than 8. What it cannot carry is refused before a byte is written, and
+the message says what would work. Two ways around a refusal have to be asked for, because they round again.
+
+Some readers cast scales to the dtype of the model and others do not. Scales are therefore rounded to numbers that bfloat16 can
+hold, and in float16 models float16 too, so that all readers compute the same.
+
+Tensors are converted and written one by one, so that a checkpoint is exported in the memory of its largest tensor.
 """
 
 from __future__ import annotations
@@ -26,8 +32,10 @@ from quantkit.checkpoint.files import inside, read_object, written_whole
 from quantkit.checkpoint.record import RECORD_FILE
 from quantkit.checkpoint.tensors import Entry, unshared, write_shards
 from quantkit.core.errors import CheckpointError, ModelError
-from quantkit.core.numerics import encode, qmax, quantize_weight
+from quantkit.core.formats import Format, Int, PerChannel, PerTensor, Quantized, Storage
+from quantkit.core.numerics import encode, qmax
 from quantkit.core.report import Report, report
+from quantkit.core.weights import quantize_weight
 from quantkit.integrations.compressed.folder import INDEX, WEIGHTS, is_compressed
 from quantkit.integrations.compressed.layout import METHOD, describe
 from quantkit.integrations.folders import load
@@ -38,9 +46,9 @@ from quantkit.model.modules import is_conv1d, is_linear, linears_of
 
 log = logging.getLogger("quantkit")
 HALF_FLOOR = 2.0**-17
-"""Below it, a number of eight significant bits is no float16."""
+"""From here on, float16 holds every number of eight significant bits, which is what bfloat16 has; below, it does not."""
 ALIGNMENT = 16
-"""Of the sizes that CUTLASS takes."""
+"""CUTLASS, whose kernels vLLM uses for activations with zero points, takes sizes that are multiples of this."""
 
 
 @torch.inference_mode(False)
@@ -57,17 +65,19 @@ def export(
 ) -> Path:
     """Write a quantized transformers model for vLLM, SGLang or transformers to the folder ``path``.
 
-    Codes stay what they are. Scales are rounded to the nearest bfloat16, which moves no weight by more than 2**-8 of itself or
-    half a code: rounded again with the new scale, every code would come out the same. Static input scales are rounded up.
+    Codes are written as they are. Scales of weights are rounded to the nearest bfloat16, which moves each by at most 2**-8 of
+    itself, and so what a code stands for by less than half a step between codes: rounding the old weight with the new scale
+    gives the same code. Static scales of inputs are rounded up, so that no value leaves their range.
 
     Args:
         model: what :func:`quantkit.quantize` or :func:`quantkit.load` returned, or the folder of a checkpoint, which is
             exported tensor by tensor, with its tokenizer.
         path: a folder that does not exist, is empty, or holds an export of quantkit's (which is replaced as a whole).
         format: ``"compressed-tensors"``.
-        outliers: ``"drop"`` rounds the columns that LLM.int8() keeps in 16 bit to INT8 like the others, and forgets thresholds.
-        rewrites: ``"undo"`` takes scales, shifts, permutations and rotations that a layer applies at run time back into its
-            weight, which is then rounded again.
+        outliers: ``"drop"`` rounds the columns that LLM.int8() keeps in 16 bit to INT8 like the others, and leaves out
+            thresholds.
+        rewrites: ``"undo"`` takes the scales, shifts, permutations and rotations that a layer applies to its input at run
+            time back into its weight, which is then rounded again.
         tokenizer: a transformers tokenizer to put beside the model.
         shard_bytes: largest size of one safetensors file, in bytes.
 
@@ -115,6 +125,7 @@ def export(
 
 
 def _is_export(folder: Path) -> bool:
+    """Whether a folder holds an export of quantkit's, which may be replaced."""
     try:
         return is_compressed(folder) and "quantkit" in read_object(folder, CONFIG)["quantization_config"]
     except CheckpointError:
@@ -131,7 +142,7 @@ def _is_text(file: Path) -> bool:
 
 
 def _check(model: Any, record: Report, drop: bool, undo: bool) -> set[str]:
-    """Refuse what an engine would compute differently, and warn of what some of them do not run.
+    """Raise a ModelError for what an engine would compute differently, and warn of what some engines do not run.
 
     Returns:
         The INT8 layers that have a bias in an engine.
@@ -148,7 +159,7 @@ def _check(model: Any, record: Report, drop: bool, undo: bool) -> set[str]:
             f"the attention of this model is rounded as {record.scheme} says, a simulation that {METHOD} does not know: "
             "quantize with a scheme for linears only, 'w8a8'"
         )
-    originals = dict(_without_weights(model).named_modules())  # experts that are one tensor there have none
+    originals = dict(_without_weights(model).named_modules())  # no linears for experts that are one tensor there
     for name, layer in layers.items():
         reason = _why_not(layer, originals.get(name), drop, undo)
         if reason:
@@ -163,6 +174,7 @@ def _has_bias(original: nn.Module | None) -> bool:
 
 
 def _without_weights(model: Any) -> nn.Module:
+    """The model as an engine will build it from ``config.json``, on the meta device."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -172,23 +184,24 @@ def _without_weights(model: Any) -> nn.Module:
 
 
 def _why_not(layer: W8A8Linear, original: nn.Module | None, drop: bool, undo: bool) -> str | None:
-    scheme = layer.scheme
-    rewrites = [n for n in ("pre_scale", "shift", "permutation") if getattr(layer, n) is not None]
-    rewrites += ["rotation"] if layer.rotation_block else []
+    """Why the layout cannot carry a layer, as the rest of a sentence that names it; None if it can."""
+    operand, scheme = layer.operand, layer.scheme
+    rewrites = [step for step in operand.rewrite.steps if step not in ("outliers", "threshold")]
+    outliers, threshold = operand.rewrite.outliers, operand.rewrite.threshold
     if original is not None and is_conv1d(original):
         return "it is a Conv1D, which engines store transposed, and their INT8 kernels do not expect that; use quantkit.save()"
-    if scheme.is_simulation:
+    if not (_is_int8(operand.weight) and _is_int8(operand.input)):
         return f"{scheme.name} simulates other bits than 8, which its layout does not know; quantize with 8 bits, 'w8a8'"
-    if layer.groups:
-        return "its channels have scales by cluster, and the layout has one for all; quantize with scales per token, 'w8a8'"
-    if layer.threshold and not drop:
+    if operand.groups:
+        return "its channels have scales by group, and the layout has one for all; quantize with scales per token, 'w8a8'"
+    if threshold is not None and not drop:
         return (
-            f"columns that reach {layer.threshold:g} leave the INT8 product at run time; outliers='drop' rounds them like the "
+            f"columns that reach {threshold:g} leave the INT8 product at run time; outliers='drop' rounds them like the "
             "others, and SmoothQuant needs no such columns"
         )
-    if layer.outlier_index is not None and not drop:
+    if outliers is not None and not drop:
         return (
-            f"{len(layer.outlier_index)} outlier columns stay in 16 bit; outliers='drop' rounds them to INT8 like the others, "
+            f"{len(outliers)} outlier columns stay in 16 bit; outliers='drop' rounds them to INT8 like the others, "
             "and SmoothQuant needs no such columns"
         )
     if rewrites and not undo:
@@ -196,15 +209,22 @@ def _why_not(layer: W8A8Linear, original: nn.Module | None, drop: bool, undo: bo
             f"its input is rewritten at run time ({', '.join(rewrites)}), since no layer before it could take that over; "
             "rewrites='undo' takes it back into the weight and rounds again, or leave the layer out with ignore= in quantize()"
         )
-    if layer.bias is not None and not _has_bias(original) and layer.shift is None:
+    if operand.bias is not None and not _has_bias(original) and operand.rewrite.shift is None:
         return "a shift gave it a bias, and its architecture has no place for one; quantize with a method that only scales"
-    if scheme.is_static and (rewrites or layer.outlier_index is not None):
+    if operand.is_static and (rewrites or outliers is not None):
         return "its static scale holds for the rewritten input only; quantize with scales per token, 'w8a8'"
     return None
 
 
+def _is_int8(format: Format) -> bool:
+    return isinstance(format, Quantized) and format.number.bits == 8 and format.storage is Storage.BYTES
+
+
 def _check_sites(layers: Mapping[str, W8A8Linear], record: Report) -> None:
-    """Engines fuse layers that read one tensor (q, k and v; gate and up), and give them one static scale."""
+    """Refuse layers that read one tensor with different static scales.
+
+    Engines fuse such layers (q, k and v; gate and up), and keep one static scale for all of them.
+    """
     sites: dict[str, list[str]] = {}
     for line in record.layers:
         if line.site is not None:
@@ -215,7 +235,7 @@ def _check_sites(layers: Mapping[str, W8A8Linear], record: Report) -> None:
         for name in int8[1:]:
             assert first is not None
             for key in ("input_scale", "input_zero_point"):
-                a, b = getattr(first, key), getattr(layers[name], key)
+                a, b = getattr(first.operand, key), getattr(layers[name].operand, key)
                 if a is not None and b is not None and not torch.equal(a, b):
                     raise ModelError(
                         f"layers {int8[0]!r} and {name!r} read one tensor and differ in {key}, and engines keep one for both; "
@@ -228,11 +248,14 @@ def _check_sites(layers: Mapping[str, W8A8Linear], record: Report) -> None:
 
 
 def _warn(layers: Mapping[str, W8A8Linear], record: Report) -> None:
-    first = next(iter(layers.values())).scheme
+    scheme = next(iter(layers.values())).scheme  # all layers have the same
+    symmetric = isinstance(scheme.input, Quantized) and scheme.input.number.symmetric
     experts = any(".experts." in name for name in layers)
-    if experts and (first.is_static or not first.symmetric):
-        log.warning("vLLM runs INT8 experts with symmetric scales per token only: %s will not be computed as it is", first.name)
-    if first.symmetric:
+    if experts and (scheme.is_static or not symmetric):
+        log.warning(
+            "vLLM runs INT8 experts with symmetric scales per token only: %s will not be computed as it is", scheme.name
+        )
+    if symmetric:
         return
     odd = [n for n, m in layers.items() if m.in_features % ALIGNMENT or m.out_features % ALIGNMENT]
     if odd:
@@ -252,10 +275,11 @@ def _configuration(model: Any, record: Report) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     body.pop("_name_or_path", None)
     body["architectures"] = [type(model).__name__]
-    # One scale per row always: a fold into a layer moves the scales of its rows, even where the scheme began with one for all.
-    layers = {
-        _source(names, n): replace(m.scheme, weights="channel") for n, m in model.named_modules() if isinstance(m, W8A8Linear)
-    }
+    # Always described as one scale for each row. The scheme may say one for the whole weight, but folding a scale of the next
+    # layer into this one multiplies its rows, and so the scales of its rows, by different factors.
+    rows = Quantized(Int(), PerChannel())
+    schemes = {n: replace(m.scheme, weight=rows) for n, m in model.named_modules() if isinstance(m, W8A8Linear)}
+    layers = {_source(names, name): scheme for name, scheme in schemes.items()}
     body["quantization_config"] = describe(layers, [_source(names, n) for n in _left_out(model)])
     body["quantization_config"]["quantkit"] = {"version": __version__, "method": record.method, "scheme": record.scheme}
     return dict(sorted(body.items()))
@@ -266,7 +290,10 @@ def _source(names: Mapping[str, str], module: str) -> str:
 
 
 def _left_out(model: nn.Module) -> list[str]:
-    """Linears in floating point, and what may be a linear to an engine: a router that holds its own matrix."""
+    """Names of what stays in floating point: linears, and modules with a matrix that an engine may take for a linear.
+
+    A router that holds its own matrix is one of the latter.
+    """
     linears = linears_of(model)
     found = list(linears)
     for name, module in model.named_modules():
@@ -293,10 +320,12 @@ def _entries(model: nn.Module, biased: set[str]) -> list[Entry]:
 
 
 def _layer_entries(name: str, layer: W8A8Linear, half: bool, biased: bool) -> list[Entry]:
-    codes, scale, bias = layer.weight, layer.weight_scale, layer.bias if biased else None
-    if layer.outlier_index is not None or layer.rewrites_input:
+    operand = layer.operand
+    codes, scale, bias = operand.codes, operand.scale, operand.bias if biased else None
+    if layer.rewrites_input:
         plain = layer.to_float()
-        codes, scale = quantize_weight(plain.weight.detach(), per_tensor=layer.scheme.weights == "tensor")
+        per_tensor = isinstance(operand.weight.granularity, PerTensor)
+        codes, scale = quantize_weight(plain.weight.detach(), per_tensor=per_tensor)
         bias = None if plain.bias is None or bias is None else plain.bias.detach().to(bias.dtype)
     stored = on_grid(scale, half)
     n, k = codes.shape
@@ -304,17 +333,26 @@ def _layer_entries(name: str, layer: W8A8Linear, half: bool, biased: bool) -> li
     made.append(Entry.of(f"{name}.weight_scale", stored))
     if bias is not None:
         made.append(Entry.of(f"{name}.bias", bias))
-    if layer.input_scale is not None:
-        up = on_grid(layer.input_scale, half, up=True)
+    if operand.input_scale is not None:
+        up = on_grid(operand.input_scale, half, up=True)
         made.append(Entry.of(f"{name}.input_scale", up))
-    if layer.input_zero_point is not None:
-        zero = layer.input_zero_point.to(torch.int8)
+    if operand.input_zero_point is not None:
+        zero = operand.input_zero_point.to(torch.int8)
         made.append(Entry.of(f"{name}.input_zero_point", zero))
     return made
 
 
 def on_grid(scale: Tensor, half: bool = False, *, up: bool = False) -> Tensor:
-    """The nearest bfloat16 (or the next one up) of positive scales, as float32; for float16 models one that is float16 too."""
+    """Positive scales, rounded to the nearest number that bfloat16 holds.
+
+    Args:
+        scale: of any shape and floating-point dtype.
+        half: round to numbers that float16 holds too, for models in that dtype.
+        up: round to the next larger number instead of the nearest.
+
+    Returns:
+        The rounded scales in float32.
+    """
     near = scale.float().clamp_min(HALF_FLOOR if half else 0.0)
     grid = near.bfloat16().float()
     if up:
@@ -324,7 +362,7 @@ def on_grid(scale: Tensor, half: bool = False, *, up: bool = False) -> Tensor:
 
 
 def _rounded(codes: Tensor, scale: Tensor, stored: Tensor) -> Tensor:
-    """Codes for the stored scale: the same ones, but for rows whose scale had to grow to be a float16."""
+    """The codes that go with the scales that are written: the same ones, except in rows whose scale had to grow for float16."""
     grown = (stored > scale * 1.01).view(-1)
     if not bool(grown.any()):
         return codes

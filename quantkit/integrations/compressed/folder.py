@@ -44,7 +44,7 @@ def compressed_tensors_as_int8() -> Iterator[None]:
 
 
 def is_compressed(folder: Path) -> bool:
-    """Whether the ``config.json`` of a folder says that it is in the compressed-tensors layout, and it is no checkpoint of ours."""
+    """Whether a folder is in the compressed-tensors layout by its ``config.json``, and is no checkpoint of quantkit's own."""
     if (folder / RECORD_FILE).is_file() or not (folder / CONFIG).is_file():
         return False
     config = read_object(folder, CONFIG).get("quantization_config")

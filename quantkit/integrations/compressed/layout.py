@@ -1,6 +1,8 @@
 """The compressed-tensors layout of INT8 checkpoints, as vLLM, SGLang and transformers read it: what its JSON says.
 
-Nothing here needs the package of that name. :mod:`quantkit.integrations.compressed.export` writes the layout, :mod:`quantkit.integrations.compressed.load`
+The ``quantization_config`` in ``config.json`` says which layers are quantized and how: groups of layers, each with a format
+for weights and one for activations, and a list of layers to ignore. Layers are called by name, by class, or by a regular
+expression. Nothing here touches a tensor or needs the package compressed-tensors; ``export`` writes the layout and ``load``
 runs it.
 """
 
@@ -14,15 +16,15 @@ from typing import Any
 from torch import nn
 
 from quantkit.core.errors import CheckpointError
+from quantkit.core.formats import Format, Int, PerChannel, PerTensor, PerToken, Quantized
 from quantkit.core.scheme import Scheme
 
 METHOD, FORMAT = "compressed-tensors", "int-quantized"
 LAYOUTS = (FORMAT, "naive-quantized")
-"""Both store INT8 codes as they are; others pack them, or hold other numbers."""
-TENSORS = ("weight", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
-"""What a quantized layer may store, beside its bias."""
+"""Formats that store INT8 codes as they are, one in a byte. Others pack them, or hold other numbers."""
 MAX_WILDCARDS = 4
 UNREPEATABLE = re.compile(r"\)\s*[*+?{]|\\[1-9]|\(\?[^:]")
+"""A repeated group, a backreference, or any special group, each of which can make matching take exponential time."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,22 @@ class Compressed:
     """What a ``quantization_config`` asks for.
 
     Attributes:
-        groups: targets and number format of each group.
-        ignore: layers left in floating point, in the same notation as targets.
+        groups: the targets and the number format of each group of layers.
+        ignore: layers that stay in floating point, in the same notation as targets.
     """
 
     groups: tuple[tuple[tuple[str, ...], Scheme], ...]
     ignore: tuple[str, ...]
 
     def scheme_of(self, names: Collection[str], module: nn.Module) -> Scheme | None:
-        """Number format of a linear that is called any of ``names``; None if it stays in floating point.
+        """The number format of a linear, or None if it stays in floating point.
+
+        Args:
+            names: all names that the linear has: the one in the model, and the one in the files.
+            module: the linear.
 
         Raises:
-            CheckpointError: groups contradict each other.
+            CheckpointError: groups of layers contradict each other.
         """
         if any(_matches(pattern, names, module) for pattern in self.ignore):
             return None
@@ -52,7 +58,12 @@ class Compressed:
 
 
 def describe(layers: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
-    """The smallest ``quantization_config`` that every reader takes: one group for each number format among ``layers``."""
+    """The smallest ``quantization_config`` that every reader takes.
+
+    Args:
+        layers: the number format of each quantized layer, by its name in the files. Those with the same format make a group.
+        ignore: names of what stays in floating point.
+    """
     by_scheme: dict[Scheme, list[str]] = {}
     for name, scheme in layers.items():
         by_scheme.setdefault(scheme, []).append(name)
@@ -60,8 +71,8 @@ def describe(layers: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, A
     for index, (scheme, names) in enumerate(by_scheme.items()):
         groups[f"group_{index}"] = {
             "targets": ["Linear"] if len(by_scheme) == 1 else names,
-            "weights": _arguments(True, scheme.weights, dynamic=False),
-            "input_activations": _arguments(scheme.symmetric, scheme.activations, dynamic=not scheme.is_static),
+            "weights": _arguments(scheme.weight, dynamic=False),
+            "input_activations": _arguments(scheme.input, dynamic=not scheme.is_static),
         }
     return {
         "quant_method": METHOD,
@@ -73,8 +84,11 @@ def describe(layers: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, A
     }
 
 
-def _arguments(symmetric: bool, strategy: str, *, dynamic: bool) -> dict[str, Any]:
-    return {"num_bits": 8, "type": "int", "symmetric": symmetric, "strategy": strategy, "dynamic": dynamic}
+def _arguments(format: Format, *, dynamic: bool) -> dict[str, Any]:
+    assert isinstance(format, Quantized)
+    strategy = {PerTensor: "tensor", PerChannel: "channel", PerToken: "token"}[type(format.granularity)]
+    symmetric = format.number.symmetric
+    return {"num_bits": format.number.bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "dynamic": dynamic}
 
 
 def parse(config: Any) -> Compressed:
@@ -127,8 +141,12 @@ def _scheme(name: str, group: dict[str, Any]) -> Scheme:
             f"quantization_config has strategy {kind[0]!r} with dynamic {kind[1]!r} in {name}.input_activations: quantkit "
             "runs 'token' with true (a scale per token), or 'tensor' with false (one fixed scale)"
         )
-    symmetric = inputs.get("symmetric") is not False
-    return Scheme(weights=weights["strategy"], activations=inputs["strategy"], symmetric=symmetric)
+    return Scheme(
+        weight=Quantized(Int(), PerTensor() if weights["strategy"] == "tensor" else PerChannel()),
+        input=Quantized(
+            Int(symmetric=inputs.get("symmetric") is not False), PerTensor() if inputs["strategy"] == "tensor" else PerToken()
+        ),
+    )
 
 
 def _only(config: dict[str, Any], key: str, allowed: tuple[Any, ...], why: str) -> None:
@@ -148,7 +166,7 @@ def _patterns(where: str, value: Any) -> tuple[str, ...]:
 
 
 def _check_expression(expression: str) -> None:
-    """A regular expression from a stranger may take for ever: those that could are refused."""
+    """Raise a CheckpointError if a regular expression is none, or could take for ever to match: it comes from a stranger."""
     wild = sum(expression.count(sign) for sign in "*+{")
     try:
         if len(expression) > 500 or wild > MAX_WILDCARDS or UNREPEATABLE.search(expression):
@@ -159,7 +177,10 @@ def _check_expression(expression: str) -> None:
 
 
 def _matches(pattern: str, names: Collection[str], module: nn.Module) -> bool:
-    """By full name, by ``re:`` from the start of the name, or by class."""
+    """Whether a target means this module.
+
+    A target is the full name of a module, the name of its class, or ``re:`` and an expression that a name starts with.
+    """
     if pattern.startswith("re:"):
         return any(re.match(pattern[3:], name) is not None for name in names)
     return pattern in names or any(pattern == cls.__name__ for cls in type(module).__mro__)

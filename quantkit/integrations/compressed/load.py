@@ -1,8 +1,9 @@
 """INT8 checkpoints in the compressed-tensors layout, run by :class:`quantkit.W8A8Linear` in transformers.
 
-Plain transformers turns such weights back into 16 bit at the first forward. Inside
-:func:`quantkit.compressed_tensors_as_int8` they stay
-INT8, and are multiplied as INT8. The package compressed-tensors is not needed.
+By itself, transformers hands such a checkpoint to the package compressed-tensors, which turns the weights back into 16 bit at
+the first forward. Inside :func:`quantkit.compressed_tensors_as_int8` this quantizer takes the place of that one. It looks at
+the headers of all files and checks the values of all scales before a weight is read, and puts INT8 layers where the files
+have codes. transformers reads the files; what it returns is a model of quantkit's like any other.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.checkpoint.tensors import Stored, read_header, read_tensor
 from quantkit.core.errors import CheckpointError
+from quantkit.core.formats import PerTensor, Quantized
 from quantkit.core.report import LayerRecord, Report, attach
 from quantkit.core.scheme import Scheme
-from quantkit.integrations.compressed.layout import METHOD, TENSORS, parse
+from quantkit.integrations.compressed.layout import METHOD, parse
 from quantkit.integrations.transformers.files import model_class
 from quantkit.integrations.transformers.names import checkpoint_names, one_by_one
 from quantkit.integrations.transformers.quantizer import QuantKitConfig, QuantKitQuantizer, mark
@@ -35,7 +37,7 @@ log = logging.getLogger("quantkit")
 
 
 class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The ``quantization_config`` of such a checkpoint.
+    """The ``quantization_config`` of a checkpoint in this layout, and what it means.
 
     Raises:
         CheckpointError: it asks for what quantkit cannot run.
@@ -47,20 +49,20 @@ class CompressedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class CompressedQuantizer(QuantKitQuantizer):
-    """Puts INT8 layers in place before the weights are read, and looks at every header first."""
+    """Puts INT8 layers in place before the weights are read, once the headers of all files make sense."""
 
     def __init__(self, quantization_config: CompressedConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._meaning = quantization_config.meaning
         self._schemes: dict[str, Scheme] = {}
-        self._apart = False
+        self._apart = False  # whether experts have been taken apart, because the files have them apart
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
         """Experts that were taken apart are read one by one, not joined into one tensor."""
         return [r for c in weight_conversions for r in (one_by_one(c) if self._apart else [c])]
 
     def _convert_model_for_quantization(self, model: Any) -> None:
-        """Experts are taken apart where the checkpoint has them apart, which is known later."""
+        """Do nothing yet: whether experts are taken apart depends on the files, which are only known later."""
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -71,7 +73,7 @@ class CompressedQuantizer(QuantKitQuantizer):
         for file in checkpoint_files:
             stored |= read_header(Path(file))
         schemes, names = self._layers_to_run(model, stored)
-        for name, tensor in model.state_dict().items():  # not every version of transformers looks itself
+        for name, tensor in model.state_dict().items():  # not every version of transformers compares shapes
             found = stored.get(names[name])
             if name.rpartition(".")[0] not in schemes and found is not None and found.shape != tuple(tensor.shape):
                 raise CheckpointError(
@@ -89,7 +91,10 @@ class CompressedQuantizer(QuantKitQuantizer):
         self._schemes = schemes
 
     def _layers_to_run(self, model: Any, stored: dict[str, Stored]) -> tuple[dict[str, Scheme], dict[str, str]]:
-        """Number format of each linear that is INT8, in a model whose experts are taken apart if theirs are."""
+        """The number format of each linear that is INT8, and what the files call the tensors of the model.
+
+        If the files have experts apart, with a scale for each, those of the model are taken apart first.
+        """
         if any(re.search(r"\.experts\.\d+\..*weight_scale$", name) for name in stored):
             super()._convert_model_for_quantization(model)
             self._apart = bool(unfuse(model, only=[f"{name}." for name, _ in model.named_modules()]))
@@ -114,7 +119,7 @@ class CompressedQuantizer(QuantKitQuantizer):
             for key, dtype in (("input_scale", torch.float32), ("input_zero_point", torch.int32)):
                 if getattr(layer, key) is not None:
                     setattr(layer, key, getattr(layer, key).detach().view(1).to(dtype))
-        # What follows is a model of quantkit's own: it saves in quantkit's format.
+        # From here on the model is one of quantkit's own, so that save_pretrained writes quantkit's format.
         record = Report([METHOD], max(s.name for s in self._schemes.values()), 0, "by whoever made the checkpoint")
         record.layers = [LayerRecord(name, "int8") for name in self._schemes]
         record.layers += [LayerRecord(name, "float", reason="not quantized in the checkpoint") for name in linears_of(model)]
@@ -126,7 +131,10 @@ class CompressedQuantizer(QuantKitQuantizer):
 
 
 def _candidates(model: nn.Module, names: dict[str, str], stored: dict[str, Stored]) -> dict[str, nn.Module]:
-    """Linears, and subclasses of them whose forward cannot be tried without weights, but that the checkpoint has codes of."""
+    """The modules that may be INT8: linears, and subclasses of ``nn.Linear`` of which the files have codes.
+
+    The latter may have a forward of their own, which cannot be tried before there are weights.
+    """
     found = linears_of(model)
     for name, module in model.named_modules():
         if name not in found and isinstance(module, nn.Linear):
@@ -137,17 +145,33 @@ def _candidates(model: nn.Module, names: dict[str, str], stored: dict[str, Store
 
 
 def longest(scheme: Scheme) -> int:
-    """Most inputs of a layer whose int32 sums are exact. Codes of others reach -128, so products are larger than quantkit's."""
-    return (2**31 - 1) // (128 * (127 if scheme.symmetric else 255))
+    """The largest number of input channels for which int32 sums are exact.
+
+    It is smaller than for layers that quantkit made, because the codes of other tools reach -128.
+    """
+    assert isinstance(scheme.input, Quantized)
+    return (2**31 - 1) // (128 * scheme.input.number.reach)
 
 
 def _empty(name: str, source: str, linear: nn.Module, scheme: Scheme, stored: dict[str, Stored], dtype: Any) -> W8A8Linear:
-    """An INT8 layer on the meta device with the shapes that the files have, once they make sense."""
+    """An INT8 layer on the meta device whose buffers have the shapes that the files have.
+
+    Args:
+        name, source: what the layer is called in the model and in the files.
+        linear: the linear in floating point that it will replace.
+        scheme: its number format.
+        stored: every tensor that the files hold.
+        dtype: of the bias.
+
+    Raises:
+        CheckpointError: a tensor is missing, surplus, of a wrong shape or type, or holds scales that are none.
+    """
     n, k = weight_of(linear).shape
     if k > longest(scheme):
         raise CheckpointError(f"layer {name!r} has {k} inputs, beyond {longest(scheme)}, up to which its int32 sums are exact")
-    zero = scheme.is_static and not scheme.symmetric
-    scale_shapes = [(n, 1), (n,)] if scheme.weights == "channel" else [(1,), (1, 1), ()]
+    assert isinstance(scheme.input, Quantized)
+    zero = scheme.is_static and not scheme.input.number.symmetric
+    scale_shapes = [(1,), (1, 1), ()] if isinstance(scheme.weight.granularity, PerTensor) else [(n, 1), (n,)]
     wanted: dict[str, tuple[list[tuple[int, ...]], tuple[str, ...]]] = {
         "weight": ([(n, k)], ("I8",)),
         "weight_scale": (scale_shapes, ("F32", "BF16", "F16")),
@@ -168,7 +192,8 @@ def _empty(name: str, source: str, linear: nn.Module, scheme: Scheme, stored: di
     points = stored.get(f"{source}.weight_zero_point")
     if points is not None and bool(read_tensor(points.file, f"{source}.weight_zero_point", "cpu").any()):
         raise CheckpointError(f"layer {name!r} has zero points in its weight: asymmetric weights are not in an INT8 product")
-    surplus = next((key for key in TENSORS[3:] if key not in wanted and f"{source}.{key}" in stored), None)
+    static = ("input_scale", "input_zero_point")
+    surplus = next((key for key in static if key not in wanted and f"{source}.{key}" in stored), None)
     if surplus is not None:
         raise CheckpointError(f"'{source}.{surplus}' is stored, and quantization_config has no place for it")
     if (f"{source}.bias" in stored) != (linear.bias is not None):
@@ -181,6 +206,7 @@ def _empty(name: str, source: str, linear: nn.Module, scheme: Scheme, stored: di
 
 
 def _check_values(name: str, found: Stored) -> None:
+    """Raise a CheckpointError if scales, which are floating-point numbers, are negative or not finite."""
     if found.dtype.startswith("I"):
         return
     values = read_tensor(found.file, name, "cpu").float()
@@ -190,7 +216,7 @@ def _check_values(name: str, found: Stored) -> None:
 
 @contextmanager
 def replaced() -> Iterator[None]:
-    """See :func:`quantkit.compressed_tensors_as_int8`."""
+    """Inside, the tables of transformers have this file's configuration and quantizer for compressed-tensors."""
     tables: list[tuple[dict[str, Any], Any]] = [
         (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, CompressedConfig),
         (auto.AUTO_QUANTIZER_MAPPING, CompressedQuantizer),
@@ -209,10 +235,15 @@ def replaced() -> Iterator[None]:
 
 
 def load_compressed(folder: Path, name: str, device: torch.device | str) -> nn.Module:
-    """The model of a checked folder; every tensor that it needs is there, or nothing is returned.
+    """The model of a folder that has been looked at, with every tensor that it needs.
+
+    Args:
+        folder: where it is.
+        name: of the class of the model.
+        device: where the model shall be.
 
     Raises:
-        CheckpointError: whatever transformers makes of a folder that it cannot load.
+        CheckpointError: transformers cannot load it, or did not find a tensor.
     """
     cls = model_class(folder, name)
     try:

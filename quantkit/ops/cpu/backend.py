@@ -21,7 +21,7 @@ from quantkit.core.formats import Quantized
 from quantkit.core.operand import Operand
 from quantkit.core.tracing import constant_while_tracing
 from quantkit.ops.cpu.native import TILE, Groups, Rewrite, library
-from quantkit.ops.plain import Plain, PlainPrepared, other_than_w8a8, shares_of
+from quantkit.ops.plain import Plain, PlainPrepared, other_than_bytes, other_than_w8a8, shares_of
 from quantkit.ops.reference import row_sums
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -68,7 +68,7 @@ class Passes:
         block: channels that the rotation mixes, 0 without one.
         top: the largest code of the activation.
         groups: sizes of groups of channels; empty for one.
-        shares: ``[G]`` float32, :func:`quantkit.core.numerics.shares`; None without groups.
+        shares: ``[G]`` float32, :func:`quantkit.core.groups.shares`; None without groups.
         row_multipliers: ``[G, N]`` int32; None without groups.
     """
 
@@ -156,7 +156,9 @@ class CPU(Plain):
     name = "cpu"
 
     def why_not(self, operand: Operand | None, device: torch.device) -> str | None:
-        return None if device.type == "cpu" else "needs tensors in main memory"
+        if device.type != "cpu":
+            return "needs tensors in main memory"
+        return None if operand is None else other_than_bytes(operand)
 
     def why_simulated(self, operand: Operand) -> str | None:
         return other_than_w8a8(operand)
@@ -167,9 +169,9 @@ class CPU(Plain):
         if not int_mm_is_exact():
             high = codes.clamp(-64, 64)  # two products of 255 * 64 fit the int16 that AVX2 adds them in
             low = codes - high
-        quantized = isinstance(input_, Quantized)
-        fused = quantized and not operand.is_static and input_.number.symmetric and rewrite.outliers is None
-        fused = fused and rewrite.threshold is None
+        number = input_.number if isinstance(input_, Quantized) else None
+        fused = number is not None and number.symmetric and not operand.is_static
+        fused = fused and rewrite.outliers is None and rewrite.threshold is None
         order, rotation, factors = rewrite.permutation, rewrite.rotation, None
 
         def ordered(vector: Tensor | None) -> Tensor | None:
@@ -186,7 +188,7 @@ class CPU(Plain):
             high, low, sums, operand.scale.float()[:, 0].contiguous(),
             None if operand.bias is None else operand.bias.float().contiguous(),
             None if order is None else order.to(torch.int32), ordered(rewrite.shift), ordered(rewrite.pre_scale), factors,
-            0 if rotation is None else rotation.block, float(input_.number.qmax) if quantized else 0.0,
+            0 if rotation is None else rotation.block, 0.0 if number is None else float(number.qmax),
             operand.groups, shares, None if multipliers is None else multipliers.t().to(torch.int32).contiguous(),
         )  # fmt: skip
         return CPUPrepared(operand, sums, shares, passes, fused and _has_library())

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.core.formats import Float, Storage
-from quantkit.core.numerics import shared
+from quantkit.core.formats import Float
+from quantkit.core.groups import with_multipliers
 from quantkit.core.operand import Operand
 from quantkit.core.rewrite import Rewrite
 from quantkit.core.tracing import constant_while_tracing
 from quantkit.ops.gpu import devices
 from quantkit.ops.gpu.layout import BLOCK, padded, padded_side
 from quantkit.ops.gpu.packing import alignment, narrow, places_of
-from quantkit.ops.plain import Plain, PlainPrepared, other_than_w8a8, shares_of
+from quantkit.ops.plain import Plain, PlainPrepared, other_than_bytes, other_than_w8a8, shares_of
 from quantkit.ops.reference import row_sums
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -90,8 +90,9 @@ class GPU(Plain):
     def why_simulated(self, operand: Operand) -> str | None:
         return other_than_w8a8(operand)
 
-    def prepare(self, operand: Operand) -> GPUPrepared:
-        assert not isinstance(operand.input, Float)
+    def prepare(self, operand: Operand) -> PlainPrepared:
+        if isinstance(operand.input, Float):  # multiplied as such, which is no business of these kernels
+            return super().prepare(operand)
         number, k, rewrite = operand.input.number, operand.in_features, operand.rewrite
         codes, order = operand.codes.contiguous(), rewrite.permutation
         of_tokens, in_scale = shares_of(operand), operand.input_scale
@@ -99,7 +100,7 @@ class GPU(Plain):
         if of_tokens is not None:
             free = order if align == BLOCK and rewrite.rotation is None else None
             borders, group_of, places = places_of(operand.groups, align, free, codes.device)
-            in_scale = None if in_scale is None else shared(in_scale, of_tokens)
+            in_scale = None if in_scale is None else with_multipliers(in_scale, of_tokens)
             width = 16 * len(group_of)
             codes = codes.new_zeros(len(codes), width).index_copy_(1, places, codes)
             if order is not None or width > k:
@@ -128,16 +129,12 @@ class GPU(Plain):
 
 def _why_not(operand: Operand) -> str | None:
     """What of an operand the kernels cannot run, if anything."""
-    if isinstance(operand.input, Float):
-        return "its activations stay in floating point"
-    if operand.weight.storage is not Storage.BYTES or operand.input.storage is not Storage.BYTES:
-        return "its codes are not stored one in a byte"
-    if operand.groups != operand.input_groups:
-        return "the groups of its weight are not those of its input"
+    if fault := other_than_bytes(operand):
+        return fault
     if operand.rewrite.threshold is not None:
         if set(operand.rewrite.steps) != {"threshold"} or operand.groups:
             return "a threshold stands beside other steps of the rewrite, or groups"
-        if operand.is_static or not operand.input.number.symmetric:
+        if not operand.scheme.takes_threshold:
             return "a threshold stands beside static or asymmetric codes"
     return None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.core.numerics import ABSMAX_FLOOR, FINENESS
+from quantkit.core.groups import FINENESS
+from quantkit.core.numerics import ABSMAX_FLOOR
 
 FLOOR = tl.constexpr(ABSMAX_FLOOR)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds half to even and leaves the integer in the low bits

@@ -9,7 +9,7 @@ import torch
 from gluon_values import DType, Pointer, Program, Value, on_cpu
 from torch import Tensor
 
-from quantkit.core.numerics import of_clusters, shared
+from quantkit.core.groups import group_scales, with_multipliers
 from quantkit.ops.gpu.codes import order, shapes
 from quantkit.ops.gpu.layout import BLOCK, padded, scale_columns
 from quantkit.ops.gpu.numbers import FLOOR
@@ -68,7 +68,7 @@ def wanted(
     finite = z.isfinite().all(1, keepdim=True)
     absmax = torch.stack([part.abs().amax(1) for part in z.split(groups, 1)], 1)
     scale = torch.where(finite, absmax, 0.0).clamp_min(getattr(FLOOR, "value", FLOOR)) / 127
-    return z, poisoned(scale if shares is None else shared(scale, shares), finite)
+    return z, poisoned(scale if shares is None else with_multipliers(scale, shares), finite)
 
 
 GROUPS = [(128, 896), (128, 384, 512), (20, 500, 1500, 2076), (130,) * 5, (512,) * 8, (256,) * 16, (128,) * 32, (4096,)]
@@ -98,7 +98,7 @@ def test_order(groups: tuple[int, ...], form: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(scale[:, :1], scales[:, :1], rtol=1e-5, atol=0, equal_nan=True)
     # a multiple may be the next one where the last bit of a range, or of a norm, is another
     assert float((scale[:, 1:] != scales[:, 1:]).float().mean() if len(groups) > 1 else 0) < 0.02
-    parts = zip(z.split(groups, 1), of_clusters(scale).split(1, 1), strict=True)
+    parts = zip(z.split(groups, 1), group_scales(scale).split(1, 1), strict=True)
     codes = torch.zeros(m, q.shape[1]).index_copy_(1, places, torch.cat([part / s for part, s in parts], 1)).nan_to_num(0, 0, 0)
     off = (q.float() - codes.round()).abs()
     assert int(off.max()) <= 1

@@ -32,7 +32,7 @@ def _spread(values, group, GROUPS: tl.constexpr):
 
 @triton.jit
 def _shared(scale, SHARES, COUNT: tl.constexpr, GROUPS: tl.constexpr):
-    """Base scale and multipliers ``[GROUPS]`` of groups that need ``scale``; see :func:`quantkit.core.numerics.shared`."""
+    """Base scale and multipliers ``[GROUPS]`` of what needs ``scale``; see :func:`quantkit.core.groups.with_multipliers`."""
     g = tl.arange(0, GROUPS)
     terms = scale * tl.load(SHARES + g, mask=g < COUNT, other=0.0)
     top = tl.max(terms, 0)

@@ -35,7 +35,7 @@ class CodesRequest(NamedTuple):
         in_scale, in_zero: static scale ``[1]`` (with G groups ``[1 + G]``, base scale and multipliers) and zero point ``[1]``
             (``[G]`` int32); left out, each token gets its own.
         clusters: with G > 1 groups of channels, ``[P / 16]`` int32: to which of them each 16 of the P codes of a row belong.
-        shares: ``[G]`` float32 with groups, see :func:`quantkit.core.numerics.shares`.
+        shares: ``[G]`` float32 with groups, see :func:`quantkit.core.groups.shares`.
         align: a number that divides every place where a group begins.
         threshold: finite elements that reach it are 0 in the codes, and do not count for the scale; 0 for none.
         warps: of each program; 0 decides by K.

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import CORE, FAMILIES, GQA, HEADS, VOCAB, WIDTH, NanoGPT, hf, tokens
+from families import CORE, FAMILIES, GQA, WIDTH, NanoGPT, hf, tokens
 from helpers import assert_same, state
-from hypothesis import given
-from hypothesis import strategies as st
-from test_architectures import build, randomise, worst_sqnr
+from randomised import build, rotated, worst_sqnr
 from torch import Tensor, nn
 
 import quantkit
@@ -21,7 +19,6 @@ from quantkit.cli.demo import outlier_twin
 from quantkit.core.rotation import BlockRotation
 from quantkit.core.spaces import SpaceRotation
 from quantkit.discovery.equivalence import outputs_of, relative_error
-from quantkit.discovery.heads import find_heads
 from quantkit.discovery.residual import find_stream
 from quantkit.model.experts import unfuse
 from quantkit.model.modules import weight_of
@@ -64,33 +61,6 @@ REFUSED = {
     "vit": "no embedding",
     "relu-mlp": "no embedding",
 }
-
-
-def rotated(model: nn.Module, batch: Any, method: Any = "rotate", **options: Any) -> nn.Module:
-    return quantkit.quantize(model, method, scheme=None, calibration=[batch], progress=False, **options)
-
-
-# ---- the matrix --------------------------------------------------------------------------------------------------------------
-
-
-@given(width=st.one_of(st.integers(1, 200), st.sampled_from([576, 768, 1024, 2880])), seed=st.integers(0, 2**31))
-def test_rotation_is_orthogonal_and_keeps_the_mean(width: int, seed: int) -> None:
-    matrix = BlockRotation(width, seed).apply(torch.eye(width, dtype=torch.float64))
-    assert float((matrix @ matrix.T - torch.eye(width)).abs().max()) < 1e-12
-    assert float((matrix.sum(0) - 1).abs().max()) < 1e-12
-    x = torch.randn(3, 2 * width)
-    halves = [(half.double() @ matrix) for half in x.split(width, 1)]
-    torch.testing.assert_close(BlockRotation(width, seed).apply(x), torch.cat(halves, 1), rtol=0, atol=1e-11)
-    order = torch.randperm(2 * width)
-    mixed = BlockRotation(width, seed, order).apply(x)
-    torch.testing.assert_close(mixed[:, order], BlockRotation(width, seed).apply(x[:, order]), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("width", [64, 96, 576, 1024])
-def test_rotation_is_nearly_flat(width: int) -> None:
-    matrix = BlockRotation(width).apply(torch.eye(width))
-    assert float(matrix.abs().max()) < 5 / width**0.5
-    assert not torch.equal(matrix, BlockRotation(width, 1).apply(torch.eye(width)))
 
 
 # ---- models that turn --------------------------------------------------------------------------------------------------------
@@ -190,100 +160,7 @@ def test_bias_without_gain_and_without_a_reader_to_take_it() -> None:
     assert model.config.tie_word_embeddings
 
 
-# ---- heads -------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "width"), [("llama", 8), ("llama-bias", 8), ("qwen3", 16), ("gpt2", 8), ("gpt-bigcode", 8), ("falcon-new", 8)]
-)
-def test_heads(name: str, width: int) -> None:
-    batch, original = tokens(), build(name)
-    heads = find_heads(original, batch, quantkit.discover(original, batch).sites)
-    assert [h.width for h in heads] == [width, width]
-    model = rotated(build(name), batch, Rotate(stream=False))
-    assert relative_error(outputs_of(original, batch), outputs_of(model, batch)) < 1e-5
-    for h in heads:
-        new, old = (weight_of(m.get_submodule(h.readers[0])) for m in (model, original))
-        assert float((new - BlockRotation(width).apply(old)).abs().max()) < 1e-6
-    changed = {n for n, p in model.named_parameters() if not torch.equal(p, original.get_parameter(n))}
-    assert {n.rpartition(".")[0] for n in changed} == {n for h in heads for n in (h.writer, *h.readers)}
-
-
-class Gated(nn.Module):
-    """Attention whose output is gated channel by channel: what is in front of the last linear does not turn."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm, self.head = nn.Embedding(VOCAB, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCAB)
-        self.q, self.k, self.v, self.gate, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(5))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        h = self.norm(x)
-        q, k, v = (f(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.head(x + self.o(y * self.gate(h).sigmoid()))
-
-
-@pytest.mark.parametrize("name", ["gated", "olmo-clipped", "diffllama", "relu-mlp"])
-def test_no_heads_where_channels_matter(name: str) -> None:
-    model = Gated() if name == "gated" else build(name)
-    batch = FAMILIES["relu-mlp"].batch() if name == "relu-mlp" else tokens()
-    sites = quantkit.discover(model, batch).sites
-    assert any(site.producer and site.producer.kind == "linear" for site in sites)
-    assert find_heads(model, batch, sites) == []
-    with pytest.raises(MethodError, match="no value projection"):
-        rotated(model, batch, Rotate(stream=False))
-
-
-def test_stream_behind_a_gate_still_turns() -> None:
-    model = Gated()
-    randomise(model, False)
-    wanted = outputs_of(model, tokens())
-    report = quantkit.report(rotated(model, tokens()))
-    assert relative_error(wanted, outputs_of(model, tokens())) < 1e-5
-    assert any("residual stream of 32" in line for line in report.rewrites)
-    assert not any("heads" in line for line in report.rewrites)
-
-
 # ---- models that do not ------------------------------------------------------------------------------------------------------
-
-
-class Reads(NanoGPT):
-    """A stream that is read, or written, besides the linears."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how, self.scale = how, nn.Parameter(torch.rand(WIDTH) + 0.5)
-        self.lm_head = nn.Linear(WIDTH, VOCAB)
-
-    def forward(self, idx: Tensor) -> Any:  # type: ignore[override]
-        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
-        if self.how == "a parameter writes":
-            x = x + self.scale
-        for block in self.h:
-            x = block(x)
-            x = x * self.scale if self.how == "a gain on the stream" else x.clamp(-1, 1) if self.how == "clamped" else x
-        logits = self.lm_head(self.ln_f(x))
-        return (logits, x) if self.how == "an output" else logits
-
-
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [
-        ("a parameter writes", "does not turn with the stream"),
-        ("a gain on the stream", "does not turn with the stream|no linear adds"),
-        ("clamped", "does not turn with the stream"),
-        ("an output", "an output of the model reads the stream"),
-    ],
-)
-def test_stream_read_or_written_from_outside(how: str, reason: str) -> None:
-    model = Reads(how)
-    randomise(model, False)
-    before = state(model)
-    with pytest.raises(MethodError, match=reason):
-        rotated(model, tokens())
-    assert_same(state(model), before)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from helpers import assert_same, state
-from test_architectures import FAMILIES, build
+from randomised import build
 
 import quantkit
 from quantkit import CalibrationError, W8A8Linear

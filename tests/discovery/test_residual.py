@@ -1,0 +1,64 @@
+"""The residual stream rotates only if nothing but linears and embeddings reads or writes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import VOCAB, WIDTH, NanoGPT, tokens
+from helpers import assert_same, state
+from nets import Gated
+from randomised import randomise, rotated
+from torch import Tensor, nn
+
+import quantkit
+from quantkit import MethodError
+from quantkit.discovery.equivalence import outputs_of, relative_error
+
+
+def test_stream_behind_a_gate_still_turns() -> None:
+    model = Gated()
+    randomise(model, False)
+    wanted = outputs_of(model, tokens())
+    report = quantkit.report(rotated(model, tokens()))
+    assert relative_error(wanted, outputs_of(model, tokens())) < 1e-5
+    assert any("residual stream of 32" in line for line in report.rewrites)
+    assert not any("heads" in line for line in report.rewrites)
+
+
+class Reads(NanoGPT):
+    """A stream that is read, or written, besides the linears."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.scale = how, nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.lm_head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, idx: Tensor) -> Any:  # type: ignore[override]
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        if self.how == "a parameter writes":
+            x = x + self.scale
+        for block in self.h:
+            x = block(x)
+            x = x * self.scale if self.how == "a gain on the stream" else x.clamp(-1, 1) if self.how == "clamped" else x
+        logits = self.lm_head(self.ln_f(x))
+        return (logits, x) if self.how == "an output" else logits
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("a parameter writes", "does not turn with the stream"),
+        ("a gain on the stream", "does not turn with the stream|no linear adds"),
+        ("clamped", "does not turn with the stream"),
+        ("an output", "an output of the model reads the stream"),
+    ],
+)
+def test_stream_read_or_written_from_outside(how: str, reason: str) -> None:
+    model = Reads(how)
+    randomise(model, False)
+    before = state(model)
+    with pytest.raises(MethodError, match=reason):
+        rotated(model, tokens())
+    assert_same(state(model), before)
