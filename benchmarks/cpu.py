@@ -24,9 +24,8 @@ from torch import nn
 
 import quantkit
 from quantkit.integrations.transformers.models import SMOLLM2, load_float
-from quantkit.ops import cpu
+from quantkit.ops.cpu import backend as cpu
 from quantkit.ops.cpu.native import library
-from quantkit.ops.reference import segment_sum
 
 PROMPT, NEW, PREFILL = 64, 16, 512
 
@@ -166,12 +165,12 @@ def clusters(rounds: int) -> None:
                 calls[str(count)] = repeated(lambda layer=layer, x=x: layer(x))
             name = f"layer {n} x {k}, {'1 token' if m == 1 else f'{m} tokens'}"
             rows.append(beside(name, calls, rounds))
-            packed, scale = layers[8].packed, torch.ones(m, 9)
+            packed, scale = layers[8].prepared.passes, torch.ones(m, 9)
             q = torch.randint(-127, 128, (m, k), dtype=torch.int8)
-            products = list(cpu._segments(packed, q))
+            products = list(cpu._group_products(packed, q))
             sums = {
-                "PyTorch": lambda p=products, s=scale, w=layers[8].weight_scale[:, 1:]: segment_sum(p, s[:, 1:], w, None, None),
-                "C": lambda p=products, s=scale, packed=packed: cpu._segment_sum(packed, p, s[:, 1:], None),
+                "PyTorch": lambda p=products, s=scale, w=layers[8].weight_scale[:, 1:]: group_sum(p, s[:, 1:], w, None, None),
+                "C": lambda p=products, s=scale, packed=packed: cpu._group_sum(packed, p, s[:, 1:], None),
             }
             rows.append(beside(f"borders of 8, {m} x {n}", {name: repeated(call) for name, call in sums.items()}, rounds))
             print("written", record("cpu-clusters", rows), flush=True)
@@ -241,7 +240,7 @@ def quantizer(x: torch.Tensor, block: int) -> Callable[[], float]:
     assert lib is not None
     layer = quantkit.W8A8Linear(k, 1)
     layer.rotation_block = block
-    q, scale, packed = torch.empty(m, k, dtype=torch.int8), torch.empty(m), layer.packed
+    q, scale, packed = torch.empty(m, k, dtype=torch.int8), torch.empty(m), layer.prepared.passes
     args = (q.data_ptr(), scale.data_ptr(), x.data_ptr(), packed.pointers[0], None, m, k, 127.0, 0, 1)
 
     def call(*_: Any, keep: Any = (q, scale, x, layer)) -> None:

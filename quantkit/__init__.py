@@ -63,13 +63,14 @@ from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.recipe import Recipe
 
 __all__ = [
-    "GPTQ", "RPTQ", "RTN", "BackendError", "CalibrationError", "Calibrator", "Carriers", "CheckpointError", "Codes",
-    "Discovery", "Equivalence", "EquivalenceError", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError",
-    "ModelError", "OmniQuant", "PerSite", "Plan", "PluginError", "Producer", "Progress", "QuantkitError", "Range", "Recipe",
-    "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage", "Statistic",
-    "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends", "compressed_tensors_as_int8",
-    "discover", "export", "load", "quantize", "register_method", "register_with_transformers", "report", "save", "use_backend",
-    "verify_equivalence", "Backend", "register_backend", "why_simulated", "ModelPlan", "convert", "plan", "load_plan", "save_plan",
+    "Backend", "BackendError", "CalibrationError", "Calibrator", "Carriers", "CheckpointError", "Codes", "Discovery",
+    "Equivalence", "EquivalenceError", "GPTQ", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError", "ModelError",
+    "ModelPlan", "OmniQuant", "PerSite", "Plan", "PluginError", "Producer", "Progress", "QuantkitError", "RPTQ", "RTN",
+    "Range", "Recipe", "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage",
+    "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends",
+    "compressed_tensors_as_int8", "convert", "discover", "export", "load", "load_plan", "plan", "quantize",
+    "register_backend", "register_method", "register_with_transformers", "report", "save", "save_plan", "use_backend",
+    "verify_equivalence", "why_simulated",
 ]  # fmt: skip
 
 _LISTENERS.append(_prepare_for_saving)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from quantkit.calibration.statistics import Statistic, TokenSample
 from quantkit.core.errors import MethodError
+from quantkit.core.formats import Quantized
 from quantkit.core.plan import Codes as Codes
 from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
@@ -97,6 +98,11 @@ class SiteView:
     @property
     def name(self) -> str:
         return self.site.name
+
+    @property
+    def weight_format(self) -> Quantized:
+        """The number format of its weights, with the groups that earlier calibrators put its channels in."""
+        return self.scheme.weight.in_groups(self.transform.groups or ())
 
     @property
     def device(self) -> torch.device:

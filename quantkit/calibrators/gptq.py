@@ -28,7 +28,7 @@ from quantkit.core.groups import group_scales
 from quantkit.core.numerics import decode, encode
 from quantkit.core.scheme import Scheme
 from quantkit.core.transform import Transform
-from quantkit.core.weights import quantize_weight, steps_of, weight_grid
+from quantkit.core.weights import grid_of, round_weight
 from quantkit.ops.reference import quantize_rows
 
 BLOCK = 128
@@ -155,15 +155,15 @@ class GPTQ:
         codes: dict[str, Codes] = {}
         ratios, kept = [], []
         for name, weight in site.weights():
-            per_tensor, learned = isinstance(site.scheme.weight.granularity, PerTensor), site.clips.get(name)
-            bits, groups = site.scheme.weight.number.bits, site.transform.groups or (weight.shape[1],)
-            nearest = Codes(*quantize_weight(weight, bits, per_tensor=per_tensor, groups=groups, clip=learned))
+            own, channels = site.weight_format, weight.shape[1]
+            nearest = Codes(*round_weight(weight, own, clip=site.clips.get(name)))
+            groups = own.groups(channels) or (channels,)
             parts = zip(weight.split(groups, 1), moment.diagonal().split(groups), strict=True)
             absmax = torch.cat([self._grid(site, name, *part) for part in parts], 1)
-            found = round_columns(weight, absmax, factor, order, bits, groups)
+            found = round_columns(weight, absmax, factor, order, own)
             wanted = tokens @ weight.T
             before, after = (
-                float(counts @ (rounded @ decode(c.codes, spread(_scales(c.scale), groups)).T - wanted).pow(2).sum(1))
+                float(counts @ (rounded @ decode(c.codes, of_columns(c.scale, own, channels)).T - wanted).pow(2).sum(1))
                 for c in (nearest, found)
             )
             if after < before:
@@ -259,12 +259,13 @@ def spread(values: Tensor, groups: tuple[int, ...]) -> Tensor:
     return values.repeat_interleave(torch.tensor(groups, device=values.device), dim=1)
 
 
-def _scales(scale: Tensor) -> Tensor:
-    """``[N, G]``: the scale of each group of columns, from what :func:`quantkit.core.weights.weight_grid` gives."""
-    return scale if scale.shape[1] == 1 else group_scales(scale)  # one group has no multipliers
+def of_columns(scale: Tensor, own: Quantized, channels: int) -> Tensor:
+    """The scale of each row in each column, ``[N, K]``, from what :func:`quantkit.core.weights.round_weight` gives."""
+    groups = own.groups(channels)
+    return spread(group_scales(scale), groups) if groups else scale.expand(-1, channels)
 
 
-def round_columns(weight: Tensor, absmax: Tensor, factor: Tensor, order: Tensor, bits: int, groups: tuple[int, ...]) -> Codes:
+def round_columns(weight: Tensor, absmax: Tensor, factor: Tensor, order: Tensor, own: Quantized) -> Codes:
     """Round the columns of a weight in ``order``, and change the later columns to make up for the error of each.
 
     Args:
@@ -272,12 +273,12 @@ def round_columns(weight: Tensor, absmax: Tensor, factor: Tensor, order: Tensor,
         absmax: ``[N, G]`` float32, where the grid of each row ends in each group of columns.
         factor: ``[K, K]``, from :func:`inverse_factor` with the same order.
         order: ``[K]`` int64, the order in which columns are rounded.
-        bits: of the codes.
-        groups: sizes of the G groups of consecutive columns; ``(K,)`` for a single group.
+        own: the number format of the weight.
     """
     rows, channels = weight.shape
-    grid, scale = weight_grid(absmax, bits, steps_of(channels, bits))
-    grids, scales = spread(grid, groups), spread(_scales(scale), groups)
+    grid, scale = grid_of(absmax, own, channels)
+    bits, grids = own.number.bits, spread(grid, own.groups(channels) or (channels,))
+    scales = of_columns(scale, own, channels)
     left = weight[:, order].T.contiguous()  # [K, N]: a column at a time is a row of memory
     codes = torch.empty(channels, rows, dtype=torch.int8, device=weight.device)
     for first in range(0, channels, BLOCK):

@@ -29,8 +29,8 @@ from quantkit.core.values import read, written
 PLAN_FILE, TENSORS_FILE = "plan.json", "plan.safetensors"
 FORMAT_VERSION = 1
 KINDS = (
-    AttentionPlan, Carriers, Codes, Float, Gain, HeadSizes, Int, Kept, LayerRecord, LinearPlan, ModelPlan, PerChannel, PerTensor,
-    PerToken, Producer, Quantized, Report, ResidualStream, Rotation, Scheme, Site, SitePlan, SpaceRotation, Storage, Transform,
+    AttentionPlan, Carriers, Codes, Float, Gain, HeadSizes, Int, Kept, LayerRecord, LinearPlan, ModelPlan, PerChannel,
+    PerTensor, PerToken, Producer, Quantized, Report, ResidualStream, Rotation, Scheme, Site, SitePlan, SpaceRotation, Storage, Transform,
     ValueHeads,
 )  # fmt: skip
 """What a plan is made of."""

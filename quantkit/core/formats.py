@@ -21,6 +21,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+import torch
+from torch import Tensor
+
 from quantkit.core.errors import SchemeError
 
 
@@ -106,10 +109,27 @@ Granularity = PerTensor | PerToken | PerChannel
 
 
 class Storage(Enum):
-    """How codes lie in memory and in files."""
+    """How the codes of a row lie in memory and in files."""
 
     BYTES = "int8"
     """One code in a byte, int8."""
+
+    def width(self, channels: int) -> int:
+        """Bytes in a row of ``channels`` codes."""
+        return channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored bytes."""
+        return torch.int8
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes ``[..., K]`` int8 as they are stored, ``[..., width(K)]``."""
+        return codes
+
+    def unpack(self, stored: Tensor, channels: int) -> Tensor:
+        """The codes ``[..., K]`` int8 of what is stored."""
+        return stored
 
 
 @dataclass(frozen=True)

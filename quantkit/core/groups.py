@@ -2,9 +2,9 @@
 
 A product that gives each group g of channels scales of its own would have to turn every group's int32 sum into a float. Here
 the scales of a token are ``base * m_g`` with odd whole numbers ``m_g``, its *multipliers*, and so are those of a row of the
-weight. Then the whole product is ``base_token * base_row * sum_g(m_g * m'_g * sum_g)``, and the sum is one int32. What has to be
-found is a base scale so large that this sum cannot leave int32, and not larger: :func:`shares` says how much room the groups of
-a weight take up, and :func:`with_multipliers` finds base and multipliers of a token.
+weight. Then the whole product is ``base_token * base_row * sum_g(m_g * m'_g * sum_g)``, and the sum is one int32. What has to
+be found is a base scale so large that this sum cannot leave int32, and not larger: :func:`shares` says how much room the groups
+of a weight take up, and :func:`with_multipliers` finds base and multipliers of a token.
 
 Base scale and multipliers of a token or row lie beside each other in one tensor, ``[..., 1 + G]``.
 """

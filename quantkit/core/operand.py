@@ -32,7 +32,8 @@ class Operand:
     """One quantized matrix product. N are its output features, K its input features, G its groups, n its outlier columns.
 
     Attributes:
-        codes: ``[N, K]`` int8.
+        in_features: K.
+        stored: the codes as the storage of the weight's format has them, ``[N, K]`` int8 with a byte for each.
         scale: ``[N, 1]`` float32, the base scale of each row.
         weight: format of the weight.
         input: format of the activation; :class:`Float` leaves it as it is, and multiplies it by what the codes stand for.
@@ -48,7 +49,8 @@ class Operand:
         ModelError: K is beyond the exact range of an int32 accumulator.
     """
 
-    codes: Tensor
+    in_features: int
+    stored: Tensor
     scale: Tensor
     weight: Quantized = Quantized()
     input: Format = Scheme().input
@@ -70,6 +72,7 @@ class Operand:
         if groups and (fault := groups_fault(groups, k)):
             return fault
         wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "stored": (self.stored, (n, self.weight.storage.width(k))),
             "scale": (self.scale, (n, 1)),
             "multipliers": (self.multipliers, (n, len(groups))),
             "input_scale": (self.input_scale, (max(1, len(self.input_groups)),)),
@@ -98,16 +101,16 @@ class Operand:
     @property
     def out_features(self) -> int:
         """N."""
-        return self.codes.shape[0]
+        return self.stored.shape[0]
 
     @property
-    def in_features(self) -> int:
-        """K."""
-        return self.codes.shape[1]
+    def codes(self) -> Tensor:
+        """``[N, K]`` int8: the codes, one in a byte."""
+        return self.weight.storage.unpack(self.stored, self.in_features)
 
     @property
     def device(self) -> torch.device:
-        return self.codes.device
+        return self.stored.device
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -185,7 +188,7 @@ class Operand:
 
         return replace(
             self,
-            codes=self.codes[index],
+            stored=self.stored[index],
             scale=self.scale[index],
             multipliers=some(self.multipliers),
             outlier_weight=some(self.outlier_weight),
@@ -230,7 +233,8 @@ class Operand:
             outliers = outliers[among] - start
         rotation = rewrite.rotation
         return Operand(
-            codes=self.codes[:, start:stop],
+            in_features=stop - start,
+            stored=weight.storage.pack(self.codes[:, start:stop]),
             scale=self.scale,
             weight=weight,
             input=input_,
@@ -271,7 +275,7 @@ class Operand:
         """Its tensors, by their names in files and layers (:data:`TENSORS`)."""
         rewrite = self.rewrite
         found = {
-            "weight": self.codes,
+            "weight": self.stored,
             "weight_scale": self.weight_scale,
             "bias": self.bias,
             "input_scale": self.input_scale,
@@ -291,12 +295,13 @@ class Operand:
         scale = tensors["weight_scale"]
         assert scale is not None
         weight, groups = facts.scheme.weight, facts.groups
-        codes = tensors["weight"]
-        assert codes is not None
+        stored = tensors["weight"]
+        assert stored is not None
         input_ = facts.scheme.input
         rotation = None if facts.rotation_block is None else Rotation(facts.rotation_block, tensors.get("rotation_signs"))
         return cls(
-            codes=codes,
+            in_features=facts.in_features,
+            stored=stored,
             scale=scale[:, :1],
             weight=weight.in_groups(groups),
             input=input_.in_groups(groups) if isinstance(input_, Quantized) else input_,
@@ -336,12 +341,12 @@ def empty_operand(
         dtype: of bias and ``outlier_weight``.
     """
     k, n, g = facts.in_features, facts.out_features, len(facts.groups)
-    input_ = facts.scheme.input
+    input_, storage = facts.scheme.input, facts.scheme.weight.storage
     static = isinstance(input_, Quantized) and input_.is_static
     zero = static and isinstance(input_, Quantized) and not input_.number.symmetric
     where: dict[str, Any] = {"device": device}
     tensors: dict[str, Tensor | None] = {
-        "weight": torch.zeros(n, k, dtype=torch.int8, **where),
+        "weight": torch.zeros(n, storage.width(k), dtype=storage.dtype, **where),
         "weight_scale": torch.ones(n, 1 + g, dtype=torch.float32, **where),
         "bias": torch.zeros(n, dtype=dtype, **where) if bias else None,
         "input_scale": torch.ones(max(1, g), dtype=torch.float32, **where) if static else None,
@@ -384,18 +389,18 @@ def joined(operands: Sequence[Operand]) -> Operand:
     for other in operands[1:]:
         if difference := input_difference(first, other):
             raise MethodError(f"operands cannot be joined: they differ in {difference}")
-    biases = [o.codes.new_zeros(o.out_features, dtype=torch.float32) if o.bias is None else o.bias for o in operands]
+    biases = [o.scale.new_zeros(o.out_features) if o.bias is None else o.bias for o in operands]
 
     def below(name: str) -> Tensor | None:
         parts = [getattr(o, name) for o in operands]
         return None if parts[0] is None else torch.cat(parts)
 
-    codes, scale = below("codes"), below("scale")
-    assert codes is not None
+    stored, scale = below("stored"), below("scale")
+    assert stored is not None
     assert scale is not None
     return replace(
         first,
-        codes=codes,
+        stored=stored,
         scale=scale,
         multipliers=below("multipliers"),
         outlier_weight=below("outlier_weight"),

@@ -105,7 +105,8 @@ class Scheme(metaclass=OldArguments):
         """A :class:`Scheme` from itself or from a name.
 
         A name is ``wXaY[-static][-asym][-pertensor][-normB][-kvB][-attentionB]``: bits from 2 to 8 of weights and of what
-        linears read, of what norms write, of keys and values, and of queries. 16 bits leave what linears read in floating point.
+        linears read, of what norms write, of keys and values, and of queries. With 16 bits, what linears read stays in floating
+        point.
 
         Raises:
             SchemeError: it is no such name, or the formats that it names make no scheme.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantkit.core.formats import Int, PerChannel, PerTensor, Quantized
 from quantkit.core.groups import PIECE, group_scales
 from quantkit.core.numerics import ABSMAX_FLOOR, absmax_scale, divided, encode, qmax
 
@@ -22,35 +23,54 @@ def quantize_weight(
     groups: tuple[int, ...] = (),
     clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Symmetric round-to-nearest codes of a weight.
+    """:func:`round_weight` to symmetric codes of so many ``bits``, 2 to 8.
 
     Args:
-        weight: ``[N, K]``, any floating dtype.
+        weight, clip: as there.
         bits: 2 to 8.
         per_tensor: one scale for the whole weight (repeated over its rows) in place of one per row.
         groups: sizes of G groups of consecutive columns, each with a scale of its own; none for one scale.
+    """
+    return round_weight(weight, Quantized(Int(bits), PerTensor(groups) if per_tensor else PerChannel(groups)), clip=clip)
+
+
+def round_weight(weight: Tensor, format: Quantized, *, clip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The nearest codes of a weight in a number format.
+
+    Args:
+        weight: ``[N, K]``, any floating dtype.
+        format: of the weight.
         clip: ``[N, 1]``, the share of its largest value that a row's grid spans; all of it if left out.
 
     Returns:
-        codes ``[N, K]`` int8 and scale ``[N, 1]`` (``[N, 1 + G]`` with groups, see :func:`weight_grid`) float32.
+        codes ``[N, K]`` int8 and scale ``[N, 1]`` (``[N, 1 + G]`` with groups, see :func:`grid_of`) float32.
     """
     # A few rows at a time: float32 copies of a whole weight would be the peak of memory while a model is loaded.
-    rows = max(1, PIECE // max(weight.shape[1], 1))
-    sizes = groups or (weight.shape[1],)
+    rows, bits = max(1, PIECE // max(weight.shape[1], 1)), format.number.bits
+    sizes = format.groups(weight.shape[1]) or (weight.shape[1],)
     if weight.shape[1]:
         absmax = torch.cat([largest_in_groups(part, sizes) for part in weight.split(rows)])
     else:
         absmax = torch.zeros(len(weight), 1, dtype=torch.float32, device=weight.device)
-    if per_tensor and absmax.numel():
+    if isinstance(format.granularity, PerTensor) and absmax.numel():
         absmax = absmax.amax(0).expand_as(absmax).contiguous()
     if clip is not None:
         absmax = absmax * clip
-    grid, scale = weight_grid(absmax, bits, steps_of(weight.shape[1], bits))
+    grid, scale = grid_of(absmax, format, weight.shape[1])
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for first in range(0, len(weight), rows):
         part = slice(first, first + rows)
         codes[part] = encode_groups(weight[part], grid[part], sizes, bits)
     return codes, scale
+
+
+def grid_of(absmax: Tensor, format: Quantized, channels: int) -> tuple[Tensor, Tensor]:
+    """The grids of the rows of a weight of ``channels`` columns, whose largest absolute values are ``absmax [N, G]``.
+
+    Returns:
+        where each group's grid ends ``[N, G]`` float32, and the scale, ``[N, 1]`` or base scale and multipliers ``[N, 1 + G]``.
+    """
+    return weight_grid(absmax, format.number.bits, steps_of(channels, format.number.bits))
 
 
 def steps_of(channels: int, bits: int) -> int:

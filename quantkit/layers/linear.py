@@ -138,7 +138,7 @@ class W8A8Linear(nn.Linear):
 
         signs = None if leftover.rotation is None else leftover.rotation.signs
         tensors = {
-            "weight": own(codes, torch.int8),
+            "weight": own(scheme.weight.storage.pack(codes)),
             "weight_scale": own(weight_scale, torch.float32),
             "bias": own(bias, like.dtype),
             **_static_input(scheme.input, input_range, max(1, len(facts.groups))),
@@ -174,7 +174,7 @@ class W8A8Linear(nn.Linear):
     def operand(self) -> Operand:
         """The buffers and what they mean, as one value. Made again when a buffer was replaced."""
         known = self._operand
-        if known is None or known.codes is not self._buffers["weight"]:
+        if known is None or known.stored is not self._buffers["weight"]:
             self._operand = known = Operand.of(self._facts, self._buffers)
         return known
 
@@ -233,7 +233,7 @@ class W8A8Linear(nn.Linear):
         """The operand as the backend of its device runs it, made at first use."""
         # not self.weight: Module.__getattr__ costs a microsecond, of which a token has few
         known, asked = self._prepared, forced()
-        if known is None or known.operand.codes is not self._buffers["weight"] or self._prepared_for != asked:
+        if known is None or known.operand.stored is not self._buffers["weight"] or self._prepared_for != asked:
             known = prepare(self.operand)
             self._prepared, self._prepared_for = known, asked
         return known

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.core.formats import Float, Quantized
+from quantkit.core.formats import Float, Quantized, Storage
 from quantkit.core.groups import shares
 from quantkit.core.operand import Operand
 from quantkit.ops import reference
@@ -50,8 +50,9 @@ class PlainPrepared:
             # float64, so that no bit of float32 shows how the library splits the sum: a token is the same in any batch
             product = (side.double() @ operand.outlier_weight.double().t()).float()
         sums = None if zero is None else self.sums
-        if operand.input_groups:
-            acc, zero = self.group_sum(q, scale[:, 1:], zero), None
+        if operand.groups:
+            multipliers = scale[:, 1:] if operand.input_groups else scale.new_ones(len(q), len(operand.groups))
+            acc, zero = self.group_sum(q, multipliers, zero), None
         else:
             acc = self.matmul(q)
         if product is not None:
@@ -115,6 +116,15 @@ def shares_of(operand: Operand) -> Tensor | None:
     if not operand.input_groups or not isinstance(operand.input, Quantized):
         return None
     return shares(operand.codes, operand.weight_scale, operand.groups, operand.input.number.symmetric)
+
+
+def other_than_bytes(operand: Operand) -> str | None:
+    """Why kernels that read a code from each byte, with the same groups in weight and input, cannot run ``operand``."""
+    if operand.weight.storage is not Storage.BYTES:
+        return "its codes are not stored one in a byte"
+    if isinstance(operand.input, Quantized) and operand.groups != operand.input_groups:
+        return "the groups of its weight are not those of its input"
+    return None
 
 
 def other_than_w8a8(operand: Operand) -> str | None:

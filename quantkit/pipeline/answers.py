@@ -124,6 +124,8 @@ def _groups_fault(transform: Transform, view: SiteView) -> str | None:
     groups, rotation = transform.groups or view.transform.groups, transform.rotation
     if transform.groups is not None and (wrong := groups_fault(transform.groups, view.site.channels)):
         return wrong
+    if groups and view.scheme.weight.groups(view.site.channels):
+        return f"the weights of {view.scheme.name} have groups of their own; take a scheme without, such as 'w8a8'"
     if view.transform.groups is not None and transform.permutation is not None:
         return "an earlier calibrator has put them in groups, which another permutation would break up"
     if rotation is not None and groups is not None and any(size % rotation.block for size in groups):
@@ -162,7 +164,7 @@ def codes_fault(codes: Codes, view: SiteView, linear: str) -> str | None:
     if not isinstance(codes, Codes):
         return f"{kind_of(codes)} is no quantkit.Codes"
     (rows, channels), top, device = weight_of(view.linears[linear]).shape, view.scheme.weight.number.qmax, view.device
-    groups = view.transform.groups or ()
+    groups = view.weight_format.groups(channels)
     fault = tensor_fault(
         "codes",
         codes.codes,
@@ -172,7 +174,7 @@ def codes_fault(codes: Codes, view: SiteView, linear: str) -> str | None:
     ) or tensor_fault(
         "scale", codes.scale, f"[{rows}, {1 + len(groups)}] torch.float32 on {device}", _invertible, "positive and finite"
     )
-    if fault is not None or not groups:
+    if fault is not None or not view.transform.groups:
         return fault
     if bool((codes.scale[:, 1:] % 2 != 1).any()):
         return "scale holds multipliers of its first column that are no odd numbers: quantize_weight(groups=) makes them"

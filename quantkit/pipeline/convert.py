@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import ModelError
-from quantkit.core.formats import PerTensor
 from quantkit.core.numerics import sqnr_db
 from quantkit.core.operand import Operand
 from quantkit.core.plan import Codes, LinearPlan, ModelPlan, SitePlan
 from quantkit.core.progress import Progress, tracked
 from quantkit.core.report import LayerRecord, Report, attach
-from quantkit.core.weights import quantize_weight
+from quantkit.core.weights import round_weight
 from quantkit.layers.attention import AttentionQuantizer, attach_attention, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.modules import linears_of, replace_module, weight_of
@@ -239,11 +238,7 @@ def quantized(linear: Any, plan: SitePlan, own: LinearPlan, leftover: Any, rows:
         side = side / leftover.scale[leftover.outliers]
     codes = own.codes
     if codes is None:
-        format = plan.scheme.weight
-        per_tensor = isinstance(format.granularity, PerTensor)
-        codes = Codes(
-            *quantize_weight(inner, format.number.bits, per_tensor=per_tensor, groups=transform.groups or (), clip=own.clip)
-        )
+        codes = Codes(*round_weight(inner, plan.scheme.weight.in_groups(transform.groups or ()), clip=own.clip))
     scale = codes.scale
     if rows is not None:
         n = len(weight) - len(rows.factor)

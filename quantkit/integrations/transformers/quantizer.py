@@ -39,11 +39,10 @@ from quantkit.checkpoint.record import (
 )
 from quantkit.core.errors import CheckpointError, MethodError, ModelError
 from quantkit.core.facts import Facts, check_exact
-from quantkit.core.formats import PerTensor
 from quantkit.core.operand import empty_operand
 from quantkit.core.report import LayerRecord, Report, attach, detach, has_report, report
 from quantkit.core.scheme import Scheme
-from quantkit.core.weights import quantize_weight
+from quantkit.core.weights import round_weight
 from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import unfuse
@@ -169,7 +168,7 @@ class RoundToNearest(ConversionOps):  # type: ignore[misc]
         if not weight.isfinite().all():
             raise ModelError(f"the weight of {layer!r} holds NaN or Inf: the checkpoint is damaged, or was overflowing")
         own = Scheme.parse(self.hf_quantizer.quantization_config.scheme).weight
-        codes, scale = quantize_weight(weight, own.number.bits, per_tensor=isinstance(own.granularity, PerTensor))
+        codes, scale = round_weight(weight, own)
         if missing_keys is not None:
             missing_keys.discard(f"{layer}.weight_scale")
         return {name: codes, f"{layer}.weight_scale": scale}

@@ -21,7 +21,7 @@ from quantkit.core.formats import Quantized
 from quantkit.core.operand import Operand
 from quantkit.core.tracing import constant_while_tracing
 from quantkit.ops.cpu.native import TILE, Groups, Rewrite, library
-from quantkit.ops.plain import Plain, PlainPrepared, other_than_w8a8, shares_of
+from quantkit.ops.plain import Plain, PlainPrepared, other_than_bytes, other_than_w8a8, shares_of
 from quantkit.ops.reference import row_sums
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -156,7 +156,9 @@ class CPU(Plain):
     name = "cpu"
 
     def why_not(self, operand: Operand | None, device: torch.device) -> str | None:
-        return None if device.type == "cpu" else "needs tensors in main memory"
+        if device.type != "cpu":
+            return "needs tensors in main memory"
+        return None if operand is None else other_than_bytes(operand)
 
     def why_simulated(self, operand: Operand) -> str | None:
         return other_than_w8a8(operand)

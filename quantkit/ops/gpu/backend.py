@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.core.formats import Float, Storage
+from quantkit.core.formats import Float
 from quantkit.core.groups import with_multipliers
 from quantkit.core.operand import Operand
 from quantkit.core.rewrite import Rewrite
@@ -22,7 +22,7 @@ from quantkit.core.tracing import constant_while_tracing
 from quantkit.ops.gpu import devices
 from quantkit.ops.gpu.layout import BLOCK, padded, padded_side
 from quantkit.ops.gpu.packing import alignment, narrow, places_of
-from quantkit.ops.plain import Plain, PlainPrepared, other_than_w8a8, shares_of
+from quantkit.ops.plain import Plain, PlainPrepared, other_than_bytes, other_than_w8a8, shares_of
 from quantkit.ops.reference import row_sums
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -90,8 +90,9 @@ class GPU(Plain):
     def why_simulated(self, operand: Operand) -> str | None:
         return other_than_w8a8(operand)
 
-    def prepare(self, operand: Operand) -> GPUPrepared:
-        assert not isinstance(operand.input, Float)
+    def prepare(self, operand: Operand) -> PlainPrepared:
+        if isinstance(operand.input, Float):  # multiplied as such, which is no business of these kernels
+            return super().prepare(operand)
         number, k, rewrite = operand.input.number, operand.in_features, operand.rewrite
         codes, order = operand.codes.contiguous(), rewrite.permutation
         of_tokens, in_scale = shares_of(operand), operand.input_scale
@@ -109,14 +110,15 @@ class GPU(Plain):
             codes = F.pad(codes, (0, padded(k) - k))
         sums, pre_scale = row_sums(operand.codes, operand.groups), factors_of(rewrite)
         simple = number.symmetric and not operand.is_static and of_tokens is None
-        making = {
+        asked = {
             "bits": number.bits, "symmetric": number.symmetric, "shift": rewrite.shift, "pre_scale": pre_scale,
             "permutation": None if order is None else narrow(order, k),
-            "rotation": 0 if rewrite.rotation is None else rewrite.rotation.block,
+            "rotation": None if rewrite.rotation is None else rewrite.rotation.block,
             "side_index": rewrite.outliers, "side_mask": _mask_of(rewrite, k), "in_scale": in_scale,
             "in_zero": operand.input_zero_point, "clusters": group_of, "shares": of_tokens, "align": align,
-            "threshold": rewrite.threshold or 0.0,
+            "threshold": rewrite.threshold,
         }  # fmt: skip
+        making = {name: value for name, value in asked.items() if value is not None}
         return GPUPrepared(
             operand, sums, of_tokens, codes, _row_scales(operand), making,
             wsum=None if number.symmetric else sums, side_weight=_side_of(operand), pre_scale=pre_scale, borders=borders,
@@ -127,16 +129,12 @@ class GPU(Plain):
 
 def _why_not(operand: Operand) -> str | None:
     """What of an operand the kernels cannot run, if anything."""
-    if isinstance(operand.input, Float):
-        return "its activations stay in floating point"
-    if operand.weight.storage is not Storage.BYTES or operand.input.storage is not Storage.BYTES:
-        return "its codes are not stored one in a byte"
-    if operand.groups != operand.input_groups:
-        return "the groups of its weight are not those of its input"
+    if fault := other_than_bytes(operand):
+        return fault
     if operand.rewrite.threshold is not None:
         if set(operand.rewrite.steps) != {"threshold"} or operand.groups:
             return "a threshold stands beside other steps of the rewrite, or groups"
-        if operand.is_static or not operand.input.number.symmetric:
+        if not operand.scheme.takes_threshold:
             return "a threshold stands beside static or asymmetric codes"
     return None
 

@@ -7,6 +7,7 @@ each one that handles it says so, and nothing that was asked for can get lost on
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, ClassVar
 
 
@@ -22,19 +23,23 @@ class Kernel:
     name: ClassVar[str]
     request: ClassVar[Any]
     handles: ClassVar[frozenset[str]]
-    _others: ClassVar[tuple[tuple[int, str, Any], ...]]
+    _others: ClassVar[dict[str, Any]]
+    _values: ClassVar[Any]
+    _defaults: ClassVar[tuple[Any, ...]]
 
     def __init_subclass__(cls) -> None:
         """Prepare the comparison with defaults. A request is made in each call, so that this has to be quick."""
         fields, defaults = cls.request._fields, cls.request._field_defaults
         if unknown := cls.handles - set(fields):
             raise TypeError(f"kernel {cls.name!r} handles {sorted(unknown)}, which no request has")
-        cls._others = tuple((i, name, defaults[name]) for i, name in enumerate(fields) if name not in cls.handles)
+        cls._others = {name: defaults[name] for name in fields if name not in cls.handles}
+        indices = [fields.index(name) for name in cls._others]
+        cls._values = staticmethod(itemgetter(*indices, *indices) if indices else lambda request: ())  # of one, no tuple
+        cls._defaults = tuple(cls._others.values()) * 2
 
     def unhandled(self, request: Any) -> str | None:
         """None where every field that is set is one that this kernel handles; else which one is not."""
-        for i, name, default in self._others:
-            value = request[i]
-            if value is not default and value != default:
-                return f"it does not handle {name}"
-        return None
+        if self._values(request) == self._defaults:
+            return None
+        names = [name for name, default in self._others.items() if getattr(request, name) != default]
+        return f"it does not handle {', '.join(names)}"

@@ -20,6 +20,16 @@ IN_PAIRS = 2**13
 """Places of the longest rows that :mod:`.codes.order` takes, two at a time: of longer ones, two do not fit the registers."""
 
 
+def ceil_div(n: int, size: int) -> int:
+    """How many pieces of ``size`` hold ``n``. Triton's own function takes microseconds, and each launch needs some."""
+    return -(-n // size)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below ``n``. Triton's own function takes microseconds, too."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def padded(channels: int) -> int:
     """Codes in a row of ``channels``, with the padding."""
     return -(-channels // 16) * 16

@@ -9,7 +9,6 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from quantkit.core.numerics import qmax
@@ -17,7 +16,7 @@ from quantkit.ops.gpu.codes import portable, reached, shapes
 from quantkit.ops.gpu.codes.request import Codes, CodesRequest, allocate
 from quantkit.ops.gpu.devices import PROCESSORS, shared_memory, starts_early
 from quantkit.ops.gpu.kernel import Kernel
-from quantkit.ops.gpu.layout import IN_PAIRS, reachable
+from quantkit.ops.gpu.layout import IN_PAIRS, ceil_div, power_of_two, reachable
 from quantkit.ops.gpu.service import service
 
 try:
@@ -51,25 +50,24 @@ class Portable(Kernel):
 
     def launch(self, request: CodesRequest) -> list[Tensor]:
         r, out = request, allocate(request)
-        marks = r.x.new_zeros(r.x.shape[1], dtype=torch.int32) if r.threshold else None
-        early = starts_early(r.x.device)
-        if len(r.x):
+        (m, k), early = r.x.shape, starts_early(r.x.device)
+        marks = r.x.new_zeros(k, dtype=torch.int32) if r.threshold else None
+        if m:
             self._run(r, out, marks, early)
-        if marks is None:
-            return out.given()
-        return [*out.given(), list_columns(marks, early and len(r.x) > 0)]
+        return out.given() if marks is None else [*out.given(), list_columns(marks, early and m > 0)]
 
     def _run(self, r: CodesRequest, out: Codes, marks: Tensor | None, early: bool) -> None:
         x, x2 = reachable(r.x), None if r.x2 is None else reachable(r.x2)
-        (m, k), places, width, groups = x.shape, r.places, out.q.shape[1], r.groups
-        columns = 0 if r.side_index is None else len(r.side_index)
+        (m, k), width, groups = x.shape, out.q.shape[1], r.groups
+        places = k if r.clusters is None else width
+        columns = 0 if r.side_index is None else r.side_index.shape[0]
         sides = 0 if out.side is None else out.side.shape[1]
         shape = shapes.portable(places, r.clusters is not None, r.warps)
-        portable.quantize_kernel[(triton.cdiv(m, shape.rows),)](
+        portable.quantize_kernel[(ceil_div(m, shape.rows),)](
             x, x2, r.gain, r.bias, r.shift, r.pre_scale, r.permutation, r.side_index, r.side_mask, r.in_scale, r.in_zero,
             r.clusters, r.shares, out.q, out.scale, out.zero, out.side, out.sum, marks, m, k, places, width, *x.stride(),
             *((0, 0) if x2 is None else x2.stride()), columns, sides, r.eps, r.offset, r.threshold, r.source, qmax(r.bits),
-            r.symmetric, r.rotation, triton.next_power_of_2(sides) if sides else 0, triton.next_power_of_2(groups), groups,
+            r.symmetric, r.rotation, power_of_two(sides) if sides else 0, power_of_two(groups), groups,
             shape.rows, shape.block, shape.rows == 1 and shape.block == k == places, early,
             **launch_options(shape.warps, early),
         )  # fmt: skip
@@ -115,7 +113,9 @@ class Rows(Kernel):
         """The shape of programs for this request."""
         vectors = r.gain is not None or r.pre_scale is not None or r.permutation is not None
         two, order = r.x2 is not None, r.permutation is not None
-        return shapes.rows(places, r.rotation, len(r.x), two=two, gate=two and not r.keeps_sum, order=order, vectors=vectors)
+        return shapes.rows(
+            places, r.rotation, r.x.shape[0], two=two, gate=two and not r.keeps_sum, order=order, vectors=vectors
+        )
 
     def launch(self, request: CodesRequest) -> list[Tensor]:
         r, x, out = request, request.x, allocate(request)
@@ -132,7 +132,7 @@ class Rows(Kernel):
         rows.rows_kernel[(min(m, shape.programs) if ring or ahead else m,)](
             x, x2, r.gain, r.bias, r.pre_scale, r.permutation, matrix, r.clusters, r.shares, out.q, out.scale, out.sum,
             m, k, width, x.stride(0), 0 if x2 is None else x2.stride(0), r.eps, r.offset, r.source, qmax(r.bits), r.rotation,
-            triton.next_power_of_2(groups), groups, shape.line, shape.block, shape.block == k, ahead,
+            power_of_two(groups), groups, shape.line, shape.block, shape.block == k, ahead,
             shapes.RING if ring else 0, gate and exact, early, **launch_options(shape.warps, early),
         )  # fmt: skip
         return out.given()
@@ -170,12 +170,12 @@ class Order(Kernel):
         r, x, out = request, request.x, allocate(request)
         x2 = r.x2 if r.x2 is None or r.x2.stride(1) == 1 else r.x2.contiguous()
         (m, k), width, groups = x.shape, out.q.shape[1], r.groups
-        block = triton.next_power_of_2(width)
+        block = power_of_two(width)
         warps, early = shapes.order_warps(block), starts_early(x.device)
-        order.order_kernel[(min(triton.cdiv(m, 2), PROCESSORS * (16 // warps)),)](
+        order.order_kernel[(min(ceil_div(m, 2), PROCESSORS * (16 // warps)),)](
             x, x2, r.gain, r.pre_scale, r.permutation, r.clusters, r.shares, out.q, out.scale, out.sum, m, k, width,
             x.stride(0), 0 if x2 is None else x2.stride(0), r.eps, r.offset, r.source, qmax(r.bits),
-            triton.next_power_of_2(groups), groups, block, block == k == width, early, **launch_options(warps, early),
+            power_of_two(groups), groups, block, block == k == width, early, **launch_options(warps, early),
         )  # fmt: skip
         return out.given()
 
@@ -192,7 +192,7 @@ def list_columns(marks: Tensor, early: bool) -> Tensor:
     """``[1 + K]`` int32, how many of ``marks [K]`` int32 are 1 and which, ascending; what lies beyond is undefined."""
     k = len(marks)
     active, block = marks.new_empty(1 + k), 1024
-    reached.list_kernel[(max(triton.cdiv(k, block), 1),)](
+    reached.list_kernel[(max(ceil_div(k, block), 1),)](
         marks, active, k, block, 4096, early, num_warps=8, **({"launch_pdl": True} if early else {})
     )
     return active

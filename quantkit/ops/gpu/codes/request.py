@@ -67,12 +67,12 @@ class CodesRequest(NamedTuple):
     @property
     def groups(self) -> int:
         """How many groups of channels have scales of their own; 1 where all channels share one."""
-        return 1 if self.clusters is None or self.shares is None else len(self.shares)
+        return 1 if self.clusters is None or self.shares is None else self.shares.shape[0]
 
     @property
     def places(self) -> int:
         """Codes of a row that stand for something: K, or with groups P, the padding between them included."""
-        return self.x.shape[1] if self.clusters is None else 16 * len(self.clusters)
+        return self.x.shape[1] if self.clusters is None else 16 * self.clusters.shape[0]
 
     @property
     def keeps_sum(self) -> bool:
@@ -104,15 +104,13 @@ class Codes(NamedTuple):
 
 def allocate(request: CodesRequest) -> Codes:
     """Memory for the outputs of ``request``, not yet written. Works with fake tensors as well."""
-    x, groups = request.x, request.groups
+    x, index = request.x, request.side_index
     m, k = x.shape
-    width = padded(k) if request.clusters is None else request.places
-    dynamic = not request.symmetric and request.in_scale is None
-    index = request.side_index
+    width, groups = (padded(k), 1) if request.clusters is None else (request.places, request.groups)
     return Codes(
         x.new_empty((m, width), dtype=torch.int8),
         x.new_empty((m, scale_columns(groups)), dtype=torch.float32),
-        x.new_empty((m, groups), dtype=torch.int32) if dynamic else None,
-        None if index is None or not len(index) else x.new_empty((m, padded_side(len(index)))),
-        x.new_empty((m, k)) if request.keeps_sum else None,
+        None if request.symmetric or request.in_scale is not None else x.new_empty((m, groups), dtype=torch.int32),
+        None if index is None or not index.shape[0] else x.new_empty((m, padded_side(index.shape[0]))),
+        x.new_empty((m, k)) if request.x2 is not None and request.keeps_sum else None,
     )

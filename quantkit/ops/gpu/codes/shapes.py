@@ -5,11 +5,11 @@ All numbers were found on an H100. No choice changes a bit of the results.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
-import triton
-
 from quantkit.ops.gpu.devices import PROCESSORS
+from quantkit.ops.gpu.layout import power_of_two
 
 LINE = 64
 """Channels of a line of :mod:`.rows` and :mod:`.order`; in a rotation by longer blocks, a line of ``rows`` is a block."""
@@ -39,9 +39,10 @@ class Portable:
     warps: int
 
 
+@functools.cache
 def portable(places: int, in_groups: bool, warps: int = 0) -> Portable:
     """The program for rows of ``places`` codes; ``in_groups`` it takes one row. ``warps`` 0 is decided here."""
-    block = max(triton.next_power_of_2(places), 16)
+    block = max(power_of_two(places), 16)
     rows = 1 if in_groups else max(1, 1024 // block)
     return Portable(rows, block, warps or min(max(rows * block // 512, 4), 16))
 
@@ -70,10 +71,11 @@ class Rows:
         return self.block * size * (RING * (1 + self.two) + 2 * order) + 4096
 
 
+@functools.lru_cache(maxsize=1024)
 def rows(places: int, rotation: int, m: int, *, two: bool, gate: bool, order: bool, vectors: bool) -> Rows:
     """The shape for ``m`` rows of ``places`` codes; ``two`` inputs, an ``order`` and ``vectors`` want registers too."""
     line = max(LINE, rotation)
-    block = max(triton.next_power_of_2(places), 16 * line)
+    block = max(power_of_two(places), 16 * line)
     warps = min(block // 1024, block // (16 * line), 16)
     # 16 warps fill the registers of a processor. Two short rows are fetched too slowly by so few.
     programs = PROCESSORS * (8 if two and warps < 16 else 16 // warps)

@@ -22,20 +22,20 @@ def multiply(request: ProductRequest) -> Tensor:
     Raises:
         BackendError: no kernel handles what is asked for.
     """
-    r = request
-    if VECTOR.why_not(r) is None:
+    r, (m, k), n = request, request.q.shape, request.weight.shape[0]
+    if m == 1 and VECTOR.why_not(r) is None:
         return VECTOR.launch(r, choose_vector(r))
-    if reason := PORTABLE.why_not(r):
-        raise BackendError(f"no kernel makes this product: {reason}")
-    (m, k), n, in_groups = r.q.shape, len(r.weight), r.borders is not None
-    tma = service.runs(HOPPER.name) and HOPPER.why_not(r) is None
-    config = choose(r.q.device, m, n, k, tma=tma, in_groups=in_groups)
+    device, in_groups = r.q.device, r.borders is not None
+    tma = devices.capability(device) == 90 and service.runs(HOPPER.name) and HOPPER.why_not(r) is None
+    config = choose(device, m, n, k, tma=tma, in_groups=in_groups)
     if not isinstance(config, Tile):
         try:
             return HOPPER.launch(r, config)
         except CompilationError as error:
             service.take_gluon_out(str(error).strip().splitlines()[-1])
-            config = tiles.portable(devices.capability(r.q.device), m, n, in_groups=in_groups)
+            config = tiles.portable(devices.capability(device), m, n, in_groups=in_groups)
+    if reason := PORTABLE.why_not(r):
+        raise BackendError(f"no kernel makes this product: {reason}")
     return PORTABLE.launch(r, config)
 
 

@@ -9,13 +9,12 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from quantkit.core.numerics import qmax
 from quantkit.ops.gpu.devices import PROCESSORS, capability, processors, starts_early
 from quantkit.ops.gpu.kernel import Kernel
-from quantkit.ops.gpu.layout import BLOCK, SIDE, reachable
+from quantkit.ops.gpu.layout import BLOCK, SIDE, ceil_div, power_of_two, reachable
 from quantkit.ops.gpu.product import columns, portable, tiles, vector
 from quantkit.ops.gpu.product.request import ProductRequest
 from quantkit.ops.gpu.product.tiles import Decode, Gemm, Tile
@@ -43,21 +42,22 @@ class Vector(Kernel):
 
     def why_not(self, request: ProductRequest) -> str | None:
         r = request
-        if len(r.q) != 1:
+        m, k = r.q.shape
+        if m != 1:
             return "it multiplies one token"
         if reason := self.unhandled(r):
             return reason
         if r.sx is None:
             return None if r.borders is None else "a token in floating point has one scale"
-        if r.q.shape[1] % 16:
+        if k % 16:
             return "rows of codes are not padded"
         return None if r.bits == 8 and r.pre_scale is None else "bits and pre_scale are of tokens in floating point"
 
     def launch(self, request: ProductRequest, config: tiles.Vector) -> Tensor:
-        r, n, words, rows = request, len(request.weight), request.weight.shape[1] // 4, config.rows * config.groups
-        x, y = reachable(r.q), r.q.new_empty((1, n), dtype=r.dtype)
-        early, block = starts_early(x.device), triton.next_power_of_2(words)
-        vector.gemv_kernel[(triton.cdiv(n, rows),)](
+        r, (n, width), rows = request, request.weight.shape, config.rows * config.groups
+        words, x, y = width // 4, reachable(r.q), r.q.new_empty((1, n), dtype=r.dtype)
+        early, block = starts_early(x.device), power_of_two(words)
+        vector.gemv_kernel[(ceil_div(n, rows),)](
             x if r.sx is None else x.view(torch.int32), r.sx, r.weight.view(torch.int32), y, r.sw, r.bias, r.pre_scale,
             r.borders, n, x.shape[1], words, x.stride(1), r.groups, r.sw.dim() == 2, qmax(r.bits), config.rows,
             config.groups, block, n % rows == 0, block == words, x.device.type == "cuda", early,
@@ -80,13 +80,12 @@ class Portable(Kernel):
 
     def launch(self, request: ProductRequest, config: Tile, done: Tensor | None = None) -> Tensor:
         """The product; where it is ``done [M, N]``, it is made again if more than ``columns.ROOM`` columns are active."""
-        r, n = request, len(request.weight)
-        m, k = r.q.shape
+        r, (m, k), n = request, request.q.shape, request.weight.shape[0]
         y = r.q.new_empty((m, n), dtype=r.dtype) if done is None else done
         if not m or not n:
             return y
         side = r.side if r.side is None or r.active is None else reachable(r.side)
-        count = triton.cdiv(m, config.m) * triton.cdiv(n, config.n)
+        count = ceil_div(m, config.m) * ceil_div(n, config.n)
         portable.matmul_kernel[(count if done is None else min(count, 2 * PROCESSORS),)](
             r.q, r.weight, y, r.sx, r.sw, r.zero, r.wsum, r.bias, side, r.side_weight, r.borders, r.active, m, n, k,
             r.zero_stride, 0 if side is None else side.shape[1], *((0, 0) if side is None else side.stride()), r.groups,
@@ -109,8 +108,7 @@ class Hopper(Kernel):
     handles = Portable.handles
 
     def why_not(self, request: ProductRequest) -> str | None:
-        r, n = request, len(request.weight)
-        m, k = r.q.shape
+        r, (m, k), n = request, request.q.shape, request.weight.shape[0]
         if r.sx is None:
             return "it multiplies codes"
         if reason := self.unhandled(r):
@@ -133,22 +131,21 @@ class Hopper(Kernel):
     def launch(self, request: ProductRequest, config: Gemm | Decode) -> Tensor:
         if request.active is None or request.side is None:
             return self._run(request, config)
-        r, n = request._replace(side=reachable(request.side)), len(request.weight)
+        r, m, n = request._replace(side=reachable(request.side)), request.q.shape[0], request.weight.shape[0]
         xs, ws = gather(r)
         y = self._run(r._replace(side=xs, side_weight=ws), config)
-        return PORTABLE.launch(r, tiles.portable(capability(r.q.device), len(r.q), n, in_groups=True), done=y)
+        return PORTABLE.launch(r, tiles.portable(capability(r.q.device), m, n, in_groups=True), done=y)
 
     def _run(self, r: ProductRequest, config: Gemm | Decode) -> Tensor:
         """``[M, N]`` of a 16-bit dtype (any float with :class:`Decode`); ``active`` says how many side columns there are."""
-        n = len(r.weight)
-        m, k = r.q.shape
+        (m, k), n = r.q.shape, r.weight.shape[0]
         y = r.q.new_empty((m, n), dtype=r.dtype)
         groups, by_row, stride = r.groups, r.sw.dim() == 2, r.zero_stride
         sides = 0 if r.side is None else r.side.shape[1] // SIDE
         options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False, "launch_pdl": config.early}
         pointers = (r.sx, r.sw, r.zero, r.wsum, r.bias, r.active, r.borders, m, n, k, stride)
         if isinstance(config, Gemm):
-            count = triton.cdiv(m, 128) * triton.cdiv(n, config.columns)
+            count = ceil_div(m, 128) * ceil_div(n, config.columns)
             many.gemm_kernel[(min(processors(r.q.device), count),)](
                 described(r.q, 64, config.block_k), described(r.weight, config.part, config.block_k),
                 *described_sides(r, 64, config.part), described(y, 64, config.width), *pointers,
@@ -156,9 +153,9 @@ class Hopper(Kernel):
                 2 if r.bias is None and r.zero is None else 1, sides, groups, by_row, config.early, **options,
             )  # fmt: skip
         else:
-            across = triton.cdiv(m, config.tokens)
+            across = ceil_div(m, config.tokens)
             staged = config.staged and n % 8 == 0 and r.dtype in TYPES
-            few.decode_kernel[(across, max(1, min(processors(r.q.device) // across, triton.cdiv(n, 64))))](
+            few.decode_kernel[(across, max(1, min(processors(r.q.device) // across, ceil_div(n, 64))))](
                 described(r.q, config.tokens, BLOCK), described(r.weight, 64, BLOCK),
                 *described_sides(r, config.tokens, 64), described(y, config.tokens, 64) if staged else None, y, *pointers,
                 config.tokens, config.block_k, config.stages, sides, groups, by_row, config.early,
@@ -199,7 +196,7 @@ def gather(r: ProductRequest) -> tuple[Tensor, Tensor]:
     assert x is not None
     m, k = r.q.shape
     xs, ws = x.new_empty((m, columns.ROOM)), x.new_empty((n, columns.ROOM))
-    columns.gather_kernel[(triton.cdiv(m, columns.ROWS) + triton.cdiv(n, columns.ROWS),)](
+    columns.gather_kernel[(ceil_div(m, columns.ROWS) + ceil_div(n, columns.ROWS),)](
         x, r.q, r.sx, r.weight, r.sw, r.active, xs, ws, m, n, k, *x.stride(), columns.ROOM, SIDE, columns.ROWS,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

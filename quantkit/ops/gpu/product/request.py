@@ -50,10 +50,9 @@ class ProductRequest(NamedTuple):
     @property
     def groups(self) -> int:
         """How many groups of channels have multipliers of their own; 1 where all channels share a scale."""
-        return 1 if self.borders is None else len(self.borders) - 1
+        return 1 if self.borders is None else self.borders.shape[0] - 1
 
     @property
     def zero_stride(self) -> int:
         """From the zero points of a token to those of the next: 0 where they are static, the same for all tokens."""
-        groups = self.groups
-        return groups if self.zero is not None and self.zero.numel() > groups else 0
+        return 0 if self.zero is None or self.zero.numel() <= self.groups else self.groups
