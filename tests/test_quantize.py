@@ -123,7 +123,8 @@ def test_schemes(name: str) -> None:
         assert layer.input_zero_point is None
     else:
         assert_same(
-            [layer.input_scale, layer.input_zero_point], list(range_scale(x.min()[None], x.max()[None], scheme.input.number.bits))
+            [layer.input_scale, layer.input_zero_point],
+            list(range_scale(x.min()[None], x.max()[None], scheme.input.number.bits)),
         )
 
 
