@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quantkit.core.errors import MethodError
 from quantkit.core.facts import Facts, check_exact
-from quantkit.core.formats import Float, Format, Quantized, groups_fault
+from quantkit.core.formats import Float, Format, PerGroup, Quantized, groups_fault
 from quantkit.core.groups import shares
 from quantkit.core.rewrite import Rewrite
 from quantkit.core.rotation import Rotation
@@ -37,7 +37,8 @@ class Operand:
         scale: ``[N, 1]`` float32, the base scale of each row.
         weight: format of the weight.
         input: format of the activation; :class:`Float` leaves it as it is, and multiplies it by what the codes stand for.
-        multipliers: ``[N, G]`` odd whole numbers as float32, where the format of the weight has groups; else None.
+        multipliers: ``[N, G]`` whole numbers, where the format of the weight has groups; else None. They are odd and float32
+            if the input has the same groups, and int8 if only the weight has.
         input_scale: ``[1]``, or ``[G]`` where the format of the input has groups, float32; None unless it is static.
         input_zero_point: the same as int32; None unless it is static and asymmetric.
         rewrite: what is done to the activation before it is quantized.
@@ -157,6 +158,12 @@ class Operand:
         """Raises MethodError where sums over groups, times their multipliers, may leave int32. Looks at all codes."""
         if self.multipliers is None or isinstance(self.input, Float):
             return
+        if not self.input_groups:
+            sums = torch.stack([part.abs().sum(1, dtype=torch.int64) for part in self.codes.split(self.groups, 1)], 1)
+            most = int((sums * self.multipliers.long()).sum(1).amax()) if len(sums) else 0
+            if most * self.input.number.reach >= 2**31:
+                raise MethodError(f"codes in groups of {self.groups} and their multipliers add up to more than int32 holds")
+            return
         if bool(shares(self.codes, self.weight_scale, self.groups, self.input.number.symmetric).isnan().any()):
             raise MethodError(f"codes in groups of {self.groups} and their multipliers add up to more than int32 holds")
 
@@ -224,7 +231,13 @@ class Operand:
         weight, input_ = self.weight, self.input
         if self.groups:
             kept, sizes = _groups_between(self.groups, start, stop)
-            weight = weight.without_groups.in_groups(sizes)
+            if isinstance(weight.granularity, PerGroup):
+                if start % weight.granularity.size:
+                    raise MethodError(
+                        f"columns({start}, {stop}): this cuts through a group of {weight.granularity.size} channels"
+                    )
+            else:
+                weight = weight.without_groups.in_groups(sizes)
             if self.input_groups and isinstance(input_, Quantized):
                 input_ = input_.without_groups.in_groups(sizes)
         outliers, among = rewrite.outliers, None
@@ -266,7 +279,7 @@ class Operand:
             self.in_features,
             self.out_features,
             self.scheme,
-            self.groups,
+            () if isinstance(self.weight.granularity, PerGroup) else self.groups,
             None if rotation is None else rotation.block,
             self.rewrite.threshold,
         )
@@ -276,7 +289,7 @@ class Operand:
         rewrite = self.rewrite
         found = {
             "weight": self.stored,
-            "weight_scale": self.weight_scale,
+            **_scale_tensors(self.weight, self.weight_scale),
             "bias": self.bias,
             "input_scale": self.input_scale,
             "input_zero_point": self.input_zero_point,
@@ -305,7 +318,7 @@ class Operand:
             scale=scale[:, :1],
             weight=weight.in_groups(groups),
             input=input_.in_groups(groups) if isinstance(input_, Quantized) else input_,
-            multipliers=scale[:, 1:] if groups else None,
+            multipliers=scale[:, 1:] if groups else tensors.get("weight_multipliers"),
             input_scale=tensors.get("input_scale"),
             input_zero_point=tensors.get("input_zero_point"),
             rewrite=Rewrite(
@@ -329,7 +342,13 @@ def weight_tensors(own: Quantized, codes: Tensor, scale: Tensor) -> dict[str, Te
         codes: ``[N, K]`` int8, one in a byte.
         scale: ``[N, 1]`` float32; with groups ``[N, 1 + G]``, a base scale and multipliers.
     """
-    return {"weight": own.storage.pack(codes), "weight_scale": scale}
+    return {"weight": own.storage.pack(codes), **_scale_tensors(own, scale)}
+
+
+def _scale_tensors(own: Quantized, scale: Tensor) -> dict[str, Tensor]:
+    if not isinstance(own.granularity, PerGroup):
+        return {"weight_scale": scale}
+    return {"weight_scale": scale[:, :1].contiguous(), "weight_multipliers": scale[:, 1:].to(torch.int8)}
 
 
 def empty_operand(
@@ -356,7 +375,9 @@ def empty_operand(
     static = isinstance(input_, Quantized) and input_.is_static
     zero = static and isinstance(input_, Quantized) and not input_.number.symmetric
     where: dict[str, Any] = {"device": device}
+    apart = len(facts.scheme.weight.groups(k)) if isinstance(facts.scheme.weight.granularity, PerGroup) else 0
     tensors: dict[str, Tensor | None] = {
+        "weight_multipliers": torch.ones(n, apart, dtype=torch.int8, **where) if apart else None,
         "weight": torch.zeros(n, storage.width(k), dtype=storage.dtype, **where),
         "weight_scale": torch.ones(n, 1 + g, dtype=torch.float32, **where),
         "bias": torch.zeros(n, dtype=dtype, **where) if bias else None,
