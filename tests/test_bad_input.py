@@ -113,7 +113,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "number as a name": ({"ignore": [3]}, TargetError, ["3", "globs"]),
     "everything ignored": ({"ignore": [nn.Linear]}, ModelError, ["no linear is left", "ignored"]),
     "unknown scheme": ({"scheme": "int8"}, SchemeError, ["'int8'", "w8a8-static"]),
-    "scheme of 9 bits": ({"scheme": "w9a8"}, SchemeError, ["weight_bits=9", "2 to 8"]),
+    "scheme of 9 bits": ({"scheme": "w9a8"}, SchemeError, ["'w9a8'", "bits=9", "2 to 8"]),
     "scheme of another type": ({"scheme": 8}, SchemeError, ["8"]),
 }  # fmt: skip
 
@@ -245,7 +245,7 @@ def test_a_calibrator_that_fails() -> None:
 
 def test_a_proof_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tolerance can be met: the norm, written already, gets its parameters back."""
-    monkeypatch.setattr("quantkit.pipeline.quantize.tolerance_for", lambda *_: -1.0)
+    monkeypatch.setattr("quantkit.pipeline.prove.tolerance_for", lambda *_: -1.0)
     model = mlp()
     with refused(model, quantkit.EquivalenceError, "undone"):
         quantize(model)

@@ -114,16 +114,17 @@ def test_schemes(name: str) -> None:
     assert_same(a.state_dict(), b.state_dict())
     layer = a.up
     assert layer.scheme == scheme
-    assert layer.weight.abs().max() == 2 ** (scheme.weight_bits - 1) - 1
-    assert (layer.weight_scale.unique().numel() == 1) == (scheme.weights == "tensor")
+    assert layer.weight.abs().max() == scheme.weight.number.qmax
+    assert (layer.weight_scale.unique().numel() == 1) == isinstance(scheme.weight.granularity, PerTensor)
     if not scheme.is_static:
         assert layer.input_scale is None
-    elif scheme.symmetric:
-        assert_same(layer.input_scale, absmax_scale(x.abs().max()[None], scheme.activation_bits))
+    elif scheme.input.number.symmetric:
+        assert_same(layer.input_scale, absmax_scale(x.abs().max()[None], scheme.input.number.bits))
         assert layer.input_zero_point is None
     else:
         assert_same(
-            [layer.input_scale, layer.input_zero_point], list(range_scale(x.min()[None], x.max()[None], scheme.activation_bits))
+            [layer.input_scale, layer.input_zero_point],
+            list(range_scale(x.min()[None], x.max()[None], scheme.input.number.bits)),
         )
 
 

@@ -16,7 +16,7 @@ from quantkit.core.errors import MethodError
 from quantkit.core.facts import FLOAT32, TENSORS, Facts, check_exact
 from quantkit.core.formats import Format, Quantized, groups_fault
 from quantkit.core.numerics import absmax_scale, range_scale
-from quantkit.core.operand import Operand, empty_operand
+from quantkit.core.operand import Operand, empty_operand, weight_tensors
 from quantkit.core.scheme import Scheme
 from quantkit.core.transform import Transform
 from quantkit.model.modules import applied_but_float32, weight_of
@@ -138,10 +138,9 @@ class W8A8Linear(nn.Linear):
 
         signs = None if leftover.rotation is None else leftover.rotation.signs
         tensors = {
-            "weight": own(scheme.weight.storage.pack(codes)),
-            "weight_scale": own(weight_scale, torch.float32),
+            **{name: own(t) for name, t in weight_tensors(scheme.weight, codes.to(torch.int8), weight_scale.float()).items()},
             "bias": own(bias, like.dtype),
-            **_static_input(scheme.input, input_range, max(1, len(facts.groups))),
+            **{name: own(t) for name, t in _static_input(scheme.input, input_range, max(1, len(facts.groups))).items()},
             # The side product sees channels before their scale, so its weight takes the scale back.
             "outlier_weight": None if leftover.outliers is None else own(outlier_weight, like.dtype),
             "outlier_index": own(leftover.outliers),

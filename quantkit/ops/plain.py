@@ -129,6 +129,8 @@ def other_than_bytes(operand: Operand) -> str | None:
 
 def other_than_w8a8(operand: Operand) -> str | None:
     """What of the formats of ``operand`` is no INT8, for backends that multiply INT8 by INT8; None if all of it is."""
+    if fault := other_than_bytes(operand):
+        return fault
     if isinstance(operand.input, Float):
         return "activations stay in floating point, and are multiplied as such"
     if operand.weight.number.bits != 8:
