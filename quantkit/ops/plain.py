@@ -51,7 +51,9 @@ class PlainPrepared:
             product = (side.double() @ operand.outlier_weight.double().t()).float()
         sums = None if zero is None else self.sums
         if operand.groups:
-            multipliers = scale[:, 1:] if operand.input_groups else scale.new_ones(len(q), len(operand.groups))
+            multipliers, count = scale[:, 1:], len(operand.groups)
+            if not operand.input_groups:  # the groups are those of the weight alone
+                multipliers, zero = scale.new_ones(len(q), count), None if zero is None else zero.expand(*zero.shape[:-1], count)
             acc, zero = self.group_sum(q, multipliers, zero), None
         else:
             acc = self.matmul(q)
