@@ -25,7 +25,7 @@ import quantkit
 from quantkit import CheckpointError, ModelError, Plan, Rotation, SmoothQuant, Stage, Transform
 from quantkit.calibrators import methods
 from quantkit.checkpoint import files, record, save
-from quantkit.core.operand import OPTIONAL
+from quantkit.core.facts import OPTIONAL
 
 SHARD = "model-00001-of-00001.safetensors"
 
