@@ -26,6 +26,7 @@ import quantkit
 from quantkit.integrations.transformers.models import SMOLLM2, load_float
 from quantkit.ops.cpu import backend as cpu
 from quantkit.ops.cpu.native import library
+from quantkit.ops.reference import group_sum
 
 PROMPT, NEW, PREFILL = 64, 16, 512
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pkgutil
 import re
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import quantkit
+from quantkit import calibrators
 from quantkit.cli.app import app
 from quantkit.integrations.transformers.models import SMOLLM2, load_float
+from quantkit.ops import table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,8 +50,13 @@ def test_the_examples_are_found() -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every example stands alone; the quick start may take ``model`` for granted, and the tutorial a ``path``."""
+    """Every example stands alone; the quick start may take ``model`` for granted, and the tutorial a ``path``.
+
+    What it registers is forgotten afterwards.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calibrators, "_methods", {**calibrators._methods})
+    monkeypatch.setattr(table, "_BACKENDS", [*table._BACKENDS])
     given: dict[str, Any] = {"model": llama()} if name == "README.md: quickstart" else {}
     if name == "llama.md: llama":
         given["path"] = smollm2(tmp_path / "SmolLM2")
@@ -81,6 +89,49 @@ def test_links(page: Path) -> None:
         file = page if not path else page.parent / path
         assert file.exists(), f"{page.name} links to {target}"
         assert not fragment or fragment in anchors(file), f"{page.name} links to {target}, which has no such heading"
+
+
+PAST = ("CHANGELOG.md", "rejected.md")
+"""Pages that tell of what once was."""
+TODAY = [page for page in PAGES if page.name not in PAST]
+ABOUT_CODE = [page for page in TODAY if page.name in ("reading-the-code.md", "extending.md")]
+GROUPS = ("quantkit.methods", "quantkit.backends")
+"""Entry points, which look like names in the package."""
+
+
+def spans(page: Path) -> list[str]:
+    """What stands between backquotes on a page."""
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+@pytest.mark.parametrize("page", TODAY, ids=lambda page: page.name)
+def test_files_that_pages_name_exist(page: Path) -> None:
+    """``ops/table.py`` is in the repository or in the package, ``table.py`` anywhere; ``NAME.py`` stands for a new file."""
+    named = [
+        path for span in spans(page) for path in re.findall(r"(?<![\w./-])[\w./-]+\.(?:py|c)\b", span) if "NAME" not in path
+    ]
+    known = {file.name for folder in ("quantkit", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.*")}
+    missing = [path for path in named if "/" not in path and path not in known]
+    missing += [path for path in named if "/" in path and not any((ROOT / at / path).is_file() for at in ("", "quantkit"))]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", TODAY, ids=lambda page: page.name)
+def test_names_that_pages_use_exist(page: Path) -> None:
+    """``quantkit.core.formats`` and the like can be imported."""
+    named = {name for span in spans(page) for name in re.findall(r"(?<![\w./-])quantkit(?:\.[A-Za-z_]\w*)+", span)}
+    for name in sorted(named.difference(GROUPS)):
+        if not name.endswith(".json"):
+            pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize("page", ABOUT_CODE, ids=lambda page: page.name)
+def test_functions_that_pages_name_exist(page: Path) -> None:
+    """``name()`` and ``Class.name()`` are defined somewhere in the package."""
+    source = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "quantkit").rglob("*.py"))
+    defined = set(re.findall(r"^\s*(?:def|class) (\w+)", source, re.MULTILINE))
+    named = {part for span in spans(page) for name in re.findall(r"([\w.]+)\(", span) for part in name.split(".")}
+    assert named - defined - {"quantkit"} == set()
 
 
 def test_every_page_is_on_the_map() -> None:

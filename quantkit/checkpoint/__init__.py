@@ -15,7 +15,7 @@ Each file of this room has one trade:
 - ``files`` makes folders that appear whole, hashes files, and refuses names and links that lead out of a folder;
 - ``tensors`` reads and writes safetensors files, one tensor at a time;
 - ``record`` knows what ``quantkit.json`` says, in every version that can be read;
-- ``save`` and ``load`` put the three together.
+- ``save`` and ``load`` put the three together for models, and ``plans`` does for plans.
 
 This room knows modules and files and no other library. It does not build models either: :func:`quantkit.load` does, in
 ``integrations``, and hands an empty one to :func:`quantkit.checkpoint.load.fill`.

@@ -15,7 +15,7 @@ from quantkit.checkpoint.files import inside, read_object, sha256_of, written_wh
 from quantkit.checkpoint.record import digest_of
 from quantkit.checkpoint.tensors import Entry, read_header, read_tensor, write_shards
 from quantkit.core.errors import CheckpointError, QuantkitError
-from quantkit.core.formats import Float, Int, PerChannel, PerTensor, PerToken, Quantized, Storage
+from quantkit.core.formats import FORMAT_KINDS
 from quantkit.core.heads import HeadSizes
 from quantkit.core.plan import AttentionPlan, Codes, LinearPlan, ModelPlan, SitePlan
 from quantkit.core.report import LayerRecord, Report
@@ -29,9 +29,8 @@ from quantkit.core.values import read, written
 PLAN_FILE, TENSORS_FILE = "plan.json", "plan.safetensors"
 FORMAT_VERSION = 1
 KINDS = (
-    AttentionPlan, Carriers, Codes, Float, Gain, HeadSizes, Int, Kept, LayerRecord, LinearPlan, ModelPlan, PerChannel,
-    PerTensor, PerToken, Producer, Quantized, Report, ResidualStream, Rotation, Scheme, Site, SitePlan, SpaceRotation, Storage, Transform,
-    ValueHeads,
+    AttentionPlan, Carriers, Codes, Gain, HeadSizes, Kept, LayerRecord, LinearPlan, ModelPlan, Producer, Report, ResidualStream,
+    Rotation, Scheme, Site, SitePlan, SpaceRotation, Transform, ValueHeads, *FORMAT_KINDS,
 )  # fmt: skip
 """What a plan is made of."""
 

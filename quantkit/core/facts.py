@@ -1,8 +1,8 @@
 """What an operand is but for the values in its tensors: sizes, formats, groups, and which steps its rewrite has.
 
 With these facts and the tensors, an operand can be written to a file and made again. :meth:`Facts.record` and
-:meth:`Facts.read` are the JSON of a layer in a checkpoint; :data:`TENSORS` are the names of its tensors there, and in the layers
-of a model.
+:meth:`Facts.read` are the JSON of a layer in a checkpoint; :data:`TENSORS` are the names of its tensors there, and in the
+layers of a model.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -174,6 +175,8 @@ class Quantized:
 
 
 Format = Quantized | Float
+FORMAT_KINDS: tuple[type, ...] = (Float, Quantized, Int, Storage, *get_args(Granularity))
+"""All kinds of values that a format is made of."""
 
 
 def groups_fault(groups: object, channels: int) -> str | None:

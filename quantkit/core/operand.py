@@ -92,7 +92,7 @@ class Operand:
         if (self.rewrite.outliers is None) != (self.outlier_weight is None):
             return "outlier channels and outlier_weight go together"
         rotation = self.rewrite.rotation
-        if rotation is not None and (k % rotation.block or any(size % rotation.block for size in groups)):
+        if rotation is not None and (k % rotation.block or any(size % rotation.block for size in self.input_groups)):
             return f"a rotation of {rotation.block} divides neither {k} channels nor groups of {groups}"
         return None
 
@@ -319,6 +319,17 @@ class Operand:
             outlier_weight=tensors.get("outlier_weight"),
             bias=tensors.get("bias"),
         )
+
+
+def weight_tensors(own: Quantized, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """The tensors of a weight, by their names in files and layers.
+
+    Args:
+        own: its format.
+        codes: ``[N, K]`` int8, one in a byte.
+        scale: ``[N, 1]`` float32; with groups ``[N, 1 + G]``, a base scale and multipliers.
+    """
+    return {"weight": own.storage.pack(codes), "weight_scale": scale}
 
 
 def empty_operand(

@@ -4,9 +4,9 @@ A linear computes ``y = x W^T + b``. A :class:`Transform` rewrites both sides so
 
     x' = R P ((x - shift) / scale)         W' = R P (W * scale)         b' = b + W shift
 
-with a permutation ``P`` and a block-diagonal orthogonal rotation ``R``, and takes the ``outliers`` channels
-out of ``x'`` and ``W'`` into a small side product in the model's own dtype. Calibrators return transforms, :mod:`quantkit.pipeline.fold`
-puts what it can into the producer of the site, and :class:`quantkit.W8A8Linear` runs what is left.
+with a permutation ``P`` and a block-diagonal orthogonal rotation ``R``, and takes the ``outliers`` channels out of ``x'`` and
+``W'`` into a small side product in the model's own dtype. Calibrators return transforms, :mod:`quantkit.pipeline.fold` puts
+what it can into the producer of the site, and :class:`quantkit.W8A8Linear` runs what is left.
 """
 
 from __future__ import annotations

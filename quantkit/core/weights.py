@@ -1,7 +1,7 @@
 """Weights to codes: where the grid of each row ends, and rounding to the nearest code on it.
 
-A row of a weight has one scale, its largest absolute value over ``qmax``. In groups of columns each group has a grid of its own,
-that of the row's loudest group divided into :func:`steps_of` steps: the scale of a step is the base scale of the row, and each
+A row of a weight has one scale, its largest absolute value over ``qmax``. In groups of columns each group has a grid of its
+own. The scale of the row's loudest group is divided into :func:`steps_of` steps: a step is the base scale of the row, and each
 group counts an odd number of steps, its multiplier (see :mod:`quantkit.core.groups`).
 """
 
@@ -90,8 +90,8 @@ def weight_grid(absmax: Tensor, bits: int = 8, steps: int = 1) -> tuple[Tensor, 
     """The grids of the rows of a weight, whose largest absolute values are ``absmax [N, G]`` in G groups of columns.
 
     Returns:
-        where each group's grid ends ``[N, G]``, and the scale: ``[N, 1]`` for one group, else ``[N, 1 + G]``, a base scale of which
-        the loudest group counts ``steps``, and odd multipliers. Rows of zeros keep the scale 1, as checkpoint formats expect.
+        where each group's grid ends ``[N, G]``, and the scale: ``[N, 1]`` for one group, else ``[N, 1 + G]``, a base scale of
+        which the loudest group counts ``steps``, and odd multipliers. Rows of zeros keep the scale 1, as files expect it.
     """
     largest = absmax.float().amax(1, keepdim=True)
     empty, scale = largest == 0, absmax_scale(largest, bits)

@@ -103,8 +103,8 @@ class AttentionQuantizer(nn.Module):
             ModelError: ``x`` has another number of heads, or of channels, than this quantizer was made for.
         """
         scheme, sizes = self.scheme, self.heads
-        format = format_of(scheme, what)
-        if not isinstance(format, Quantized):
+        rounding = format_of(scheme, what)
+        if not isinstance(rounding, Quantized):
             return x
         own, width = sizes.size(what)
         if count_heads(x) % own or x.shape[-1] != width:
@@ -116,7 +116,7 @@ class AttentionQuantizer(nn.Module):
         ends: Tensor | None = getattr(self, f"{what}_range", None)
         label = None if label is None else label.repeat_interleave(count_heads(x) // len(label), 0)
         ends = None if ends is None else ends.repeat_interleave(count_heads(x) // own, 1)
-        return through(round_heads, x, label, ends, self.clusters, format.number.bits, format.number.symmetric)
+        return through(round_heads, x, label, ends, self.clusters, rounding.number.bits, rounding.number.symmetric)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AttentionQuantizer:
         applied_but_float32(self, fn, self._buffers.keys())

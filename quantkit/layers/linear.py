@@ -1,7 +1,7 @@
 """The module that quantkit puts in place of linears. It holds one operand and lets the kernels run it.
 
-All arithmetic is elsewhere: :mod:`quantkit.core.operand` says what the product is, :mod:`quantkit.ops` computes it. This module is
-what PyTorch needs besides: buffers that move with the model and are saved with it, and a ``forward``.
+All arithmetic is elsewhere: :mod:`quantkit.core.operand` says what the product is, :mod:`quantkit.ops` computes it. This
+module is what PyTorch needs besides: buffers that move with the model and are saved with it, and a ``forward``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from quantkit.core.errors import MethodError
 from quantkit.core.facts import FLOAT32, TENSORS, Facts, check_exact
 from quantkit.core.formats import Format, Quantized, groups_fault
 from quantkit.core.numerics import absmax_scale, range_scale
-from quantkit.core.operand import Operand, empty_operand
+from quantkit.core.operand import Operand, empty_operand, weight_tensors
 from quantkit.core.scheme import Scheme
 from quantkit.core.transform import Transform
 from quantkit.model.modules import applied_but_float32, weight_of
@@ -27,9 +27,9 @@ from quantkit.ops.table import Prepared, forced
 class W8A8Linear(nn.Linear):
     """``y = x W^T + b`` with INT8 weights and INT8 activations.
 
-    The activation is rewritten by what could not be folded into its producer (usually nothing), quantized per token (or with the
-    static scale), multiplied exactly in int32, and rescaled in float32 to the dtype of ``x``. Where the scheme leaves activations
-    in floating point, the activation is multiplied by :meth:`dequantized_weight` in float32.
+    The activation is rewritten by what could not be folded into its producer (usually nothing), quantized per token (or with
+    the static scale), multiplied exactly in int32, and rescaled in float32 to the dtype of ``x``. Where the scheme leaves
+    activations in floating point, the activation is multiplied by :meth:`dequantized_weight` in float32.
 
     Args:
         in_features, out_features: K and N.
@@ -133,15 +133,14 @@ class W8A8Linear(nn.Linear):
         )
 
         def own(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-            """A copy: linears of one site get one transform, and formats without aliases (save_pretrained) refuse shared tensors."""
+            """A copy: linears of one site get one transform, and save_pretrained refuses tensors that are shared."""
             return None if tensor is None else tensor.to(like.device, dtype or tensor.dtype, copy=True)
 
         signs = None if leftover.rotation is None else leftover.rotation.signs
         tensors = {
-            "weight": own(scheme.weight.storage.pack(codes)),
-            "weight_scale": own(weight_scale, torch.float32),
+            **{name: own(t) for name, t in weight_tensors(scheme.weight, codes.to(torch.int8), weight_scale.float()).items()},
             "bias": own(bias, like.dtype),
-            **_static_input(scheme.input, input_range, max(1, len(facts.groups))),
+            **{name: own(t) for name, t in _static_input(scheme.input, input_range, max(1, len(facts.groups))).items()},
             # The side product sees channels before their scale, so its weight takes the scale back.
             "outlier_weight": None if leftover.outliers is None else own(outlier_weight, like.dtype),
             "outlier_index": own(leftover.outliers),
@@ -292,7 +291,7 @@ class W8A8Linear(nn.Linear):
 
 
 def _static_input(input_: Format, ends: tuple[Tensor, Tensor] | None, groups: int) -> dict[str, Tensor]:
-    """Scales and zero points of ``groups`` groups of an activation, where its format is static, from its least and largest values."""
+    """Scales and zero points of so many ``groups``, from least and largest values; nothing for a dynamic format."""
     if not isinstance(input_, Quantized) or not input_.is_static:
         return {}
     assert ends is not None

@@ -51,7 +51,9 @@ class PlainPrepared:
             product = (side.double() @ operand.outlier_weight.double().t()).float()
         sums = None if zero is None else self.sums
         if operand.groups:
-            multipliers = scale[:, 1:] if operand.input_groups else scale.new_ones(len(q), len(operand.groups))
+            multipliers, count = scale[:, 1:], len(operand.groups)
+            if not operand.input_groups:  # the groups are those of the weight alone
+                multipliers, zero = scale.new_ones(len(q), count), None if zero is None else zero.expand(*zero.shape[:-1], count)
             acc, zero = self.group_sum(q, multipliers, zero), None
         else:
             acc = self.matmul(q)
@@ -129,6 +131,8 @@ def other_than_bytes(operand: Operand) -> str | None:
 
 def other_than_w8a8(operand: Operand) -> str | None:
     """What of the formats of ``operand`` is no INT8, for backends that multiply INT8 by INT8; None if all of it is."""
+    if fault := other_than_bytes(operand):
+        return fault
     if isinstance(operand.input, Float):
         return "activations stay in floating point, and are multiplied as such"
     if operand.weight.number.bits != 8:

@@ -24,8 +24,8 @@ def quantize_rows(
             :func:`quantkit.core.groups.shares` of what they are multiplied by; none is one of all.
 
     Returns:
-        codes ``[M, K]`` int8, scale ``[M, 1]`` float32 (with groups ``[M, 1 + G]``, :func:`quantkit.core.groups.with_multipliers`), and zero
-        ``[M, 1]`` (``[M, G]``) int32 or None when symmetric.
+        codes ``[M, K]`` int8; scale ``[M, 1]`` float32, or base scale and multipliers ``[M, 1 + G]`` with groups; and zero
+        point ``[M, 1]`` (``[M, G]``) int32, or None when symmetric.
     """
     if not x.shape[1]:
         return x.to(torch.int8), x.new_ones(len(x), 1, dtype=torch.float32), None
@@ -59,8 +59,8 @@ def quantize_static(
     """Static codes of ``x [M, K]`` for ``scale [G]`` and ``zero [G]``, G clusters or one; values outside saturate.
 
     Returns:
-        codes ``[M, K]`` int8 and scale ``[M, 1]`` or, with groups, ``[M, 1 + G]`` float32 (:func:`quantkit.core.groups.with_multipliers`, of
-        which codes are), NaN for rows that are not finite.
+        codes ``[M, K]`` int8; and scale ``[M, 1]`` float32, or base scale and multipliers ``[M, 1 + G]`` with groups, whose
+        products the codes are rounded with. It is NaN for rows that are not finite.
     """
     finite = x.isfinite().all(dim=1, keepdim=True)
     if groups:

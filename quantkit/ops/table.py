@@ -1,9 +1,9 @@
 """Which backends there are, and which one runs an operand on a device.
 
-A *backend* runs products of :class:`~quantkit.core.operand.Operand` on some kind of device. It is asked three things: whether it
-can run an operand (:meth:`Backend.why_not`), whether it then computes in the operand's own formats or only simulates them
-(:meth:`Backend.why_simulated`), and to prepare an operand once, which gives something that runs (:class:`Prepared`). All backends
-give the results of :mod:`quantkit.ops.reference`.
+A *backend* runs products of :class:`~quantkit.core.operand.Operand` on some kind of device. It is asked three things: whether
+it can run an operand (:meth:`Backend.why_not`), whether it then computes in the operand's own formats or only simulates them
+(:meth:`Backend.why_simulated`), and to prepare an operand once, which gives something that runs (:class:`Prepared`). All
+backends give the results of :mod:`quantkit.ops.reference`.
 
 The first backend of the table that can run an operand runs it. Others can be registered, see :func:`register_backend`.
 """
@@ -48,7 +48,7 @@ class Backend(Protocol):
         """By which users ask for it."""
 
     def why_not(self, operand: Operand | None, device: torch.device) -> str | None:
-        """None if it runs ``operand`` on ``device``, else the reason in a few words. Without an operand: whether it runs any."""
+        """None if it runs ``operand`` on ``device``, else why not, in a few words. Without an operand: whether it runs any."""
 
     def why_simulated(self, operand: Operand) -> str | None:
         """None if it computes in the formats of ``operand``, else in a few words what it computes in."""
@@ -122,7 +122,7 @@ def choose(operand: Operand) -> Backend:
 
 
 def why_simulated(what: Operand | Scheme | str) -> str | None:
-    """None if some backend computes in the formats of an operand or a scheme, on whatever device; else what it computes instead.
+    """None if some backend computes in the formats of an operand or a scheme, on whatever device; else what it does instead.
 
     What no backend runs is a *simulation*: values are rounded as the formats say, but nothing gets smaller or faster. The
     reference backend does not count, since it saves nothing.

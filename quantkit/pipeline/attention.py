@@ -36,8 +36,8 @@ def decide_attention(
 ) -> dict[str, AttentionPlan]:
     """How the attention of these modules is rounded.
 
-    Ranges have to be those of the model that will run: folds change the values of attention, and rounding all that is before it.
-    So the model is converted for the time of one pass over the data, and put back, whatever happens.
+    Ranges have to be those of the model that will run: folds change the values of attention, and rounding all that is before
+    it. So the model is converted for the time of one pass over the data, and put back, whatever happens.
 
     Raises:
         CalibrationError: a module is not called, or a value is not finite.

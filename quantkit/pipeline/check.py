@@ -78,11 +78,7 @@ def check(model: Any, request: Request) -> None:
             f"scheme=None leaves the model in floating point, so there is nothing to round: drop {rounder}, or pass a scheme"
         )
     if scheme is not None and (reason := why_simulated(scheme)):
-        log.warning(
-            "scheme %s is a simulation: rounded as it says, but stored and computed with more bits, no smaller or faster (%s)",
-            scheme.name,
-            reason,
-        )
+        log.warning("scheme %s is a simulation: rounded as it says, but no kernel computes so (%s)", scheme.name, reason)
 
 
 def check_model(model: Any) -> None:

@@ -59,7 +59,7 @@ def check_fits(model: nn.Module, plan: ModelPlan) -> None:
             channels = weight_of(linears[name]).shape[1]
             if channels != site.site.channels:
                 raise ModelError(
-                    f"the plan is of another model: {name!r} has {site.site.channels} input features in the plan and {channels} here"
+                    f"the plan is of another model: {name!r} has {site.site.channels} input features there and {channels} here"
                 )
         producer = site.site.producer
         if producer is not None and producer.module not in modules:

@@ -38,7 +38,7 @@ class Data:
 
     @classmethod
     def of(cls, model: nn.Module, request: Request, calibration: Any, tokenizer: Any) -> Data:
-        """Raises CalibrationError for data of the wrong kind, none where some is needed, or a generator that is needed twice."""
+        """Raises CalibrationError for data of the wrong kind, for none where it is needed, or a generator needed twice."""
         kinds = [kind for c in request.calibrators for kind in c.statistics] + ([Range] if request.is_static else [])
         batches = calibration_batches(
             model, calibration, tokenizer=tokenizer, needed=bool(kinds), seed=request.seed, progress=request.progress

@@ -1,4 +1,4 @@
-"""Deciding: calibrators look at the sites one after the other, and what they answer becomes a plan. The model is only looked at."""
+"""Deciding: calibrators look at the sites one after the other, and their answers become a plan. No model is changed."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ log = logging.getLogger("quantkit")
 def prove(model: nn.Module, plan: ModelPlan, piece: Any) -> ModelPlan:
     """``plan`` with what is proven on a small batch: the folds, which must hold, and the orders of channels, which may.
 
-    Norms are written for the time of the proof, and everything else is played through hooks; afterwards the model is what it was.
+    Norms are written for the time of the proof, and everything else is played through hooks; afterwards the model is what it
+    was.
 
     Raises:
         EquivalenceError: folding would change the function of the model.

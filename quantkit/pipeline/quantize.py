@@ -87,7 +87,7 @@ def quantize(
 
 
 def decided(model: nn.Module, request: Request, calibration: Any, tokenizer: Any, undo: ExitStack) -> Decision:
-    """The whole plan for a model, whose spaces are rotated afterwards (``undo`` puts them back), and nothing else is changed."""
+    """The whole plan for a model. Its spaces are rotated afterwards, which ``undo`` puts back, and nothing else is changed."""
     linears = linears_to_choose_from(model, request)
     data = Data.of(model, request, calibration, tokenizer)
     heads = attention_to_round(model, request, data)

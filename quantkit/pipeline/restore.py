@@ -15,8 +15,8 @@ from quantkit.pipeline.check import BROKEN
 def as_it_was(model: nn.Module) -> Iterator[ExitStack]:
     """Gives a stack to which every change of the float model adds how to undo it. An error inside undoes all of them.
 
-    Not so once linears are on their way to INT8: then the model carries the mark :data:`~quantkit.pipeline.check.BROKEN`, and is
-    of no use any more.
+    Not so once linears are on their way to INT8: then the model carries the mark :data:`~quantkit.pipeline.check.BROKEN`, and
+    is of no use any more.
     """
     undo = ExitStack()
     try:

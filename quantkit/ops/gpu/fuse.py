@@ -1,13 +1,16 @@
 """Under ``torch.compile``: codes shared by the linears of one input, and made in the kernel of the norm or gate before them.
 
-A pass over the graph that Dynamo traces, installed with Inductor when the operators are. It looks for ``quantkit::quantize``
+This is a pass over the graph that Dynamo traces. It looks for ``quantkit::quantize``, and does two things:
 
-- to merge calls on the same tensor with the same arguments (q, k and v; gate and up),
-- to move a gate (``silu(a) * b``, ``gelu(a) * b``), an RMSNorm or a LayerNorm, with the residual sum in front of it, into the
+- calls on the same tensor with the same arguments are merged (q, k and v; gate and up);
+- a gate (``silu(a) * b``, ``gelu(a) * b``), an RMSNorm or a LayerNorm, with the residual sum in front of it, moves into the
   call that alone reads its result.
 
-What Inductor fuses itself would read a gate twice, and cannot hold a rotation. The fused kernel keeps float32 where separate
+What Inductor fuses by itself would read a gate twice, and cannot hold a rotation. The fused kernel keeps float32 where separate
 ones round to 16 bit in between.
+
+:func:`install` sets Inductor's ``pre_grad_custom_pass``, which is one for the whole process. It is called when the operators
+are imported, that is when a layer first runs on a GPU or in Triton's interpreter, and never by ``import quantkit``.
 """
 
 from __future__ import annotations

@@ -85,9 +85,9 @@ def test_order(groups: tuple[int, ...], form: str, dtype: torch.dtype) -> None:
     vectors: dict[str, Any] = {"pre_scale": torch.rand(k) + 0.1, "permutation": narrow(channels, k)}
     places = torch.arange(k)
     if len(groups) > 1:
-        _, clusters, places = places_of(groups, BLOCK, channels, torch.device("cpu"))
-        gathered = torch.full((16 * len(clusters),), -1).index_copy_(0, places, channels)
-        vectors |= {"permutation": narrow(gathered, k), "clusters": clusters, "shares": torch.rand(len(groups)) / 1000}
+        _, group_of, places = places_of(groups, BLOCK, channels, torch.device("cpu"))
+        gathered = torch.full((16 * len(group_of),), -1).index_copy_(0, places, channels)
+        vectors |= {"permutation": narrow(gathered, k), "clusters": group_of, "shares": torch.rand(len(groups)) / 1000}
     vectors |= {} if form == "alone" else {"gain": torch.rand(k).to(dtype)}
     vectors |= {"x2": y} if form == "residual" else {}
     q, scale, kept = quantize(x, **vectors)

@@ -60,7 +60,7 @@ def of_lines(x, group, c):
 
 @gluon.jit
 def shared(scale, shares, AXIS: gl.constexpr):
-    """groups.with_multipliers of scales of groups along AXIS: base scales and multipliers."""
+    """Base scales and multipliers along AXIS of what needs ``scale``; see :func:`quantkit.core.groups.with_multipliers`."""
     terms = scale * shares
     top = gl.expand_dims(gl.reduce(terms, AXIS, larger), AXIS)
     parts = gl.ceil(gl.div_rn(terms, gl.zeros_like(terms) + top) * FINE)  # whole numbers, at most 2**22 together

@@ -129,7 +129,7 @@ def put(Q, row, M, k, x, inverse, padded, EVEN: gl.constexpr):
 def order_kernel(X, X2, GAIN, PRE, PERM, GROUP, SHARES, Q, S, SUM, M, K, padded, stride_x, stride_2, eps, offset,
                  SOURCE: gl.constexpr, QMAX: gl.constexpr, GROUPS: gl.constexpr, COUNT: gl.constexpr, B: gl.constexpr,
                  EVEN: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
-    """Two rows of K channels at a time; see :func:`quantkit.ops.gpu.quantize.quantize` for the arguments.
+    """Two rows of K channels at a time; see :class:`.request.CodesRequest` for the arguments.
 
     What concerns whole rows, or groups of them, is worked out once for both: ``[GROUPS, 2]`` in the threads of each warp.
     """

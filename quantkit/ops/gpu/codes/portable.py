@@ -32,7 +32,7 @@ def _spread(values, group, GROUPS: tl.constexpr):
 
 @triton.jit
 def _shared(scale, SHARES, COUNT: tl.constexpr, GROUPS: tl.constexpr):
-    """groups.with_multipliers: base and multipliers ``[GROUPS]``."""
+    """Base scale and multipliers ``[GROUPS]`` of what needs ``scale``; see :func:`quantkit.core.groups.with_multipliers`."""
     g = tl.arange(0, GROUPS)
     terms = scale * tl.load(SHARES + g, mask=g < COUNT, other=0.0)
     top = tl.max(terms, 0)
@@ -63,7 +63,7 @@ def _magnitude(x, GROUPS: tl.constexpr):
 @triton.jit
 def _symmetric(x, group, SHARES, QMAX: tl.constexpr, COUNT: tl.constexpr, GROUPS: tl.constexpr):
     """Codes and scale of rows ``x [R, B]`` float32, padded with 0: numerics.encode and absmax_scale, bit for bit. With groups
-    the scale is a base, and multipliers come third."""
+    the scale is a base scale, and multipliers come third."""
     top, finite = _magnitude(x, GROUPS)
     absmax = tl.where(finite, top, 0).to(tl.float32, bitcast=True)
     if GROUPS > 1:
@@ -82,7 +82,7 @@ def _symmetric(x, group, SHARES, QMAX: tl.constexpr, COUNT: tl.constexpr, GROUPS
 @triton.jit
 def _asymmetric(x, group, SHARES, QMAX: tl.constexpr, COUNT: tl.constexpr, GROUPS: tl.constexpr):
     """Codes, scale and zero of rows ``x [R, B]``, padded with 0: numerics.encode_asymmetric and range_scale. With groups the
-    scale is a base, and multipliers come third."""
+    scale is a base scale, and multipliers come third."""
     _, finite = _magnitude(x, GROUPS)
     x = tl.where(finite[:, None], x, 0.0)
     low, high = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
@@ -141,7 +141,7 @@ def quantize_kernel(
     SOURCE: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ROTATION: tl.constexpr, SIDES: tl.constexpr,
     GROUPS: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, B: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """R rows of K channels, in tiles of ``[R, B]``; see :func:`quantize` for the arguments.
+    """R rows of K channels, in tiles of ``[R, B]``; see :class:`.request.CodesRequest` for the arguments.
 
     With groups, R is 1, and the row is worked on as ``[B / 16, 16]`` from where ranges are looked for.
     """

@@ -98,7 +98,7 @@ def rows_kernel(X, X2, GAIN, BIAS, PRE, PERM, MATRIX, GROUP, SHARES, Q, S, SUM, 
                 SOURCE: gl.constexpr, QMAX: gl.constexpr, ROTATION: gl.constexpr, GROUPS: gl.constexpr, COUNT: gl.constexpr,
                 L: gl.constexpr, B: gl.constexpr, EVEN: gl.constexpr, AHEAD: gl.constexpr, RING: gl.constexpr,
                 ROUNDED: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
-    """Rows of K channels, one at a time; see :func:`quantkit.ops.gpu.quantize.quantize` for the arguments.
+    """Rows of K channels, one at a time; see :class:`.request.CodesRequest` for the arguments.
 
     AHEAD fetches the next row of this program while this one is worked on, and keeps the vectors for all of them. RING > 0
     fetches so many rows into shared memory, for want of registers. With ROUNDED a gate is rounded to the dtype of x before a
