@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
+import quantkit
+from quantkit import PerSite, Plan, Range, Stage, W8A8Linear
 from quantkit.model.modules import tensors_in
 
 VOCAB, WIDTH = 64, 32
@@ -102,3 +106,51 @@ def assert_same(got: Any, wanted: Any, where: str = "") -> None:
             assert_same(*pair, f"{where}[{i}]")
     else:
         assert got == wanted, f"{where}: {got!r} for {wanted!r}"
+
+
+def quantized(model: nn.Module, method: Any = "smoothquant", **options: Any) -> Any:
+    options.setdefault("calibration", [normal(2, 9, 16)] if not hasattr(model, "config") else [tokens()])
+    return quantkit.quantize(model, method, progress=False, **options)
+
+
+def int8(model: nn.Module) -> set[str]:
+    return {name for name, m in model.named_modules() if isinstance(m, W8A8Linear)}
+
+
+@contextmanager
+def refused(model: nn.Module, error: type[BaseException], *words: str) -> Iterator[None]:
+    """The call inside raises exactly ``error``, its message holds all ``words``, and the model is as it was."""
+    before = state(model)
+    with pytest.raises(error) as caught:
+        yield
+    assert caught.type is error
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert_same(state(model), before)
+
+
+class Fixed:
+    """A calibrator that says what it is told."""
+
+    name, statistics = "fixed", (Range,)
+
+    def __init__(self, stage: Stage = Stage.SCALE, **plan: Any) -> None:
+        self.stage, self.answer = stage, Plan(**plan)
+
+    def plan(self, view: Any) -> Plan:
+        return self.answer
+
+
+class FixedRotate(Fixed):
+    name = "rotate"
+
+
+class Odd(PerSite):
+    """A calibrator that does one thing wrong."""
+
+    name, stage, statistics = "odd", Stage.SCALE, ()
+
+    def __init__(self, does: Any) -> None:
+        self.does = does
+
+    def plan_site(self, site: Any) -> Any:
+        return self.does(site)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from quantkit.core.errors import SchemeError
+
 OLD_ARGUMENTS = (
     "weight_bits",
     "activation_bits",
@@ -35,13 +37,19 @@ class OldArguments(type):
             DeprecationWarning,
             stacklevel=2,
         )
-        return _translated(cls, **given)
+        try:
+            return _translated(cls, **given)
+        except SchemeError as error:
+            said = ", ".join(f"{name}={value!r}" for name, value in given.items())
+            raise SchemeError(f"Scheme({said}): {error}") from None
 
 
 def _translated(  # as many parameters as there once were arguments
     scheme: Any, weight_bits: int = 8, activation_bits: int = 8, weights: str = "channel", activations: str = "token",
     symmetric: bool = True, kv_bits: int = 16, attention_bits: int = 16, norm_bits: int | None = None,
 ) -> Any:  # fmt: skip
+    if not all(type(bits) is int for bits in (weight_bits, activation_bits, kv_bits, attention_bits, norm_bits or 8)):
+        raise SchemeError("bits are whole numbers from 2 to 8")
     parts = [f"w{weight_bits}a{activation_bits}"]
     parts += {"token": [], "tensor": ["static"]}.get(activations, [f"activations={activations!r}"])
     parts += [] if symmetric else ["asym"]

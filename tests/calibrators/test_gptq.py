@@ -28,6 +28,7 @@ from quantkit import (
 )
 from quantkit.calibrators.gptq import dampings, inverse_factor, round_columns
 from quantkit.calibrators.noise import CLIPS, best_clip
+from quantkit.core.formats import Int, PerChannel, PerTensor, Quantized
 from quantkit.core.numerics import absmax_scale, decode, encode, qmax
 from quantkit.core.scheme import Scheme
 from quantkit.core.weights import quantize_weight
@@ -290,7 +291,7 @@ def test_best_clip(seed: int, bits: int, per_tensor: bool) -> None:
     """Of all shares tried, none has less error, the whole row included; with one scale for all rows they agree."""
     random = torch.Generator().manual_seed(seed)
     weight, size = torch.randn(6, 30, generator=random) ** 3, torch.rand(30, generator=random)
-    scheme = Scheme(weight_bits=bits, weights="tensor" if per_tensor else "channel")
+    scheme = Scheme(Quantized(Int(bits), PerTensor() if per_tensor else PerChannel()))
 
     def error(clip: Tensor) -> Tensor:
         codes, scale = quantize_weight(weight, bits, per_tensor=per_tensor, clip=clip)

@@ -39,7 +39,8 @@ from quantkit.core.groups import shares, with_multipliers
 from quantkit.core.numerics import MAX_EXACT_K, MAX_EXACT_K_ASYMMETRIC
 from quantkit.core.weights import quantize_weight, steps_of
 from quantkit.discovery.equivalence import outputs_of, relative_error
-from quantkit.ops import reference, use_backend
+from quantkit.ops import reference
+from quantkit.ops.table import use_backend
 
 SCHEMES = ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym"]
 

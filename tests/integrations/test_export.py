@@ -183,13 +183,13 @@ def test_the_arithmetic_of_engines(scheme: str, tmp_path: Path) -> None:
 def fake_quant(x: Tensor, t: dict[str, Tensor], scheme: Scheme) -> Tensor:
     """Integer by integer, by the rules of quantkit/numerics.py: symmetric codes end at -127."""
     scale, zero = t.get("input_scale"), t.get("input_zero_point", x.new_zeros(1))
-    if scale is None and scheme.symmetric:
+    if scale is None and scheme.input.number.symmetric:
         scale = x.abs().amax(-1, keepdim=True) / 127
     elif scale is None:
         least, most = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
         scale = (most - least) / 255
         zero = torch.round(-128 - least / scale)
-    q = (torch.round(x * (1 / scale)) + zero).clamp(-127 if scheme.symmetric else -128, 127)
+    q = (torch.round(x * (1 / scale)) + zero).clamp(-127 if scheme.input.number.symmetric else -128, 127)
     y = scale * t["weight_scale"].view(1, -1) * (q @ t["weight"].t() - zero * t["weight"].sum(1))
     return y if "bias" not in t else y + t["bias"]
 
@@ -198,7 +198,7 @@ def as_compressed_tensors(x: Tensor, t: dict[str, Tensor], scheme: Scheme) -> Te
     """The same by the rules of that package: 127.5 steps to the largest magnitude of a token, and all codes down to -128."""
     scale, zero = t.get("input_scale"), t.get("input_zero_point", x.new_zeros(1))
     least, most = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
-    if scale is None and scheme.symmetric:
+    if scale is None and scheme.input.number.symmetric:
         scale = torch.maximum(-least, most) / 127.5
     elif scale is None:
         scale = (most - least) / 255
