@@ -32,7 +32,8 @@ KERNELS = ("ops", "gpu")
 """The folder in which large files and functions with many arguments need no reason."""
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
-"""What is larger than this says why, in its docstring: ``One file because ...`` or ``One function because ...``."""
+"""What is larger than this says why: ``One file because ...`` in its docstring, or ``One function because ...`` in its docstring or
+a comment on its first lines."""
 
 
 @dataclass(frozen=True, order=True)
@@ -179,8 +180,14 @@ class _Reader(ast.NodeVisitor):
         self.aliases: dict[str, str] = {}
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
+        self.lines = text.splitlines()
         self.file = File(module, len(text.splitlines()), "One file because" in (ast.get_docstring(tree) or ""))
         self.visit(tree)
+
+    def _reason(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        """Whether a function says why it is one: in its docstring, or in a comment before its first statement after that."""
+        first = next((s for s in node.body if not isinstance(s, ast.Expr)), node.body[-1])
+        return "One function because" in "\n".join(self.lines[node.lineno - 1 : first.lineno])
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
@@ -248,7 +255,7 @@ class _Reader(ast.NodeVisitor):
                 ".".join(self.names),
                 (node.end_lineno or node.lineno) - node.lineno + 1,
                 len([name for name in parameters if name not in ("self", "cls")]),
-                "One function because" in (ast.get_docstring(node) or ""),
+                self._reason(node),
             )
         )
         before, self.when = self.when, self.when or "in a function"

@@ -22,12 +22,12 @@ FLOAT_BITS = "16"
 class Scheme(metaclass=OldArguments):
     """How weights, activations and attention are represented.
 
-    Weights are symmetric, with one scale for each output channel (:class:`~quantkit.core.formats.PerChannel`), with one for each
-    group of its input channels (:class:`~quantkit.core.formats.PerGroup`), or with one in all
-    (:class:`~quantkit.core.formats.PerTensor`, the naive baseline). All activations that are quantized agree on two things. They
-    have a scale for each token, found at run time (:class:`~quantkit.core.formats.PerToken`), or one for everything, fixed at
-    calibration (:class:`~quantkit.core.formats.PerTensor`, *static*); and they have a zero point or not. In attention a scale is
-    one of each head (and of each cluster of its channels) besides.
+    Weights are symmetric, with one scale for each output channel (:class:`~quantkit.core.formats.PerChannel`), with one for
+    each group of its input channels (:class:`~quantkit.core.formats.PerGroup`), or with one in all
+    (:class:`~quantkit.core.formats.PerTensor`, the naive baseline). All activations that are quantized agree on two things.
+    They have a scale for each token, found at run time (:class:`~quantkit.core.formats.PerToken`), or one for everything,
+    fixed at calibration (:class:`~quantkit.core.formats.PerTensor`, *static*); and they have a zero point or not. In
+    attention a scale is one of each head (and of each cluster of its channels) besides.
 
     Attributes:
         weight: of the weights of linears.

@@ -115,13 +115,18 @@ def export(
         if generation is not None:
             generation.save_pretrained(folder)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
-        total = sum(entry.nbytes for entry in entries)
-        written = write_shards(entries, folder, shard_bytes, alone=WEIGHTS)
-        if len(written) > 1:
-            places = {name: file for file, names in written.items() for name in names}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-            (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        _write_tensors(entries, folder, shard_bytes)
     return target
+
+
+def _write_tensors(entries: list[Entry], folder: Path, shard_bytes: int) -> None:
+    """The tensors, and an index if they take more than one file."""
+    total = sum(entry.nbytes for entry in entries)
+    written = write_shards(entries, folder, shard_bytes, alone=WEIGHTS)
+    if len(written) > 1:
+        places = {name: file for file, names in written.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _is_export(folder: Path) -> bool:
