@@ -1,6 +1,6 @@
 """Modules of earlier versions, which can be imported from their old places for one more version.
 
-The folder ``quantkit/_old`` holds a file for each of them, and is on the search path of the package. Such a file has no names of
+The folder ``quantkit/_old`` holds a file for each of them, and the package looks there as well. Such a file has no names of
 its own: it looks for whatever is asked of it in the modules that took its place, and warns.
 """
 
