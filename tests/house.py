@@ -24,9 +24,10 @@ from statistics import median
 
 ORDER = (
     "_version", "core", "model", "ops", "layers", "discovery", "calibration", "calibrators", "pipeline", "checkpoint",
-    "integrations", "evaluation", "__init__", "cli", "__main__",
+    "integrations", "evaluation", "_old", "__init__", "cli", "__main__",
 )  # fmt: skip
-"""From the ground up: a room may import the rooms before it. The two with one line each are the version and ``python -m``."""
+"""From the ground up: a room may import the rooms before it. ``_old`` holds the names of modules that
+have moved; the two with one line each are the version and ``python -m``."""
 
 KERNELS = ("ops", "gpu")
 """The folder in which large files and functions with many arguments need no reason."""
