@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,11 @@ import transformers
 from torch import Tensor, nn
 
 import quantkit
-from quantkit import PerSite, Plan, Range, Stage, W8A8Linear
+from quantkit import PerSite, Plan, Range, Scheme, Stage, W8A8Linear
+from quantkit.core.facts import Facts
+from quantkit.core.formats import PerTensor, Quantized
+from quantkit.core.operand import Operand
+from quantkit.core.weights import quantize_weight
 from quantkit.model.modules import tensors_in
 
 VOCAB, WIDTH = 64, 32
@@ -154,3 +159,78 @@ class Odd(PerSite):
 
     def plan_site(self, site: Any) -> Any:
         return self.does(site)
+
+
+# ---- operands
+
+
+def clusters(k: int) -> tuple[int, ...]:
+    """Three runs of channels at borders where a rotation may have them, or what there is room for."""
+    block = math.gcd(k, 64)
+    sizes = (block, (k // block - 1) // 2 * block)
+    return tuple(size for size in (*sizes, k - sum(sizes)) if size)
+
+
+def hostile(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of every size, ties of rounding, zeros, subnormals, values near overflow, NaN and infinities."""
+    x = torch.randn(m, k) * torch.logspace(-4, 4, max(m, 1))[:m, None]
+    rows = [
+        torch.zeros(k), torch.full((k,), 1e-44), torch.arange(k) % 255 - 127.0, torch.full((k,), 3e38), torch.full((k,), -5.0),
+        torch.full((k,), math.nan), torch.ones(k).index_fill(0, torch.tensor(k - 1), math.inf),
+        torch.ones(k).index_fill(0, torch.tensor(0), -math.inf), (torch.arange(k) % 127) / 2, torch.full((k,), -0.0),
+        torch.full((k,), 3e38).index_fill(0, torch.tensor(0), -3e38),
+    ]  # fmt: skip
+    for i, row in enumerate(rows[: max(m - 2, 0)]):
+        x[1 + i] = row
+    return x.to(dtype)
+
+
+def near(got: Tensor, wanted: Tensor, what: str) -> None:
+    """Row by row: as NaN, or off by no more than a code that rounds the other way here and there."""
+    assert_same(got.isfinite().all(-1), wanted.isfinite().all(-1), what)
+    for one, other in zip(got.float(), wanted.float(), strict=True):
+        if other.isfinite().all():
+            assert (one - other).norm() <= 0.02 * other.norm() + 1e-30, what
+
+
+def operand(
+    k: int,
+    n: int,
+    scheme: str = "w8a8",
+    steps: tuple[str, ...] = (),
+    *,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Operand:
+    """An operand with random values, made without any module; ``steps`` are ``groups`` and what a rewrite consists of."""
+    random = torch.Generator().manual_seed(seed)
+    own, groups = Scheme.parse(scheme), clusters(k) if "groups" in steps else ()
+    weight = torch.randn(n, k, generator=random) * torch.logspace(-2, 2, n)[:, None]
+    codes, scale = quantize_weight(
+        weight, own.weight.number.bits, per_tensor=own.weight.granularity == PerTensor(), groups=groups
+    )
+    groups = groups if len(groups) > 1 else ()
+    order, outliers = torch.randperm(k, generator=random), torch.randperm(k, generator=random)[: max(1, k // 20)]
+    if "outliers" in steps:
+        codes[:, outliers if "permutation" not in steps else order.argsort()[outliers]] = 0
+    values = {
+        "bias": torch.randn(n, generator=random).to(dtype) if bias else None,
+        "shift": torch.randn(k, generator=random),
+        "pre_scale": torch.rand(k, generator=random) + 0.5,
+        "permutation": order,
+        "rotation_signs": torch.randint(0, 2, (k,), generator=random) * 2.0 - 1,
+        "outlier_index": outliers,
+        "outlier_weight": torch.randn(n, len(outliers), generator=random).to(dtype),
+    }
+    names = {"rotation": ["rotation_signs"], "outliers": ["outlier_index", "outlier_weight"]}
+    given = {name for step in steps for name in names.get(step, [step])} | {"bias"}
+    tensors = {name: value if name in given else None for name, value in values.items()}
+    if isinstance(own.input, Quantized) and own.input.is_static:
+        count = max(1, len(groups))
+        tensors["input_scale"] = torch.rand(count, generator=random) * 0.02 + 0.01
+        if not own.input.number.symmetric:
+            tensors["input_zero_point"] = torch.randint(-20, 20, (count,), dtype=torch.int32, generator=random)
+    block = math.gcd(k, 64) if "rotation" in steps else None
+    facts = Facts(k, n, own, groups, block, 6.0 if "threshold" in steps else None)
+    return Operand.of(facts, {"weight": codes, "weight_scale": scale[:, : 1 + len(groups)], **tensors})

@@ -88,8 +88,13 @@ class Operand:
                 return f"{name} is {list(tensor.shape)}, not {list(shape)}"
         if bool(groups) != (self.multipliers is not None):
             return f"groups {groups} and multipliers go together"
+        if self.input_groups not in ((), groups):
+            return f"the input has groups {self.input_groups}, which are not those of the weight, {groups}"
         if self.is_static != (self.input_scale is not None):
             return "a static input has an input_scale, and no other has one"
+        symmetric = isinstance(self.input, Float) or self.input.number.symmetric
+        if (self.is_static and not symmetric) != (self.input_zero_point is not None):
+            return "a static, asymmetric input has a zero point, and no other has one"
         if (self.rewrite.outliers is None) != (self.outlier_weight is None):
             return "outlier channels and outlier_weight go together"
         rotation = self.rewrite.rotation

@@ -136,6 +136,8 @@ class Rewrite:
             gradient = gradient if self.rotation.signs is None else gradient * self.rotation.signs
         if self.permutation is not None:
             gradient = gradient.index_select(1, self.permutation.argsort())
+        if self.outliers is not None:
+            gradient = gradient.index_fill(1, self.outliers, 0.0)  # a rotation has brought something back to them
         return gradient if self.pre_scale is None else gradient * self.pre_scale
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_same
+from helpers import assert_same, clusters, hostile, near
 from torch import Tensor, nn
 
 import quantkit
@@ -64,13 +64,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     library.cache_clear()
 
 
-def clusters(k: int) -> tuple[int, ...]:
-    """Three runs of channels at borders where a rotation may have them, or what there is room for."""
-    block = math.gcd(k, 64)
-    sizes = (block, (k // block - 1) // 2 * block)
-    return tuple(size for size in (*sizes, k - sum(sizes)) if size)
-
-
 def transform(k: int, *steps: str) -> Transform:
     values = {
         "shift": torch.randn(k),
@@ -109,20 +102,6 @@ def layer(
     )  # fmt: skip
 
 
-def hostile(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of every size, ties of rounding, zeros, subnormals, values near overflow, NaN and infinities."""
-    x = torch.randn(m, k) * torch.logspace(-4, 4, max(m, 1))[:m, None]
-    rows = [
-        torch.zeros(k), torch.full((k,), 1e-44), torch.arange(k) % 255 - 127.0, torch.full((k,), 3e38), torch.full((k,), -5.0),
-        torch.full((k,), math.nan), torch.ones(k).index_fill(0, torch.tensor(k - 1), math.inf),
-        torch.ones(k).index_fill(0, torch.tensor(0), -math.inf), (torch.arange(k) % 127) / 2, torch.full((k,), -0.0),
-        torch.full((k,), 3e38).index_fill(0, torch.tensor(0), -3e38),
-    ]  # fmt: skip
-    for i, row in enumerate(rows[: max(m - 2, 0)]):
-        x[1 + i] = row
-    return x.to(dtype)
-
-
 def check(module: W8A8Linear, x: Tensor) -> Tensor:
     got = module(x)
     with use_backend("reference"):
@@ -138,14 +117,6 @@ def check(module: W8A8Linear, x: Tensor) -> Tensor:
     else:
         assert_same(got, wanted, what)
     return got
-
-
-def near(got: Tensor, wanted: Tensor, what: str) -> None:
-    """Row by row: as NaN, or off by no more than a code that rounds the other way here and there."""
-    assert_same(got.isfinite().all(-1), wanted.isfinite().all(-1), what)
-    for one, other in zip(got.float(), wanted.float(), strict=True):
-        if other.isfinite().all():
-            assert (one - other).norm() <= 0.02 * other.norm() + 1e-30, what
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler here")
