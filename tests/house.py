@@ -33,7 +33,7 @@ KERNELS = ("ops", "gpu")
 """The folder in which large files and functions with many arguments need no reason."""
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
-"""What is larger than this says why: ``One file because ...`` in its docstring, ``One function because ...`` in its docstring or
+"""What is larger than this says why: ``One file because ...`` in its docstring, or ``One function because ...`` in its own or
 in a comment on its first lines."""
 
 
