@@ -74,6 +74,7 @@ __all__ = [
 ]  # fmt: skip
 
 _LISTENERS.append(_prepare_for_saving)
+__path__.append(f"{__path__[0]}/_old")  # modules that have moved since the last version
 
 
 def __getattr__(name: str) -> object:

@@ -24,15 +24,17 @@ from statistics import median
 
 ORDER = (
     "_version", "core", "model", "ops", "layers", "discovery", "calibration", "calibrators", "pipeline", "checkpoint",
-    "integrations", "evaluation", "__init__", "cli", "__main__",
+    "integrations", "evaluation", "_old", "__init__", "cli", "__main__",
 )  # fmt: skip
-"""From the ground up: a room may import the rooms before it. The two with one line each are the version and ``python -m``."""
+"""From the ground up: a room may import the rooms before it. ``_old`` holds the names of modules that
+have moved; the two with one line each are the version and ``python -m``."""
 
 KERNELS = ("ops", "gpu")
 """The folder in which large files and functions with many arguments need no reason."""
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
-"""What is larger than this says why, in its docstring: ``One file because ...`` or ``One function because ...``."""
+"""What is larger than this says why: ``One file because ...`` in its docstring, or ``One function because ...`` in its own or
+in a comment on its first lines."""
 
 
 @dataclass(frozen=True, order=True)
@@ -179,8 +181,14 @@ class _Reader(ast.NodeVisitor):
         self.aliases: dict[str, str] = {}
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
+        self.lines = text.splitlines()
         self.file = File(module, len(text.splitlines()), "One file because" in (ast.get_docstring(tree) or ""))
         self.visit(tree)
+
+    def _reason(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        """Whether a function says why it is one: in its docstring, or in a comment before its first statement after that."""
+        first = next((s for s in node.body if not isinstance(s, ast.Expr)), node.body[-1])
+        return "One function because" in "\n".join(self.lines[node.lineno - 1 : first.lineno])
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
@@ -248,7 +256,7 @@ class _Reader(ast.NodeVisitor):
                 ".".join(self.names),
                 (node.end_lineno or node.lineno) - node.lineno + 1,
                 len([name for name in parameters if name not in ("self", "cls")]),
-                "One function because" in (ast.get_docstring(node) or ""),
+                self._reason(node),
             )
         )
         before, self.when = self.when, self.when or "in a function"

@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
 
 class Gated(nn.Module):
-    """Attention whose output is gated channel by channel: what is in front of the last linear does not turn."""
+    """Attention whose output is gated channel by channel: what is in front of the last linear does not rotate."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -89,7 +89,7 @@ class Rotate:
         heads = find_heads(view.model, batch, found.sites) if self.heads else []
         if stream is None:
             if not heads:
-                raise MethodError("no value projection was found whose heads turn; leave Rotate out")
+                raise MethodError("no value projection was found whose heads rotate; leave Rotate out")
             return Plan(rotate=SpaceRotation(None, tuple(heads), self.seed))
         block = stream.width if isinstance(self.block, str) else _nearest_divisor(stream.width, self.block)
         order = None if block == stream.width else _order(view.model, whole, stream, found.kept.keys())

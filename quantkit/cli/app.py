@@ -100,6 +100,7 @@ def quantize(
     Linear layers become INT8; embeddings, output heads, routers and tied weights stay in floating point. Outlier scales are
     folded into the layers before them wherever a probe proves that this is safe.
     """
+    # One function because a command has a parameter for each of its options.
     how: dict[str, Any] = {
         "method": method or "smoothquant", "scheme": scheme, "seed": seed, "ignore": ignore or [], "targets": targets,
     }  # fmt: skip

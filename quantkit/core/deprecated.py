@@ -44,10 +44,11 @@ class OldArguments(type):
             raise SchemeError(f"Scheme({said}): {error}") from None
 
 
-def _translated(  # as many parameters as there once were arguments
+def _translated(
     scheme: Any, weight_bits: int = 8, activation_bits: int = 8, weights: str = "channel", activations: str = "token",
     symmetric: bool = True, kv_bits: int = 16, attention_bits: int = 16, norm_bits: int | None = None,
 ) -> Any:  # fmt: skip
+    """One function because it has the parameters that there once were."""
     if not all(type(bits) is int for bits in (weight_bits, activation_bits, kv_bits, attention_bits, norm_bits or 8)):
         raise SchemeError("bits are whole numbers from 2 to 8")
     parts = [f"w{weight_bits}a{activation_bits}"]

@@ -18,7 +18,7 @@ from quantkit.core.scheme import Scheme
 
 OPTIONAL = ("pre_scale", "shift", "permutation", "rotation_signs", "outlier_index", "outlier_weight")
 """Names, in files and layers, of the tensors that an operand may have or not whatever its formats are."""
-TENSORS = ("weight", "weight_scale", "bias", "input_scale", "input_zero_point", *OPTIONAL)
+TENSORS = ("weight", "weight_scale", "weight_multipliers", "bias", "input_scale", "input_zero_point", *OPTIONAL)
 """Names, in files and layers, of all tensors of an operand."""
 FLOAT32 = frozenset(TENSORS) - {"bias", "outlier_weight"}
 """Those that are float32 (or whole numbers) whatever the dtype of the model is."""

@@ -5,8 +5,8 @@ independent facts:
 
 - the *number* that stands for a value: :class:`Int`, with some bits, with or without a zero point;
 - the *granularity*, which says which elements share a scale: the whole tensor (:class:`PerTensor`), each token of an activation
-  (:class:`PerToken`), or each output channel of a weight (:class:`PerChannel`);
-- the *storage* of the codes, :class:`Storage`: one in a byte.
+  (:class:`PerToken`), or each output channel of a weight (:class:`PerChannel`, :class:`PerGroup`);
+- the *storage* of the codes, :class:`Storage`: one in a byte, or two.
 
 Any of the granularities may be refined by *groups*: consecutive input channels that have a scale of their own. The scales of
 the groups of a row (or of a token) are whole multiples of one *base scale*, so that sums over all channels stay exact integers;
@@ -106,7 +106,24 @@ class PerChannel:
     groups: tuple[int, ...] = ()
 
 
-Granularity = PerTensor | PerToken | PerChannel
+@dataclass(frozen=True)
+class PerGroup:
+    """A scale for each row of a weight and each ``size`` consecutive input channels; the last group may be shorter.
+
+    The scale is one float32 for the row times a small whole number for the group, its multiplier, which is an int8.
+
+    Raises:
+        SchemeError: size is no whole number above 0.
+    """
+
+    size: int = 128
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+            raise SchemeError(f"PerGroup(size={self.size!r}): a group has a whole number of channels, such as 128")
+
+
+Granularity = PerTensor | PerToken | PerChannel | PerGroup
 
 
 class Storage(Enum):
@@ -114,23 +131,32 @@ class Storage(Enum):
 
     BYTES = "int8"
     """One code in a byte, int8."""
+    NIBBLES = "int4x2"
+    """Two codes of up to 4 bits in a byte, uint8, in two's complement: the first, third, ... channel in the low half of a byte,
+    the channel behind it in the high half. A row of an odd number of channels ends with half a byte of 0."""
 
     def width(self, channels: int) -> int:
         """Bytes in a row of ``channels`` codes."""
-        return channels
+        return channels if self is Storage.BYTES else -(-channels // 2)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the stored bytes."""
-        return torch.int8
+        return torch.int8 if self is Storage.BYTES else torch.uint8
 
     def pack(self, codes: Tensor) -> Tensor:
         """Codes ``[..., K]`` int8 as they are stored, ``[..., width(K)]``."""
-        return codes
+        if self is Storage.BYTES:
+            return codes
+        even = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2)).view(torch.uint8)
+        return even[..., 0::2] & 15 | even[..., 1::2] << 4
 
     def unpack(self, stored: Tensor, channels: int) -> Tensor:
         """The codes ``[..., K]`` int8 of what is stored."""
-        return stored
+        if self is Storage.BYTES:
+            return stored
+        signed = stored.view(torch.int8)
+        return torch.stack([signed << 4 >> 4, signed >> 4], -1).flatten(-2)[..., :channels]  # shifts of int8 keep the sign
 
 
 @dataclass(frozen=True)
@@ -141,11 +167,18 @@ class Quantized:
         number: what a code is.
         granularity: which elements share a scale.
         storage: how codes lie in memory.
+
+    Raises:
+        SchemeError: the storage has no room for the number.
     """
 
     number: Int = Int()
     granularity: Granularity = PerChannel()
     storage: Storage = Storage.BYTES
+
+    def __post_init__(self) -> None:
+        if self.storage is Storage.NIBBLES and self.number.bits > 4:
+            raise SchemeError(f"{self.number} does not fit two in a byte, which takes codes of up to 4 bits")
 
     @property
     def is_static(self) -> bool:
@@ -154,7 +187,10 @@ class Quantized:
 
     def groups(self, channels: int) -> tuple[int, ...]:
         """Sizes of the groups of ``channels`` input channels, in order; empty where all of them share a scale."""
-        return self.granularity.groups
+        if not isinstance(self.granularity, PerGroup):
+            return self.granularity.groups
+        whole, rest = divmod(channels, self.granularity.size)
+        return (self.granularity.size,) * whole + ((rest,) if rest else ())
 
     def in_groups(self, groups: tuple[int, ...]) -> Quantized:
         """This format with scales of their own for groups of these sizes; an empty tuple changes nothing.
@@ -164,13 +200,15 @@ class Quantized:
         """
         if not groups:
             return self
-        if self.granularity.groups:
+        if isinstance(self.granularity, PerGroup) or self.granularity.groups:
             raise SchemeError(f"{self.granularity} has groups of its own, and cannot be divided into {len(groups)} others")
         return replace(self, granularity=replace(self.granularity, groups=groups))
 
     @property
     def without_groups(self) -> Quantized:
-        """This format with one scale where it has one for each group."""
+        """This format without groups of sizes that were given one by one; those of :class:`PerGroup` belong to it."""
+        if isinstance(self.granularity, PerGroup):
+            return self
         return replace(self, granularity=replace(self.granularity, groups=()))
 
 

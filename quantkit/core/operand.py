@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quantkit.core.errors import MethodError
 from quantkit.core.facts import Facts, check_exact
-from quantkit.core.formats import Float, Format, Quantized, groups_fault
+from quantkit.core.formats import Float, Format, PerGroup, Quantized, groups_fault
 from quantkit.core.groups import shares
 from quantkit.core.rewrite import Rewrite
 from quantkit.core.rotation import Rotation
@@ -37,7 +37,8 @@ class Operand:
         scale: ``[N, 1]`` float32, the base scale of each row.
         weight: format of the weight.
         input: format of the activation; :class:`Float` leaves it as it is, and multiplies it by what the codes stand for.
-        multipliers: ``[N, G]`` odd whole numbers as float32, where the format of the weight has groups; else None.
+        multipliers: ``[N, G]`` whole numbers, where the format of the weight has groups; else None. They are odd and float32
+            if the input has the same groups, and int8 if only the weight has.
         input_scale: ``[1]``, or ``[G]`` where the format of the input has groups, float32; None unless it is static.
         input_zero_point: the same as int32; None unless it is static and asymmetric.
         rewrite: what is done to the activation before it is quantized.
@@ -162,6 +163,12 @@ class Operand:
         """Raises MethodError where sums over groups, times their multipliers, may leave int32. Looks at all codes."""
         if self.multipliers is None or isinstance(self.input, Float):
             return
+        if not self.input_groups:
+            sums = torch.stack([part.abs().sum(1, dtype=torch.int64) for part in self.codes.split(self.groups, 1)], 1)
+            most = int((sums * self.multipliers.long()).sum(1).amax()) if len(sums) else 0
+            if most * self.input.number.reach >= 2**31:
+                raise MethodError(f"codes in groups of {self.groups} and their multipliers add up to more than int32 holds")
+            return
         if bool(shares(self.codes, self.weight_scale, self.groups, self.input.number.symmetric).isnan().any()):
             raise MethodError(f"codes in groups of {self.groups} and their multipliers add up to more than int32 holds")
 
@@ -209,34 +216,21 @@ class Operand:
         Raises:
             MethodError: channels change places with others outside, or the borders cut through a rotation or a group.
         """
-        k, rewrite = self.in_features, self.rewrite
-        if not 0 <= start < stop <= k:
-            raise MethodError(f"columns({start}, {stop}): there are input features from 0 to {k}")
-        if rewrite.permutation is not None:
-            inside = rewrite.permutation[start:stop]
-            if bool(((inside < start) | (inside >= stop)).any()):
-                raise MethodError(
-                    f"columns({start}, {stop}): a permutation brings channels from outside, so they cannot be cut out"
-                )
-        block = 1 if rewrite.rotation is None else rewrite.rotation.block
-        if start % block or stop % block:
-            raise MethodError(f"columns({start}, {stop}): this cuts through a rotation of blocks of {block} channels")
-
-        def some(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[start:stop]
-
-        kept = slice(None)
-        weight, input_ = self.weight, self.input
+        if not 0 <= start < stop <= self.in_features:
+            raise MethodError(f"columns({start}, {stop}): there are input features from 0 to {self.in_features}")
+        weight, input_, kept = self.weight, self.input, slice(None)
         if self.groups:
             kept, sizes = _groups_between(self.groups, start, stop)
-            weight = weight.without_groups.in_groups(sizes)
+            if not isinstance(weight.granularity, PerGroup):
+                weight = weight.without_groups.in_groups(sizes)
+            elif start % weight.granularity.size:
+                raise MethodError(f"columns({start}, {stop}): this cuts through a group of {weight.granularity.size} channels")
             if self.input_groups and isinstance(input_, Quantized):
                 input_ = input_.without_groups.in_groups(sizes)
-        outliers, among = rewrite.outliers, None
-        if outliers is not None:
-            among = (outliers >= start) & (outliers < stop)
-            outliers = outliers[among] - start
-        rotation = rewrite.rotation
+        of_input = kept if self.input_groups else slice(None)
+        outliers, side = self.rewrite.outliers, self.outlier_weight
+        if outliers is not None and side is not None:
+            side = side[:, (outliers >= start) & (outliers < stop)]
         return Operand(
             in_features=stop - start,
             stored=weight.storage.pack(self.codes[:, start:stop]),
@@ -244,21 +238,10 @@ class Operand:
             weight=weight,
             input=input_,
             multipliers=None if self.multipliers is None else self.multipliers[:, kept],
-            input_scale=self.input_scale[kept] if self.input_groups and self.input_scale is not None else self.input_scale,
-            input_zero_point=(
-                self.input_zero_point[kept]
-                if self.input_groups and self.input_zero_point is not None
-                else self.input_zero_point
-            ),
-            rewrite=Rewrite(
-                shift=some(rewrite.shift),
-                outliers=outliers,
-                pre_scale=some(rewrite.pre_scale),
-                permutation=None if rewrite.permutation is None else rewrite.permutation[start:stop] - start,
-                rotation=None if rotation is None else Rotation(rotation.block, some(rotation.signs)),
-                threshold=rewrite.threshold,
-            ),
-            outlier_weight=None if self.outlier_weight is None else self.outlier_weight[:, among],
+            input_scale=None if self.input_scale is None else self.input_scale[of_input],
+            input_zero_point=None if self.input_zero_point is None else self.input_zero_point[of_input],
+            rewrite=self.rewrite.columns(start, stop),
+            outlier_weight=side,
         )
 
     # ---- files and layers
@@ -271,7 +254,7 @@ class Operand:
             self.in_features,
             self.out_features,
             self.scheme,
-            self.groups,
+            () if isinstance(self.weight.granularity, PerGroup) else self.groups,
             None if rotation is None else rotation.block,
             self.rewrite.threshold,
         )
@@ -281,7 +264,7 @@ class Operand:
         rewrite = self.rewrite
         found = {
             "weight": self.stored,
-            "weight_scale": self.weight_scale,
+            **_scale_tensors(self.weight, self.weight_scale),
             "bias": self.bias,
             "input_scale": self.input_scale,
             "input_zero_point": self.input_zero_point,
@@ -310,7 +293,7 @@ class Operand:
             scale=scale[:, :1],
             weight=weight.in_groups(groups),
             input=input_.in_groups(groups) if isinstance(input_, Quantized) else input_,
-            multipliers=scale[:, 1:] if groups else None,
+            multipliers=scale[:, 1:] if groups else tensors.get("weight_multipliers"),
             input_scale=tensors.get("input_scale"),
             input_zero_point=tensors.get("input_zero_point"),
             rewrite=Rewrite(
@@ -334,7 +317,13 @@ def weight_tensors(own: Quantized, codes: Tensor, scale: Tensor) -> dict[str, Te
         codes: ``[N, K]`` int8, one in a byte.
         scale: ``[N, 1]`` float32; with groups ``[N, 1 + G]``, a base scale and multipliers.
     """
-    return {"weight": own.storage.pack(codes), "weight_scale": scale}
+    return {"weight": own.storage.pack(codes), **_scale_tensors(own, scale)}
+
+
+def _scale_tensors(own: Quantized, scale: Tensor) -> dict[str, Tensor]:
+    if not isinstance(own.granularity, PerGroup):
+        return {"weight_scale": scale}
+    return {"weight_scale": scale[:, :1].contiguous(), "weight_multipliers": scale[:, 1:].to(torch.int8)}
 
 
 def empty_operand(
@@ -361,7 +350,9 @@ def empty_operand(
     static = isinstance(input_, Quantized) and input_.is_static
     zero = static and isinstance(input_, Quantized) and not input_.number.symmetric
     where: dict[str, Any] = {"device": device}
+    apart = len(facts.scheme.weight.groups(k)) if isinstance(facts.scheme.weight.granularity, PerGroup) else 0
     tensors: dict[str, Tensor | None] = {
+        "weight_multipliers": torch.ones(n, apart, dtype=torch.int8, **where) if apart else None,
         "weight": torch.zeros(n, storage.width(k), dtype=storage.dtype, **where),
         "weight_scale": torch.ones(n, 1 + g, dtype=torch.float32, **where),
         "bias": torch.zeros(n, dtype=dtype, **where) if bias else None,
@@ -391,87 +382,3 @@ def _groups_between(groups: tuple[int, ...], start: int, stop: int) -> tuple[sli
         at += size
     assert first is not None
     return slice(first, first + len(sizes)), tuple(sizes)
-
-
-def joined(operands: Sequence[Operand]) -> Operand:
-    """One product in place of several that read the same activation: their output features, one after the other.
-
-    So q, k and v become one. It has a bias if any of them has one.
-
-    Raises:
-        MethodError: they differ in what is done to the activation, or in their formats.
-    """
-    first = operands[0]
-    for other in operands[1:]:
-        if difference := input_difference(first, other):
-            raise MethodError(f"operands cannot be joined: they differ in {difference}")
-    biases = [o.scale.new_zeros(o.out_features) if o.bias is None else o.bias for o in operands]
-
-    def below(name: str) -> Tensor | None:
-        parts = [getattr(o, name) for o in operands]
-        return None if parts[0] is None else torch.cat(parts)
-
-    stored, scale = below("stored"), below("scale")
-    assert stored is not None
-    assert scale is not None
-    return replace(
-        first,
-        stored=stored,
-        scale=scale,
-        multipliers=below("multipliers"),
-        outlier_weight=below("outlier_weight"),
-        bias=None if all(o.bias is None for o in operands) else torch.cat(biases),
-    )
-
-
-def input_difference(one: Operand, other: Operand) -> str | None:
-    """In what two operands differ as to formats and the treatment of the activation; None if in nothing."""
-    for name in ("weight", "input"):
-        if getattr(one, name) != getattr(other, name):
-            return name
-    pairs = {f"input {name}": (getattr(one, name), getattr(other, name)) for name in ("input_scale", "input_zero_point")}
-    pairs |= {f.name: (getattr(one.rewrite, f.name), getattr(other.rewrite, f.name)) for f in fields(Rewrite)}
-    return next((name for name, pair in pairs.items() if not _same(*pair)), None)
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, Rotation) and isinstance(other, Rotation):
-        return one.block == other.block and _same(one.signs, other.signs)
-    return type(one) is type(other) and bool(one == other)
-
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """Operands of one shape and one format, such as the experts of a layer, in tensors ``[E, ...]``.
-
-    Attributes:
-        facts: of each of them.
-        tensors: by the names of :data:`TENSORS`, each with a first dimension of E.
-    """
-
-    facts: Facts
-    tensors: Mapping[str, Tensor]
-
-    @classmethod
-    def of(cls, operands: Sequence[Operand]) -> Stack:
-        """Copies of ``operands`` on top of each other.
-
-        Raises:
-            MethodError: they differ in shape or formats, or there is none.
-        """
-        if not operands:
-            raise MethodError("there is no operand to stack")
-        facts, tensors = operands[0].facts, [operand.tensors() for operand in operands]
-        for operand, own in zip(operands, tensors, strict=True):
-            if operand.facts != facts or {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors[0].items()}:
-                raise MethodError(f"operands cannot be stacked: {operand.facts} is not {facts}, or its tensors are others")
-        return cls(facts, {name: torch.stack([own[name] for own in tensors]) for name in tensors[0]})
-
-    def __len__(self) -> int:
-        return len(self.tensors["weight"])
-
-    def __getitem__(self, index: int) -> Operand:
-        """One of them, as a view."""
-        return Operand.of(self.facts, {name: tensor[index] for name, tensor in self.tensors.items()})

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from quantkit.core.errors import MethodError
 from quantkit.core.rotation import Rotation
 
 
@@ -98,6 +99,32 @@ class Rewrite:
         if torch.compiler.is_compiling():
             return torch.ops.quantkit.rotate(x.float(), self.rotation.block, self.rotation.signs)
         return self.rotation.apply(x.float())
+
+    def columns(self, start: int, stop: int) -> Rewrite:
+        """The same of the channels from ``start`` up to ``stop`` only.
+
+        Raises:
+            MethodError: the order brings channels from outside, or the borders cut through a rotation.
+        """
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[start:stop]
+
+        order, outliers, rotation = some(self.permutation), self.outliers, self.rotation
+        if order is not None and bool(((order < start) | (order >= stop)).any()):
+            raise MethodError(
+                f"columns({start}, {stop}): a permutation brings channels from outside, so they cannot be cut out"
+            )
+        if rotation is not None and (start % rotation.block or stop % rotation.block):
+            raise MethodError(f"columns({start}, {stop}): this cuts through a rotation of blocks of {rotation.block} channels")
+        return Rewrite(
+            shift=some(self.shift),
+            outliers=None if outliers is None else outliers[(outliers >= start) & (outliers < stop)] - start,
+            pre_scale=some(self.pre_scale),
+            permutation=None if order is None else order - start,
+            rotation=None if rotation is None else Rotation(rotation.block, some(rotation.signs)),
+            threshold=self.threshold,
+        )
 
     def transposed(self, gradient: Tensor) -> Tensor:
         """The gradient of the input, ``[M, K]`` float32, from that of :meth:`apply`'s first result.

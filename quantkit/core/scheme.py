@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from quantkit.core.deprecated import OldArguments, old_attribute
 from quantkit.core.errors import SchemeError
-from quantkit.core.formats import Float, Format, Int, PerChannel, PerTensor, PerToken, Quantized
+from quantkit.core.formats import Float, Format, Int, PerChannel, PerGroup, PerTensor, PerToken, Quantized, Storage
 
-NAME = re.compile(r"w(\d)a(\d|16)(-static)?(-asym)?(-pertensor)?(?:-norm(\d|16))?(?:-kv(\d))?(?:-attention(\d))?")
+NAME = re.compile(r"w(\d)a(\d|16)(?:-g(\d+))?(-static)?(-asym)?(-pertensor)?(?:-norm(\d|16))?(?:-kv(\d))?(?:-attention(\d))?")
 FLOAT_BITS = "16"
 """How a name says that a tensor is left in floating point, in whatever dtype it has."""
 
@@ -22,11 +22,12 @@ FLOAT_BITS = "16"
 class Scheme(metaclass=OldArguments):
     """How weights, activations and attention are represented.
 
-    Weights are symmetric, with one scale for each output channel (:class:`~quantkit.core.formats.PerChannel`), or with one in
-    all (:class:`~quantkit.core.formats.PerTensor`, the naive baseline). All activations that are quantized agree on two things:
-    they have a scale for each token, found at run time (:class:`~quantkit.core.formats.PerToken`), or one for everything, fixed
-    at calibration (:class:`~quantkit.core.formats.PerTensor`, *static*); and they have a zero point or not. In attention a
-    scale is one of each head (and of each cluster of its channels) besides.
+    Weights are symmetric, with one scale for each output channel (:class:`~quantkit.core.formats.PerChannel`), with one for
+    each group of its input channels (:class:`~quantkit.core.formats.PerGroup`), or with one in all
+    (:class:`~quantkit.core.formats.PerTensor`, the naive baseline). All activations that are quantized agree on two things.
+    They have a scale for each token, found at run time (:class:`~quantkit.core.formats.PerToken`), or one for everything,
+    fixed at calibration (:class:`~quantkit.core.formats.PerTensor`, *static*); and they have a zero point or not. In
+    attention a scale is one of each head (and of each cluster of its channels) besides.
 
     Attributes:
         weight: of the weights of linears.
@@ -55,7 +56,7 @@ class Scheme(metaclass=OldArguments):
             missing = value is None and name == "norm_input"
             if not missing and not isinstance(value, (Quantized, Float)):
                 raise SchemeError(f"Scheme({name}={value!r}): use a Quantized(...) or Float() of quantkit.core.formats")
-            if isinstance(value, Quantized) and isinstance(value.granularity, PerChannel):
+            if isinstance(value, Quantized) and isinstance(value.granularity, (PerChannel, PerGroup)):
                 raise SchemeError(
                     f"Scheme({name}={value!r}): activations have scales PerToken() (dynamic) or PerTensor() (static)"
                 )
@@ -92,6 +93,8 @@ class Scheme(metaclass=OldArguments):
         """Short name that :meth:`parse` reads back, such as ``w8a8`` or ``w4a8-static-asym-kv4``."""
         activations = self._activations
         parts = [f"w{self.weight.number.bits}a{_bits(self.input)}"]
+        grouped = self.weight.granularity
+        parts += [f"g{grouped.size}"] if isinstance(grouped, PerGroup) else []
         parts += ["static"] if self.is_static else []
         parts += ["asym"] if any(not f.number.symmetric for f in activations) else []
         parts += ["pertensor"] if isinstance(self.weight.granularity, PerTensor) else []
@@ -104,9 +107,10 @@ class Scheme(metaclass=OldArguments):
     def parse(cls, scheme: str | Scheme) -> Scheme:
         """A :class:`Scheme` from itself or from a name.
 
-        A name is ``wXaY[-static][-asym][-pertensor][-normB][-kvB][-attentionB]``: bits from 2 to 8 of weights and of what
+        A name is ``wXaY[-gN][-static][-asym][-pertensor][-normB][-kvB][-attentionB]``: bits from 2 to 8 of weights and of what
         linears read, of what norms write, of keys and values, and of queries. With 16 bits, what linears read stays in floating
-        point.
+        point. With ``-gN`` a weight has a scale for each N of its input channels, and codes of up to 4 bits are stored two in a
+        byte.
 
         Raises:
             SchemeError: it is no such name, or the formats that it names make no scheme.
@@ -120,7 +124,7 @@ class Scheme(metaclass=OldArguments):
                 "'w8a8-asym', 'w8a8-static', 'w8a8-static-asym', 'w4a8', 'w6a6', 'w4a16' (weights only), 'w4a16-kv4', "
                 "'w4a4-static-asym-norm8-kv4-attention4'; None leaves the model in floating point"
             )
-        weight, activation, static, asymmetric, per_tensor, norm, kv, attention = match.groups()
+        weight, activation, group, static, asymmetric, per_tensor, norm, kv, attention = match.groups()
 
         def activations(bits: str | None) -> Format:
             if bits is None or bits == FLOAT_BITS:
@@ -129,7 +133,7 @@ class Scheme(metaclass=OldArguments):
 
         try:
             made = cls(
-                Quantized(Int(int(weight)), PerTensor() if per_tensor else PerChannel()),
+                _weights(int(weight), group, bool(per_tensor)),
                 activations(activation),
                 None if norm is None else activations(norm),
                 activations(kv),
@@ -146,6 +150,14 @@ class Scheme(metaclass=OldArguments):
 
     def __getattr__(self, name: str) -> object:
         return old_attribute(self, name)
+
+
+def _weights(bits: int, group: str | None, per_tensor: bool) -> Quantized:
+    if group is None:
+        return Quantized(Int(bits), PerTensor() if per_tensor else PerChannel())
+    if per_tensor:
+        raise SchemeError("a scale for each group and one scale for the whole weight exclude each other")
+    return Quantized(Int(bits), PerGroup(int(group)), Storage.NIBBLES if bits <= 4 else Storage.BYTES)
 
 
 def _bits(format: Format) -> str:

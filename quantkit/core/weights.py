@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.core.formats import Int, PerChannel, PerTensor, Quantized
+from quantkit.core.formats import Int, PerChannel, PerGroup, PerTensor, Quantized
 from quantkit.core.groups import PIECE, group_scales
 from quantkit.core.numerics import ABSMAX_FLOOR, absmax_scale, divided, encode, qmax
 
@@ -70,7 +70,34 @@ def grid_of(absmax: Tensor, format: Quantized, channels: int) -> tuple[Tensor, T
     Returns:
         where each group's grid ends ``[N, G]`` float32, and the scale, ``[N, 1]`` or base scale and multipliers ``[N, 1 + G]``.
     """
-    return weight_grid(absmax, format.number.bits, steps_of(channels, format.number.bits))
+    bits = format.number.bits
+    if isinstance(format.granularity, PerGroup):
+        return group_grid(absmax, bits, most_multiplier(channels, bits))
+    return weight_grid(absmax, bits, steps_of(channels, bits))
+
+
+def most_multiplier(channels: int, bits: int) -> int:
+    """The largest multiplier with which no sum over ``channels`` products of such codes with INT8 codes can leave int32."""
+    return max(1, min(127, (2**31 - 1) // (255 * qmax(bits) * max(channels, 1))))
+
+
+def group_grid(absmax: Tensor, bits: int, most: int) -> tuple[Tensor, Tensor]:
+    """The grids of rows whose groups of columns reach ``absmax [N, G]``, with multipliers from 1 to ``most``.
+
+    The scale of a row's loudest group is ``most`` times the base scale of the row, and the others count the next whole number
+    above what they need, so that no value is clipped.
+
+    Returns:
+        where each group's grid ends ``[N, G]``, and base scale and multipliers ``[N, 1 + G]`` float32.
+    """
+    largest = absmax.float().amax(1, keepdim=True)
+    empty = largest == 0
+    base = divided(absmax_scale(largest, bits), most)
+    base = torch.where(empty, torch.ones_like(base), base)
+    share = absmax / largest.clamp_min(ABSMAX_FLOOR) * most
+    multipliers = torch.where(empty, torch.ones_like(share), torch.ceil(share).clamp(1, most))
+    scale = torch.cat([base, multipliers], 1)
+    return group_scales(scale) * qmax(bits), scale
 
 
 def steps_of(channels: int, bits: int) -> int:

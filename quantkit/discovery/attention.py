@@ -62,7 +62,7 @@ def find_attention(model: nn.Module, batch: Any) -> dict[str, HeadSizes]:
             why = heads.fault or "its calls differ in size"
             raise ModelError(
                 f"attention of {name or type(model).__name__!r} cannot be quantized: {why} (query {list(query.shape)}, key "
-                f"{list(key.shape)}, value {list(value.shape)}); leave out kv_bits and attention_bits"
+                f"{list(key.shape)}, value {list(value.shape)}); leave out -kv and -attention in the scheme"
             )
         # Different heads may hold equal values in one call by chance, and then count as copies; a later call tells them apart.
         found[name] = replace(heads, keys=math.lcm(known.keys, heads.keys))
@@ -73,6 +73,6 @@ def find_attention(model: nn.Module, batch: Any) -> dict[str, HeadSizes]:
         raise ModelError(
             f"{type(model).__name__} makes no call of torch.nn.functional.scaled_dot_product_attention that could be seen, so "
             "its attention cannot be quantized: load a transformers model with attn_implementation='sdpa', call that function "
-            "in a module of your own, or leave out kv_bits and attention_bits"
+            "in a module of your own, or leave out -kv and -attention in the scheme"
         )
     return found

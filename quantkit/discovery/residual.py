@@ -158,7 +158,7 @@ class _Search:
         if shape[1] == self.width and self.probe.rotated(before, after, name, self.rotation):
             return True
         raise MethodError(
-            f"the input of {name!r} does not turn with the stream of {self.width} channels: something on the way to it "
+            f"the input of {name!r} does not rotate with the stream of {self.width} channels: something on the way to it "
             "works on single channels, or writes to the stream and is no linear and no embedding"
         )
 

@@ -45,7 +45,8 @@ def parts_of(scheme: Scheme) -> list[str]:
 class AttentionQuantizer(nn.Module):
     """Is called in place of ``scaled_dot_product_attention``, and rounds what that reads.
 
-    A scheme with ``kv_bits`` rounds keys and values; one with ``attention_bits`` rounds queries and, to 8 bits, probabilities.
+    A scheme that quantizes ``kv`` rounds keys and values; one that quantizes ``queries`` rounds these and, to 8 bits,
+    probabilities.
     A static scheme has one scale for each head and cluster of channels, fixed in calibration. A dynamic one has a scale for
     each token in each of these.
 

@@ -37,8 +37,8 @@ class AttentionCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.multi_head_attention_forward:
             raise ModelError(
-                "nn.MultiheadAttention keeps its attention to itself, so that it cannot be quantized: leave out kv_bits and "
-                "attention_bits"
+                "nn.MultiheadAttention keeps its attention to itself, so that it cannot be quantized: leave out -kv and "
+                "-attention in the scheme"
             )
         if func is not F.scaled_dot_product_attention or getattr(self.answering, "now", False):
             return func(*args, **(kwargs or {}))

@@ -45,7 +45,8 @@ class W8A8Linear(nn.Linear):
         groups: as given; never a single one.
 
     Buffers:
-        weight: ``[N, K]`` int8. weight_scale: ``[N, 1]`` float32; with groups ``[N, 1 + G]``, a base scale and multipliers.
+        weight: ``[N, K]`` int8, or as the storage of the weight's format has it. weight_scale: ``[N, 1]`` float32; with groups
+            ``[N, 1 + G]``, a base scale and multipliers. weight_multipliers: ``[N, G]`` int8 where only the weight has groups.
         bias: ``[N]`` float or None.
         input_scale, input_zero_point: ``[1]`` (``[G]``) float32 and int32, static schemes only.
         pre_scale: ``[K]`` float32 or None, ``1 / s`` of a scale that no producer could take.
@@ -59,6 +60,7 @@ class W8A8Linear(nn.Linear):
 
     weight: Tensor
     weight_scale: Tensor
+    weight_multipliers: Tensor | None
     bias: Tensor | None  # type: ignore[assignment]
     input_scale: Tensor | None
     input_zero_point: Tensor | None

@@ -53,7 +53,10 @@ class PlainPrepared:
         if operand.groups:
             multipliers, count = scale[:, 1:], len(operand.groups)
             if not operand.input_groups:  # the groups are those of the weight alone
-                multipliers, zero = scale.new_ones(len(q), count), None if zero is None else zero.expand(*zero.shape[:-1], count)
+                multipliers, zero = (
+                    scale.new_ones(len(q), count),
+                    None if zero is None else zero.expand(*zero.shape[:-1], count),
+                )
             acc, zero = self.group_sum(q, multipliers, zero), None
         else:
             acc = self.matmul(q)

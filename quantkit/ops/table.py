@@ -124,8 +124,8 @@ def choose(operand: Operand) -> Backend:
 def why_simulated(what: Operand | Scheme | str) -> str | None:
     """None if some backend computes in the formats of an operand or a scheme, on whatever device; else what it does instead.
 
-    What no backend runs is a *simulation*: values are rounded as the formats say, but nothing gets smaller or faster. The
-    reference backend does not count, since it saves nothing.
+    What no backend runs is a *simulation*: values are rounded as the formats say, and nothing gets faster. The reference does not
+    count, since it only defines what the others compute.
 
     Raises:
         SchemeError: a name of no scheme.

@@ -106,7 +106,7 @@ def _ask(
     calibrators = [c for c in request.calibrators if c.stage != Stage.MODEL]
     codes: dict[str, Codes] = {}
     notes: dict[str, dict[str, Any]] = {
-        view.name: {"turned": view.rotated_space} if view.rotated_space else {} for view in views
+        view.name: {"rotated space": view.rotated_space} if view.rotated_space else {} for view in views
     }
     for index, calibrator in enumerate(calibrators):
         for view in views:

@@ -40,6 +40,8 @@ def plan(
 ) -> ModelPlan:
     """Everything that :func:`quantkit.quantize` would decide about ``model``, which stays as it is.
 
+    One function because its parameters are the choices that a user has.
+
     Takes the same arguments. ``quantkit.convert(model, plan)`` carries the plan out, now or another day, on this model or on
     another copy of it; see also :func:`quantkit.save_plan`.
 

@@ -57,6 +57,8 @@ def quantize(
 ) -> M:
     """Quantize the linears of ``model`` to INT8 weights and INT8 activations, in place.
 
+    One function because its parameters are the choices that a user has.
+
     Args:
         model: any module with its weights in memory; ``nn.Linear`` and transformers' ``Conv1D`` are replaced by
             :class:`quantkit.W8A8Linear`. Output heads, routers and tied weights stay in floating point.

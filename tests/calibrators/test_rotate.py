@@ -1,4 +1,4 @@
-"""Rotate: the function stays, the weights turn, and a model that does not turn is refused and left as it was."""
+"""Rotate: the function stays, the weights rotate, and a model that does not rotate is refused and left as it was."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def test_hadamard_takes_what_is_left() -> None:
             assert layer.notes["block"] == 8
         elif layer.kind == "int8":
             assert layer.at_run_time == []
-            assert layer.notes["turned"] == ("heads of 8" if name.endswith("o_proj") else "residual stream")
+            assert layer.notes["rotated space"] == ("heads of 8" if name.endswith("o_proj") else "residual stream")
 
 
 def test_head_that_is_untied_stays_in_floating_point() -> None:

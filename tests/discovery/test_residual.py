@@ -49,9 +49,9 @@ class Reads(NanoGPT):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("a parameter writes", "does not turn with the stream"),
-        ("a gain on the stream", "does not turn with the stream|no linear adds"),
-        ("clamped", "does not turn with the stream"),
+        ("a parameter writes", "does not rotate with the stream"),
+        ("a gain on the stream", "does not rotate with the stream|no linear adds"),
+        ("clamped", "does not rotate with the stream"),
         ("an output", "an output of the model reads the stream"),
     ],
 )

@@ -440,7 +440,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, list[str]]] = {
     "no attention": (mlp, normal(1, 3, 16), ["MLP makes no call", "sdpa", "scaled_dot_product_attention"]),
     "eager": (lambda: llama(attn_implementation="eager"), tokens(), ["attn_implementation='sdpa'"]),
     "different calls": (Twice, normal(1, 3, 8), ["'Twice'", "differ in size", "[1, 3, 8]"]),
-    "hidden": (Hidden, normal(1, 3, 8), ["nn.MultiheadAttention", "leave out kv_bits"]),
+    "hidden": (Hidden, normal(1, 3, 8), ["nn.MultiheadAttention", "leave out -kv"]),
 }
 
 

@@ -92,15 +92,11 @@ def export(
         raise ModelError(f"format={format!r} is not known: use {METHOD!r}")
     if outliers not in ("refuse", "drop") or rewrites not in ("refuse", "undo"):
         raise ModelError(f"outliers={outliers!r}, rewrites={rewrites!r}: use 'refuse', or 'drop' and 'undo'")
-    target, extra = Path(path), []
+    target, extra = Path(path), list[Path]()
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _is_export(target))):
         raise CheckpointError(f"{target} exists and is no export of quantkit's: choose an empty or a new folder")
     if not isinstance(model, nn.Module):
-        source = Path(model)
-        if source.resolve() == target.resolve():
-            raise CheckpointError(f"{target} is the checkpoint itself: choose another folder")
-        model = load(source)
-        extra = [inside(source, f.name, RECORD_FILE) for f in sorted(source.iterdir()) if f.is_file() and _is_text(f)]
+        model, extra = _opened(Path(model), target)
     record = report(model)
     biased = _check(model, record, outliers == "drop", rewrites == "undo")
     config, generation = _configuration(model, record), getattr(model, "generation_config", None)
@@ -115,13 +111,26 @@ def export(
         if generation is not None:
             generation.save_pretrained(folder)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
-        total = sum(entry.nbytes for entry in entries)
-        written = write_shards(entries, folder, shard_bytes, alone=WEIGHTS)
-        if len(written) > 1:
-            places = {name: file for file, names in written.items() for name in names}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-            (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        _write_tensors(entries, folder, shard_bytes)
     return target
+
+
+def _write_tensors(entries: list[Entry], folder: Path, shard_bytes: int) -> None:
+    """The tensors, and an index if they take more than one file."""
+    total = sum(entry.nbytes for entry in entries)
+    written = write_shards(entries, folder, shard_bytes, alone=WEIGHTS)
+    if len(written) > 1:
+        places = {name: file for file, names in written.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _opened(source: Path, target: Path) -> tuple[nn.Module, list[Path]]:
+    """The model of a checkpoint, and the files beside it that go along."""
+    if source.resolve() == target.resolve():
+        raise CheckpointError(f"{target} is the checkpoint itself: choose another folder")
+    model = load(source)
+    return model, [inside(source, f.name, RECORD_FILE) for f in sorted(source.iterdir()) if f.is_file() and _is_text(f)]
 
 
 def _is_export(folder: Path) -> bool:

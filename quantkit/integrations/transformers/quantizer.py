@@ -97,6 +97,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
+        # One function because these are the keys of a quantization_config.
         unknown.pop("quant_method", None)
         if unknown:
             log.warning("QuantKitConfig: %s not known to this quantkit, and left alone", ", ".join(unknown))

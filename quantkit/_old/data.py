@@ -1,0 +1,5 @@
+"""``quantkit.data`` of version 0.1."""
+
+from quantkit.core.moved import moved
+
+__getattr__ = moved("quantkit.data", "quantkit.calibration.data")

@@ -1,0 +1,5 @@
+"""``quantkit.evaluate`` of version 0.1."""
+
+from quantkit.core.moved import moved
+
+__getattr__ = moved("quantkit.evaluate", "quantkit.evaluation.perplexity")
