@@ -61,6 +61,13 @@ def check_fits(model: nn.Module, plan: ModelPlan) -> None:
                 raise ModelError(
                     f"the plan is of another model: {name!r} has {site.site.channels} input features there and {channels} here"
                 )
+        for name, own in site.linears.items():
+            rows = len(weight_of(linears[name]))
+            given = [t for t in (None if own.codes is None else own.codes.codes, own.clip) if t is not None]
+            if any(len(tensor) != rows for tensor in given):
+                raise ModelError(
+                    f"the plan is of another model: {name!r} has {len(given[0])} output features there and {rows} here"
+                )
         producer = site.site.producer
         if producer is not None and producer.module not in modules:
             raise ModelError(f"the plan is of another model: it folds into {producer.module!r}, which this model does not have")

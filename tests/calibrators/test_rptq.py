@@ -538,7 +538,7 @@ def test_a_rotation_may_not_mix_clusters() -> None:
     assert (ours[0].rotation_block, ours[0].groups) == (16, (16, 16))
     with torch.no_grad():
         assert relative_error([model(x)], [ours(x)]) < 0.03
-    with pytest.raises(MethodError, match="rotation of 16 would mix clusters of 12, 20"):
+    with pytest.raises(MethodError, match="rotation of 16 would mix groups of 12, 20"):
         quantized(model, [Uneven(), Hadamard(16)], x)
 
 
@@ -585,7 +585,7 @@ def test_nothing_happens_to_a_model_that_stays_float() -> None:
 
 
 @given(data=st.data())
-def test_segments_against_int64(data: st.DataObject) -> None:
+def test_groups_against_int64(data: st.DataObject) -> None:
     m, n, g = (data.draw(st.integers(1, 4)) for _ in range(3))
     groups = tuple(data.draw(st.lists(st.integers(1, 9), min_size=g, max_size=g)))
     k, random = sum(groups), torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
@@ -599,9 +599,9 @@ def test_segments_against_int64(data: st.DataObject) -> None:
         parts = [acc if zeros is None else acc - zeros[:, i : i + 1] * sums[i] for i, acc in enumerate(accs)]
         wanted = sum(part * tokens[:, i : i + 1] * rows[:, i] for i, part in enumerate(parts))
         assert wanted.abs().max() < 2**31
-        got = reference.segment_sum((a.int() for a in accs), tokens.float(), rows.float(), zeros, sums.int())
+        got = reference.group_sum((a.int() for a in accs), tokens.float(), rows.float(), zeros, sums.int())
         assert_same(got, wanted.int())
-        # as on tensor cores: one accumulator, multiplied from segment to segment by what undoes the next multiples modulo 2**32
+        # as on tensor cores: one accumulator, multiplied from group to group by what undoes the next multipliers modulo 2**32
         acc = torch.zeros(m, n, dtype=torch.int64)
         for i, part in enumerate(parts):
             acc = modular(acc + part, tokens[:, i : i + 1], rows[:, i])

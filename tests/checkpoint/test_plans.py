@@ -217,7 +217,7 @@ def _empty() -> ModelPlan:
 OTHERS: dict[str, tuple[Any, str]] = {
     "another class": (llama, "no such linear"),
     "wider": (lambda: mlp(width=18), "input features"),
-    "narrower inside": (lambda: mlp(inner=20), "'down' has 24 input features in the plan and 20 here"),
+    "narrower inside": (lambda: mlp(inner=20), "'up' has 24 output features there and 20 here"),
     "no linear": (lambda: nn.LayerNorm(16), "no such linear"),
 }
 

@@ -53,7 +53,8 @@ calibrators = st.one_of(
     st.builds(RTN),
     st.builds(Mine, st.floats(0.5, 4)),
 )
-schemes = st.one_of(st.none(), st.builds(Scheme, st.integers(2, 8), st.integers(2, 8), symmetric=st.booleans()))
+kinds = st.sampled_from(["", "-asym"])
+schemes = st.none() | st.builds("w{}a{}{}".format, st.integers(2, 8), st.integers(2, 8), kinds).map(Scheme.parse)
 
 
 @given(calibrators, schemes, st.integers(-5, 2**40), st.lists(st.text(max_size=5), max_size=3))

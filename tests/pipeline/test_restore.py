@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import Fixed, mlp, normal, quantized, refused
-from torch import Tensor
+from helpers import Fixed, llama, mlp, normal, quantized, refused, tokens
+from torch import Tensor, nn
 
+import quantkit
 from quantkit import (
+    RPTQ,
+    CalibrationError,
     Plan,
     Stage,
 )
+from quantkit.pipeline import attention, convert
 
 DATA = [normal(2, 5, 16)]
 
@@ -52,3 +57,86 @@ def test_a_calibrator_that_fails() -> None:
     model = mlp()
     with refused(model, ZeroDivisionError, "no plan"):
         quantized(model, ["smoothquant", Broken(Stage.PARTITION)])
+
+
+# ---- attention, which is decided on the converted model
+
+
+ATTENTION = ["w8a8-kv8", "w8a8-static-kv8-attention8", "w4a16-static-kv4", "w8a8-static-asym-norm4-kv4-attention4"]
+
+
+class BreaksOff:
+    """Batches, of which the last walk of so many ends with an error."""
+
+    def __init__(self, walks: int) -> None:
+        self.walks = walks
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield tokens()
+        self.walks -= 1  # whoever looks at the first batch alone does not count
+        if self.walks == 0:
+            raise OSError("disk")
+        yield tokens(seed=1)
+
+
+@pytest.mark.parametrize("call", [quantkit.quantize, quantkit.plan], ids=["quantize", "plan"])
+@pytest.mark.parametrize("method", ["rtn", "smoothquant", ["rotate", "rtn"], RPTQ(4)], ids=str)
+def test_data_that_breaks_off_on_any_walk(call: Any, method: Any) -> None:
+    """The last walk is that of attention, for which the model is converted for a while."""
+    model, options = llama().train(), {"scheme": "w8a8-static-kv4", "progress": False}
+    counted = BreaksOff(0)
+    quantkit.plan(model, method, calibration=counted, **options)
+    assert counted.walks <= -2
+    for walks in range(1, 1 - counted.walks):
+        with refused(model, OSError, "disk"):
+            call(model, method, calibration=BreaksOff(walks), **options)
+
+
+@pytest.mark.parametrize("call", [quantkit.quantize, quantkit.plan], ids=["quantize", "plan"])
+@pytest.mark.parametrize("scheme", ATTENTION)
+def test_values_of_attention_that_are_not_finite(call: Any, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found while the model is converted for the time of one pass."""
+    model, real = llama().train(), attention.calibrate_attention
+
+    def late(model: nn.Module, *args: Any, **options: Any) -> Any:
+        """The values of the last layer are not finite any more."""
+        layers = [m for name, m in model.named_modules() if name.endswith("v_proj")]
+        handle = layers[-1].register_forward_hook(lambda module, args, out: out * math.inf)
+        try:
+            return real(model, *args, **options)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(attention, "calibrate_attention", late)
+    if "static" in scheme:
+        with refused(model, CalibrationError, "NaN"):
+            call(model, "smoothquant", scheme=scheme, calibration=[tokens(), tokens(seed=1)], progress=False)
+    monkeypatch.undo()
+    quantkit.quantize(model, "smoothquant", scheme=scheme, calibration=[tokens()], progress=False)  # it still can
+
+
+@pytest.mark.parametrize("call", [quantkit.quantize, quantkit.plan], ids=["quantize", "plan"])
+def test_a_generator_where_attention_reads_the_data_again(call: Any) -> None:
+    model = llama()
+    with refused(model, CalibrationError, "attention", "not a generator"):
+        call(model, ["rotate", "rtn"], scheme="w8a8-static-kv8", calibration=iter([tokens()]), progress=False)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=repr)
+@pytest.mark.parametrize("method", ["smoothquant", ["rotate", "rtn"], RPTQ(4)], ids=str)
+def test_the_conversion_for_attention_is_undone_half_way(
+    error: BaseException, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third linear cannot be replaced: the two before it are put back."""
+    model, real, calls = llama().train(), convert.replace_module, []
+
+    def once(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        real(*args)
+
+    monkeypatch.setattr(convert, "replace_module", once)
+    with refused(model, type(error)):
+        quantkit.plan(model, method, scheme="w8a8-static-kv8", calibration=[tokens()], progress=False)
+    assert len(calls) == 3 + 3  # the third, which may have been half way, as well
