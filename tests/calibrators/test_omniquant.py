@@ -78,7 +78,7 @@ def test_gradient_is_that_of_the_smooth_part(bits: int, symmetric: bool) -> None
     x[:, 2] *= 10
     log_scale, steps = torch.randn(6).double() * 0.3, torch.full((5, 1), 0.3).double() * qmax(bits)
     readout = torch.randn(7, 5).double()
-    scheme = Scheme(bits, bits, symmetric=symmetric)
+    scheme = Scheme.parse(f"w{bits}a{bits}" + ("" if symmetric else "-asym"))
 
     def forward(log_scale: Tensor, steps: Tensor) -> Tensor:
         xs, ws = x / log_scale.exp(), w * log_scale.exp()
