@@ -69,7 +69,7 @@ def test_blocks_are_optimal_brain_surgery(rows: int, channels: int, bits: int) -
     factor, damping = inverse_factor(moment, order, 0.01)
     assert damping == 0.01
     assert factor is not None
-    got = round_columns(weight, absmax, factor, order, bits, (weight.shape[1],))
+    got = round_columns(weight, absmax, factor, order, Quantized(Int(bits)))
     wanted = surgery(weight, absmax, damped(moment, 0.01), order.tolist(), bits)
     assert (got.codes != wanted).float().mean() < 0.01
     assert_same(got.scale, absmax_scale(absmax, bits))
@@ -86,7 +86,7 @@ def test_codes_are_codes(seed: int, bits: int, rows: int, channels: int) -> None
     order = moment.diagonal().argsort(descending=True, stable=True)
     factor, _ = inverse_factor(moment, order, 0.01)
     assert factor is not None
-    got = round_columns(weight, absmax, factor, order, bits, (weight.shape[1],))
+    got = round_columns(weight, absmax, factor, order, Quantized(Int(bits)))
     assert int(got.codes.abs().max()) <= qmax(bits)
     assert not got.codes[absmax[:, 0] == 0].any()
     dead = moment.diagonal() == 0

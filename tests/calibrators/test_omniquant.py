@@ -26,8 +26,8 @@ from quantkit.calibrators.learned import rounding
 from quantkit.calibrators.learned.layers import Block
 from quantkit.calibrators.learned.omniquant import distance
 from quantkit.calibrators.learned.rounding import RoundRows, round_activation, round_symmetric
+from quantkit.core.formats import Int, PerToken, Quantized
 from quantkit.core.numerics import qmax
-from quantkit.core.scheme import Scheme
 
 BATCHES = [tokens(2, 24, seed=i) for i in range(8)]
 
@@ -78,7 +78,7 @@ def test_gradient_is_that_of_the_smooth_part(bits: int, symmetric: bool) -> None
     x[:, 2] *= 10
     log_scale, steps = torch.randn(6).double() * 0.3, torch.full((5, 1), 0.3).double() * qmax(bits)
     readout = torch.randn(7, 5).double()
-    scheme = Scheme(bits, bits, symmetric=symmetric)
+    own = Quantized(Int(bits, symmetric), PerToken())
 
     def forward(log_scale: Tensor, steps: Tensor) -> Tensor:
         xs, ws = x / log_scale.exp(), w * log_scale.exp()
@@ -87,7 +87,7 @@ def test_gradient_is_that_of_the_smooth_part(bits: int, symmetric: bool) -> None
             return ((RoundRows.apply(xs, None, bits) @ RoundRows.apply(ws, share, bits).T) * readout).sum()
         ends = xs.amin(1, keepdim=True), xs.amax(1, keepdim=True)
         q = round_symmetric(ws, ws.abs().amax(1, keepdim=True) * share, bits)
-        return ((round_activation(xs, scheme, *ends) @ q.T) * readout).sum()
+        return ((round_activation(xs, own, *ends) @ q.T) * readout).sum()
 
     def parts(log_scale: Tensor, steps: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Values, scales and zeros of both sides, in float64."""

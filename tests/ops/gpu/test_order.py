@@ -98,7 +98,8 @@ def test_order(groups: tuple[int, ...], form: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(scale[:, :1], scales[:, :1], rtol=1e-5, atol=0, equal_nan=True)
     # a multiple may be the next one where the last bit of a range, or of a norm, is another
     assert float((scale[:, 1:] != scales[:, 1:]).float().mean() if len(groups) > 1 else 0) < 0.02
-    parts = zip(z.split(groups, 1), group_scales(scale).split(1, 1), strict=True)
+    own = group_scales(scale) if len(groups) > 1 else scale
+    parts = zip(z.split(groups, 1), own.split(1, 1), strict=True)
     codes = torch.zeros(m, q.shape[1]).index_copy_(1, places, torch.cat([part / s for part, s in parts], 1)).nan_to_num(0, 0, 0)
     off = (q.float() - codes.round()).abs()
     assert int(off.max()) <= 1
