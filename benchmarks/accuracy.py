@@ -30,7 +30,7 @@ from quantkit.calibration.statistics import Range, TokenSample
 from quantkit.cli.demo import outlier_twin
 from quantkit.evaluation.perplexity import compare, log_probabilities, windows_of
 from quantkit.integrations.transformers.models import SMOLLM2, load_float
-from quantkit.pipeline import quantize as pipeline
+from quantkit.pipeline import find
 
 Quantizer = Callable[[nn.Module, list[torch.Tensor]], nn.Module]
 
@@ -209,18 +209,18 @@ for bits in ("w6a6", "w4a8", "w4a4"):
 
 def collect_once() -> Callable[[], None]:
     """Let candidates that are quantized from the same model share its statistics. Returns what to call for another model."""
-    observe, shared = pipeline.observe, {}
+    observe, shared = find.observe, {}
 
     def once(model: nn.Module, batches: Any, sites: Any, kinds: Any, **options: Any) -> Any:
         if options.get("transforms") or not {Range, TokenSample}.issuperset(kinds):
             return observe(model, batches, sites, kinds, **options)
-        weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())  # a calibrator may have turned them
+        weights = sum(float(p.detach().double().abs().sum()) for p in model.parameters())  # a calibrator may have rotated them
         key = (weights, *(site.name for site in sites))
         if key not in shared:
             shared[key] = observe(model, batches, sites, [Range, TokenSample], **options)
         return shared[key]
 
-    pipeline.observe = once  # type: ignore[assignment]
+    find.observe = once  # type: ignore[assignment]
     return shared.clear
 
 

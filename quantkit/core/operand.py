@@ -90,6 +90,9 @@ class Operand:
             return f"groups {groups} and multipliers go together"
         if self.input_groups not in ((), groups):
             return f"the input has groups {self.input_groups}, which are not those of the weight, {groups}"
+        alone = bool(groups) and not self.input_groups and isinstance(self.input, Quantized)
+        if alone and not isinstance(self.weight.granularity, PerGroup):
+            return f"the weight has groups {groups} and the input has none: that takes a weight PerGroup()"
         if self.is_static != (self.input_scale is not None):
             return "a static input has an input_scale, and no other has one"
         symmetric = isinstance(self.input, Float) or self.input.number.symmetric
@@ -190,6 +193,9 @@ class Operand:
 
     def rows(self, index: slice | Tensor) -> Operand:
         """The product with these output features only, in this order: what one of several devices computes, or q of q, k and v.
+
+        The bits are those of the whole, but for one case: where the input has groups and a scale for each token, its base scale
+        depends on how much room the weight's rows take up in int32, and some rows may take up less than all.
 
         Args:
             index: a slice, or ``[m]`` int64.
