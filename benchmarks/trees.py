@@ -6,7 +6,7 @@
 Each tree runs in a process of its own, with everything prepared. The processes then take turns, one measurement at a time, in
 an order that is drawn for every round, so that both see the same machine. ``gpu`` are INT8 linears: CUDA graphs of calls over
 rotating copies of the weight, beyond the L2 cache. ``cpu`` is SmolLM2: prefill of 512 tokens (``TREES_PREFILL``), and single
-tokens with a cache (``TREES_DECODE`` of them). Only public names of quantkit are used, so that any two versions can be compared.
+tokens with a cache (``TREES_DECODE`` of them). Only public names are used, so that any two versions can be compared.
 The result is the ratio of the newer to the older, row by row.
 """
 

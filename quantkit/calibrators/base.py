@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.calibration.statistics import Statistic, TokenSample
+from quantkit.core.deprecated import renamed
 from quantkit.core.errors import MethodError
 from quantkit.core.formats import Quantized
 from quantkit.core.plan import Codes as Codes
@@ -98,6 +99,8 @@ class SiteView:
     @property
     def name(self) -> str:
         return self.site.name
+
+    turned = renamed("SiteView.turned", "rotated_space")
 
     @property
     def weight_format(self) -> Quantized:

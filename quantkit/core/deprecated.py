@@ -24,6 +24,16 @@ OLD_ARGUMENTS = (
 OLD_ATTRIBUTES = (*OLD_ARGUMENTS, "is_simulation", "quantizes_activations")
 
 
+def renamed(old: str, new: str) -> property:
+    """A property for the old name of an attribute, such as ``"SiteView.turned"``, that reads ``new`` and warns."""
+
+    def read(self: Any) -> Any:
+        warnings.warn(f"{old} is going away: it is called {new} now", DeprecationWarning, stacklevel=2)
+        return getattr(self, new)
+
+    return property(read, doc=f"The old name of ``{new}``.")
+
+
 class OldArguments(type):
     """Metaclass of ``Scheme``, which also takes the arguments of earlier versions: ``Scheme(weight_bits=4, kv_bits=8)``."""
 

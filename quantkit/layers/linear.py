@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.core.deprecated import renamed
 from quantkit.core.errors import MethodError
 from quantkit.core.facts import FLOAT32, TENSORS, Facts, check_exact
 from quantkit.core.formats import Format, Quantized, groups_fault
@@ -238,6 +239,8 @@ class W8A8Linear(nn.Linear):
             known = prepare(self.operand)
             self._prepared, self._prepared_for = known, asked
         return known
+
+    packed = renamed("W8A8Linear.packed", "prepared")
 
     def prepare_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is quantized ``[M, K]`` (float) and the side product's input ``[M, n]`` of ``x [M, K]``."""

@@ -7,3 +7,7 @@
 
 Nothing here knows a module: a backend takes an :class:`~quantkit.core.operand.Operand`.
 """
+
+from quantkit.core.moved import moved
+
+__getattr__ = moved("quantkit.ops", "quantkit.ops.table")  # until the next version
