@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.core.formats import Float, Int, PerToken, Quantized
+from quantkit.core.formats import Float, Int, PerGroup, PerToken, Quantized
 from quantkit.core.operand import Operand
 from quantkit.core.rewrite import Rewrite
 from quantkit.core.rotation import Rotation
@@ -29,7 +29,7 @@ TOKENS, ASYMMETRIC = Quantized(Int(8), PerToken()), Quantized(Int(8, symmetric=F
 SHIFT = torch.zeros(32)
 REFUSED = {
     "groups of the weight only": operand(
-        weight=Quantized().in_groups((16, 16)), multipliers=torch.ones(8, 2), input=TOKENS
+        weight=Quantized(Int(), PerGroup(16)), multipliers=torch.ones(8, 2, dtype=torch.int8), input=TOKENS
     ),
     "a threshold and a shift": operand(rewrite=Rewrite(shift=SHIFT, threshold=6.0)),
     "a threshold and zero points": operand(rewrite=Rewrite(threshold=6.0), input=ASYMMETRIC),
