@@ -185,6 +185,11 @@ class Quantized:
         """Whether an activation of this format has scales that were fixed at calibration."""
         return isinstance(self.granularity, PerTensor)
 
+    @property
+    def takes_threshold(self) -> bool:
+        """Whether columns may leave the product at run time, where they reach a threshold: a scale per token lets them."""
+        return self.number.symmetric and not self.is_static
+
     def groups(self, channels: int) -> tuple[int, ...]:
         """Sizes of the groups of ``channels`` input channels, in order; empty where all of them share a scale."""
         if not isinstance(self.granularity, PerGroup):

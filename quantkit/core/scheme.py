@@ -80,8 +80,8 @@ class Scheme(metaclass=OldArguments):
 
     @property
     def takes_threshold(self) -> bool:
-        """Whether columns may leave the product at run time, where they reach a threshold: a scale per token lets them."""
-        return isinstance(self.input, Quantized) and self.input.number.symmetric and not self.input.is_static
+        """Whether columns may leave the product at run time, where they reach a threshold."""
+        return isinstance(self.input, Quantized) and self.input.takes_threshold
 
     def of_linear(self, *, behind_norm: bool = False) -> Scheme:
         """The part that is about one linear, which may read the output of a norm."""

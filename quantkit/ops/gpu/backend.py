@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.core.formats import Float
+from quantkit.core.formats import Float, Quantized
 from quantkit.core.groups import with_multipliers
 from quantkit.core.operand import Operand
 from quantkit.core.rewrite import Rewrite
@@ -134,7 +134,7 @@ def _why_not(operand: Operand) -> str | None:
     if operand.rewrite.threshold is not None:
         if set(operand.rewrite.steps) != {"threshold"} or operand.groups:
             return "a threshold stands beside other steps of the rewrite, or groups"
-        if not operand.scheme.takes_threshold:
+        if not (isinstance(operand.input, Quantized) and operand.input.takes_threshold):
             return "a threshold stands beside static or asymmetric codes"
     return None
 
