@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch import Tensor
 from quantkit.core.errors import MethodError
 from quantkit.core.rewrite import rewritten
 from quantkit.core.rotation import Rotation
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,8 @@ class Transform:
         return replace(self, **dict.fromkeys(names))
 
 
-def _merge(first, second, combine):  # type: ignore[no-untyped-def]  # None is the identity
+def _merge(first: T | None, second: T | None, combine: Callable[[T, T], T]) -> T | None:
+    """Both of them combined, where None is the identity."""
     if first is None or second is None:
         return second if first is None else first
     return combine(first, second)
