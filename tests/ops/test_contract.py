@@ -47,17 +47,17 @@ STEPS = [
     ("shift", "scale", "outliers", "permutation", "rotation", "groups"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-VARIANTS = [(name, how) for name in backends() for how in (("native", "plain", "split") if name == "cpu" else ("",))]
+VARIANTS = [(name, how) for name in backends() for how in (("native", "plain", "no-vnni") if name == "cpu" else ("",))]
 
 
 @pytest.fixture(params=VARIANTS, ids="-".join)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each backend; that of the CPU also without its C passes, and as on processors whose INT8 product saturates."""
+    """Each backend; that of the CPU also without its C passes, and as on processors whose INT8 product is not exact."""
     name, how = request.param
     if how != "native":
         monkeypatch.setenv("QUANTKIT_NATIVE", "0")
     library.cache_clear()
-    if how == "split":
+    if how == "no-vnni":
         monkeypatch.setattr(cpu, "int_mm_is_exact", lambda: False)
     with use_backend(name):
         yield name
@@ -290,11 +290,11 @@ def test_accumulators(k: int, m: int) -> None:
         a = torch.full((m, k), q, dtype=torch.int8) if isinstance(q, int) else q
         b = torch.full((5, k), w, dtype=torch.int8) if isinstance(w, int) else w.contiguous()
         wanted = (a.long() @ b.long().t()).to(torch.int32)
-        high = b.clamp(-64, 64)
         assert_same(reference.int_matmul(a, b), wanted)
-        assert_same(cpu.int_matmul(a, high, b - high), wanted)
-        if cpu.int_mm_is_exact():
-            assert_same(cpu.int_matmul(a, b, None), wanted)
+        assert_same(cpu.int_matmul(a, b), wanted)
+        assert_same(cpu.float_matmul(a, b), wanted)
+        with torch.autocast("cpu"):
+            assert_same(cpu.float_matmul(a, b, out=torch.empty(m, 5, dtype=torch.int32)), wanted)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym"])
@@ -332,22 +332,27 @@ def test_many_clusters_of_any_loudness(backend: str, scheme: str, dtype: torch.d
 @pytest.mark.parametrize("steps", [(), ("groups",), ("shift", "scale", "permutation", "rotation", "groups")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_token_in_one_call(steps: tuple[str, ...], dtype: torch.dtype) -> None:
-    """On any processor, also one whose ``int_mm`` saturates: this pass multiplies by itself, the whole weight."""
+    """On any processor: this pass multiplies by itself."""
     for k, n in ((40, 19), (577, 33), (64, 64), (5, 3)):
         module = layer(k, n, steps=steps)
         assert module.prepared.fused
-        whole = replace(module.prepared.passes, high=module.weight, low=None)
         for row in hostile(17, k, dtype):
             with use_backend("reference"):
                 wanted = copy.deepcopy(module)(row[None])
-            assert_same(cpu._fused(whole, row[None]), wanted)
+            assert_same(cpu._fused(module.prepared.passes, row[None]), wanted)
 
 
-def test_halves_cannot_saturate() -> None:
-    """Where int_mm adds pairs of products u8 * s8 in int16, both halves of every weight must be small enough."""
-    for value in (*range(-127, 128),):
-        high = max(-64, min(64, value))
-        assert all(2 * 255 * abs(half) <= 2**15 - 1 for half in (high, value - high)), value
+def test_float32_holds_every_sum_of_so_many_products() -> None:
+    """2**24 and 2**24 - 1 are floats of their own, and one more product of codes would not be."""
+    assert cpu.EXACT_CHANNELS * 128 * 128 == 2**24
+    codes = torch.full((1, cpu.EXACT_CHANNELS), -128, dtype=torch.int8)
+    assert cpu.float_matmul(codes, codes).item() == 2**24
+    nearly = codes.clone()
+    nearly[0, -1] = 127
+    assert cpu.float_matmul(codes, nearly).item() == 2**24 - 128 * 255
+    long, one = torch.full((1, 4 * cpu.EXACT_CHANNELS + 1), -128, dtype=torch.int8), torch.full((1, 1), -1, dtype=torch.int8)
+    both = torch.cat([long, one], 1)
+    assert cpu.float_matmul(both, both).item() == (4 * cpu.EXACT_CHANNELS + 1) * 2**14 + 1
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -1,8 +1,9 @@
 """CPU: exact INT8 products on VNNI through oneDNN, with the passes around them fused in C.
 
 Chosen by measurement (benchmarks/cpu.py, docs/cpu.md): ``torch._int_mm`` needs no second copy of the weight, costs about
-two microseconds to call, and is the fastest or close to it for most shapes; what surrounds it is ours. One token runs in
-a single fused call. Under ``torch.compile`` all of it is one opaque operator, but for a single token without a rotation, whose
+two microseconds to call, and is the fastest or close to it for most shapes; what surrounds it is ours. Without VNNI it is
+neither exact nor fast, so there float32 multiplies the codes, so few at a time that no sum is rounded. One token runs in a
+single fused call. Under ``torch.compile`` all of it is one opaque operator, but for a single token without a rotation, whose
 surroundings are plain torch that Inductor fuses: a call from compiled code costs more than they do.
 """
 
@@ -26,7 +27,9 @@ from quantkit.ops.reference import row_sums
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 TOKEN_ELEMENTS = 2**21
-"""Weights up to this size run a single token in the fused call; beyond, oneDNN's wider blocking wins."""
+"""Weights up to this size run a single token in the fused call; beyond, oneDNN's wider blocking wins, where it has VNNI."""
+EXACT_CHANNELS = 1024
+"""Sums of so many products of two codes, 128 * 128 at most, are at most 2**24: float32 holds each of them, in any order."""
 ELEMENTS_PER_THREAD = 2**15
 """Less work than this is not worth waking a thread for."""
 
@@ -59,7 +62,7 @@ class Passes:
     """What the passes in C read. Vectors of the rewrite are in the order of the channels after it.
 
     Attributes:
-        high, low: ``[N, K]`` int8, whose sum is the weight; ``low`` is None where the product does not saturate.
+        weight: ``[N, K]`` int8, contiguous.
         sums: ``[N]``, or ``[G, N]`` with groups, int32: sums of the codes of each row.
         scale: ``[N]`` float32, base scales.
         bias: ``[N]`` float32 or None.
@@ -72,8 +75,7 @@ class Passes:
         row_multipliers: ``[G, N]`` int32; None without groups.
     """
 
-    high: Tensor
-    low: Tensor | None
+    weight: Tensor
     sums: Tensor
     scale: Tensor
     bias: Tensor | None
@@ -104,7 +106,7 @@ class Passes:
     def pointers(self) -> tuple[int | None, ...]:
         """Addresses of rewrite, weight, sums, scale, bias and groups, which this object keeps alive."""
         rewrites = any(t is not None for t in (self.order, self.shift, self.pre_scale, self.factors))
-        parts = map(_address, (self.high, self.sums, self.scale, self.bias))
+        parts = map(_address, (self.weight, self.sums, self.scale, self.bias))
         return (
             ctypes.addressof(self.rewrite_in_c) if rewrites else None, *parts,
             None if self.groups_in_c is None else ctypes.addressof(self.groups_in_c),
@@ -129,7 +131,7 @@ class CPUPrepared(PlainPrepared):
         if torch.compiler.is_compiling():
             if x.shape[0] <= (0 if passes.block else 1):
                 return super().run(x)
-            parts = (passes.high, passes.low, passes.sums, passes.scale, passes.bias)
+            parts = (passes.weight, passes.sums, passes.scale, passes.bias)
             rewrite = (passes.order, passes.shift, passes.pre_scale, passes.factors, passes.block)
             return torch.ops.quantkit.cpu_linear(x, *parts, *rewrite, passes.top)
         if not x.numel():
@@ -138,8 +140,8 @@ class CPUPrepared(PlainPrepared):
 
     def matmul(self, q: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return torch.ops.quantkit.int_matmul(q, self.passes.high, self.passes.low)
-        return int_matmul(q, self.passes.high, self.passes.low)
+            return torch.ops.quantkit.int_matmul(q, self.passes.weight)
+        return int_matmul(q, self.passes.weight)
 
     def group_products(self, q: Tensor) -> Iterator[Tensor]:
         return _group_products(self.passes, q)
@@ -165,10 +167,6 @@ class CPU(Plain):
 
     def prepare(self, operand: Operand) -> CPUPrepared:
         codes, rewrite, input_ = operand.codes.contiguous(), operand.rewrite, operand.input
-        high, low = codes, None
-        if not int_mm_is_exact():
-            high = codes.clamp(-64, 64)  # two products of 255 * 64 fit the int16 that AVX2 adds them in
-            low = codes - high
         number = input_.number if isinstance(input_, Quantized) else None
         fused = number is not None and number.symmetric and not operand.is_static
         fused = fused and rewrite.outliers is None and rewrite.threshold is None
@@ -185,7 +183,7 @@ class CPU(Plain):
         sums, shares = row_sums(codes, operand.groups), shares_of(operand)
         multipliers = operand.multipliers
         passes = Passes(
-            high, low, sums, operand.scale.float()[:, 0].contiguous(),
+            codes, sums, operand.scale.float()[:, 0].contiguous(),
             None if operand.bias is None else operand.bias.float().contiguous(),
             None if order is None else order.to(torch.int32), ordered(rewrite.shift), ordered(rewrite.pre_scale), factors,
             0 if rotation is None else rotation.block, 0.0 if number is None else float(number.qmax),
@@ -201,16 +199,15 @@ def _group_products(passes: Passes, q: Tensor, in_place: bool = False) -> Iterat
     """
     product = torch.ops.quantkit.int_matmul if torch.compiler.is_compiling() else int_matmul
     if in_place:
-        product = functools.partial(int_matmul, out=torch.empty(len(q), len(passes.high), dtype=torch.int32))
+        product = functools.partial(int_matmul, out=torch.empty(len(q), len(passes.weight), dtype=torch.int32))
     groups = passes.groups
-    lows = [None] * len(groups) if passes.low is None else passes.low.split(groups, dim=1)
-    for part, high, low in zip(q.split(groups, dim=1), passes.high.split(groups, dim=1), lows, strict=True):
-        yield product(part, high, low)
+    for part, weight in zip(q.split(groups, dim=1), passes.weight.split(groups, dim=1), strict=True):
+        yield product(part, weight)
 
 
 def _group_sum(passes: Passes, products: Iterable[Tensor], multipliers: Tensor, zero: Tensor | None) -> Tensor:
     """:func:`quantkit.ops.reference.group_sum`, one pass for each group; ``multipliers`` are columns of a scale."""
-    lib, m, n, count = library(), len(multipliers), len(passes.high), len(passes.groups)
+    lib, m, n, count = library(), len(multipliers), len(passes.weight), len(passes.groups)
     assert lib is not None
     assert multipliers.stride() == (1 + count, 1)
     acc = torch.empty(m, n, dtype=torch.int32)
@@ -225,36 +222,46 @@ def _group_sum(passes: Passes, products: Iterable[Tensor], multipliers: Tensor, 
     return acc
 
 
-def int_matmul(q: Tensor, high: Tensor, low: Tensor | None, *, out: Tensor | None = None) -> Tensor:
-    """``q [M, K] @ (high + low) [N, K]^T``, int8 to int32, exact; it may be in ``out``."""
-    if not q.numel() or not high.numel():
-        return q.new_zeros(len(q), len(high), dtype=torch.int32)
+def int_matmul(q: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``q [M, K] @ weight [N, K]^T``, int8 to int32, exact; it may be in ``out``."""
+    if not q.numel() or not weight.numel():
+        return q.new_zeros(len(q), len(weight), dtype=torch.int32)
     if q.shape[1] == 1:  # _int_mm of torch 2.13 leaves the result of a single product uninitialised
-        weight = high.to(torch.int32) if low is None else high.to(torch.int32) + low
-        return q.to(torch.int32) * weight.t()
-    acc = torch._int_mm(q, high.t(), out=out)
-    return acc if low is None else acc.add_(torch._int_mm(q, low.t()))
+        return q.to(torch.int32) * weight.to(torch.int32).t()
+    if int_mm_is_exact():
+        return torch._int_mm(q, weight.t(), out=out)
+    return float_matmul(q, weight, out=out)
+
+
+def float_matmul(q: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """:func:`int_matmul` in float32, :data:`EXACT_CHANNELS` at a time."""
+    acc = torch.empty(len(q), len(weight), dtype=torch.int32, device=q.device) if out is None else out
+    product = torch.empty(acc.shape, dtype=torch.float32, device=q.device)
+    for i, (a, b) in enumerate(zip(q.split(EXACT_CHANNELS, dim=1), weight.split(EXACT_CHANNELS, dim=1), strict=True)):
+        torch.mm(a.float(), b.float().t(), out=product)  # with out=, autocast does not turn it into a product of bfloat16
+        acc.add_(product.to(torch.int32)) if i else acc.copy_(product)
+    return acc
 
 
 # Opaque to Inductor: with freezing it would turn _int_mm into an operator that is a thousand times slower for int8 inputs.
 _library = torch.library.Library("quantkit", "FRAGMENT")
-_library.define("int_matmul(Tensor q, Tensor high, Tensor? low) -> Tensor")
+_library.define("int_matmul(Tensor q, Tensor weight) -> Tensor")
 _library.impl("int_matmul", int_matmul, "CPU")
 
 
 @torch.library.register_fake("quantkit::int_matmul")
-def _(q: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
-    return q.new_empty(q.shape[0], high.shape[0], dtype=torch.int32)
+def _(q: Tensor, weight: Tensor) -> Tensor:
+    return q.new_empty(q.shape[0], weight.shape[0], dtype=torch.int32)
 
 
 _library.define(
-    "cpu_linear(Tensor x, Tensor high, Tensor? low, Tensor sums, Tensor scale, Tensor? bias, Tensor? order, Tensor? shift, "
+    "cpu_linear(Tensor x, Tensor weight, Tensor sums, Tensor scale, Tensor? bias, Tensor? order, Tensor? shift, "
     "Tensor? pre_scale, Tensor? factors, int block, float top) -> Tensor"
 )
 
 
-def _cpu_linear(x: Tensor, high: Tensor, *rest: Any) -> Tensor:
-    passes = Passes(high, *rest)  # the schema above
+def _cpu_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    passes = Passes(weight, *rest)  # the schema above
     return _fused(passes, x.contiguous())
 
 
@@ -262,15 +269,15 @@ _library.impl("cpu_linear", _cpu_linear, "CPU")
 
 
 @torch.library.register_fake("quantkit::cpu_linear")
-def _(x: Tensor, high: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape[0], high.shape[0])
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _fused(passes: Passes, x: Tensor) -> Tensor:
     lib, (m, k), n = library(), x.shape, passes.scale.shape[0]
     assert lib is not None
     kind, pool, (how, *weight, groups) = TYPES[x.dtype], torch.get_num_threads(), passes.pointers
-    if m == 1 and passes.low is None and n * k <= TOKEN_ELEMENTS:
+    if m == 1 and (n * k <= TOKEN_ELEMENTS or not int_mm_is_exact()):
         y = torch.empty(1, n, dtype=x.dtype)
         threads = min(pool, 1 + n * k // (8 * ELEMENTS_PER_THREAD))
         failed = lib.quantkit_token(y.data_ptr(), x.data_ptr(), how, *weight, groups, n, k, passes.top, kind, threads)
@@ -284,7 +291,7 @@ def _fused(passes: Passes, x: Tensor) -> Tensor:
             acc = _group_sum(passes, _group_products(passes, q, in_place=True), x_scale[:, 1:], None)
             x_scale = x_scale[:, 0].contiguous()
         else:
-            acc = int_matmul(q, passes.high, passes.low)
+            acc = int_matmul(q, passes.weight)
         # float32 results take the place of the sums they come from
         y = acc.view(torch.float32) if kind == 0 else torch.empty(m, n, dtype=x.dtype)
         threads = min(pool, 1 + m * n // ELEMENTS_PER_THREAD, m)
