@@ -52,13 +52,13 @@ VARIANTS = [(name, how) for name in backends() for how in (("native", "plain", "
 
 @pytest.fixture(params=VARIANTS, ids="-".join)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each backend; that of the CPU also without its C passes, and as on processors whose INT8 product is not exact."""
+    """Each backend; that of the CPU also without its C passes, and as on processors without a product for INT8."""
     name, how = request.param
     if how != "native":
         monkeypatch.setenv("QUANTKIT_NATIVE", "0")
     library.cache_clear()
     if how == "no-vnni":
-        monkeypatch.setattr(cpu, "int_mm_is_exact", lambda: False)
+        monkeypatch.setattr(cpu, "has_integer_product", lambda: False)
     with use_backend(name):
         yield name
     library.cache_clear()
@@ -132,7 +132,9 @@ def test_shapes(backend: str, scheme: str, bias: bool, steps: tuple[str, ...]) -
     for k, n in ((1, 1), (1, 64), (64, 1), (7, 5), (63, 65), (64, 64), (577, 33), (33, 577)):
         module = layer(k, n, scheme, bias=bias, steps=steps)
         for m in (0, 1, 2, 17, 300) if k * n < 5000 else (1, 17):
-            check(module, hostile(m, k))
+            # Triton's interpreter takes rows one by one: so many only where they fill tiles of every kind
+            if m < 300 or backend != "triton" or (k, n) == (63, 65):
+                check(module, hostile(m, k))
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-static-asym", "w4a4"])

@@ -2,7 +2,7 @@
 
 Chosen by measurement (benchmarks/cpu.py, docs/cpu.md): ``torch._int_mm`` needs no second copy of the weight, costs about
 two microseconds to call, and is the fastest or close to it for most shapes; what surrounds it is ours. Without VNNI it is
-neither exact nor fast, so there float32 multiplies the codes, so few at a time that no sum is rounded. One token runs in a
+inexact or slow, so there float32 multiplies the codes, so few at a time that no sum is rounded. One token runs in a
 single fused call. Under ``torch.compile`` all of it is one opaque operator, but for a single token without a rotation, whose
 surroundings are plain torch that Inductor fuses: a call from compiled code costs more than they do.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,25 +37,36 @@ ELEMENTS_PER_THREAD = 2**15
 
 # Asked while tracing too, if the first call of a layer is a compiled one: Dynamo then runs these instead of tracing them.
 @constant_while_tracing
-def int_mm_is_exact() -> bool:
-    """Whether ``torch._int_mm`` adds without saturating: true with VNNI, false on AVX2 and plain AVX-512."""
-    return _measured_exact()
-
-
-@constant_while_tracing
 def _has_library() -> bool:
     return library() is not None
 
 
 @functools.cache
-def _measured_exact() -> bool:
+def has_integer_product() -> bool:
+    """Whether ``torch._int_mm`` is a product for integers here: exact, and no slower than two float32 products.
+
+    Both hold with VNNI. Without it, oneDNN saturates on some processors. On others, such as those with AVX2 alone, it falls back
+    to plain loops, which take seven to sixty times as long as float32. That is far from the border on either side, and both ways
+    give the same bits, so that a time may decide.
+    """
     for rows in (1, 16):
         for value in (127, -127):
             a = torch.full((rows, 64), 127, dtype=torch.int8)
             b = torch.full((32, 64), value, dtype=torch.int8)
             if not bool((torch._int_mm(a, b.t()) == 127 * value * 64).all()):
                 return False
-    return True
+    a, b = torch.ones(32, 512, dtype=torch.int8), torch.ones(256, 512, dtype=torch.int8)
+    return _seconds(lambda: torch._int_mm(a, b.t())) <= 2 * _seconds(lambda: float_matmul(a, b))
+
+
+def _seconds(run: Callable[[], Tensor]) -> float:
+    """The shortest of four runs, of which the first is the slowest."""
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 @dataclass(eq=False)
@@ -228,7 +240,7 @@ def int_matmul(q: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tenso
         return q.new_zeros(len(q), len(weight), dtype=torch.int32)
     if q.shape[1] == 1:  # _int_mm of torch 2.13 leaves the result of a single product uninitialised
         return q.to(torch.int32) * weight.to(torch.int32).t()
-    if int_mm_is_exact():
+    if has_integer_product():
         return torch._int_mm(q, weight.t(), out=out)
     return float_matmul(q, weight, out=out)
 
@@ -277,7 +289,7 @@ def _fused(passes: Passes, x: Tensor) -> Tensor:
     lib, (m, k), n = library(), x.shape, passes.scale.shape[0]
     assert lib is not None
     kind, pool, (how, *weight, groups) = TYPES[x.dtype], torch.get_num_threads(), passes.pointers
-    if m == 1 and (n * k <= TOKEN_ELEMENTS or not int_mm_is_exact()):
+    if m == 1 and (n * k <= TOKEN_ELEMENTS or not has_integer_product()):
         y = torch.empty(1, n, dtype=x.dtype)
         threads = min(pool, 1 + n * k // (8 * ELEMENTS_PER_THREAD))
         failed = lib.quantkit_token(y.data_ptr(), x.data_ptr(), how, *weight, groups, n, k, passes.top, kind, threads)
