@@ -45,9 +45,9 @@ def _has_library() -> bool:
 def has_integer_product() -> bool:
     """Whether ``torch._int_mm`` is a product for integers here: exact, and no slower than two float32 products.
 
-    Both hold with VNNI. Without it, oneDNN saturates on some processors. On others, such as those with AVX2 alone, it falls back
-    to plain loops, which take seven to sixty times as long as float32. That is far from the border on either side, and both ways
-    give the same bits, so that a time may decide.
+    Both hold with VNNI. Without it, oneDNN saturates on some processors. On others, such as those with AVX2 alone, it falls
+    back to plain loops, which take seven to sixty times as long as float32. That is far from the border on either side, and
+    both ways give the same bits, so that a time may decide.
     """
     for rows in (1, 16):
         for value in (127, -127):
