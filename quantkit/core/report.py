@@ -46,6 +46,35 @@ class LayerRecord:
 
 
 @dataclass
+class Verification:
+    """How far the outputs of the converted model are from those of the float model, on a piece of the calibration data.
+
+    Attributes:
+        sqnr_db: signal to noise ratio in dB, the lowest of all floating-point outputs; None where there is none to compare.
+        expected_db: what the errors of the layers by themselves lead to expect; None where these were not measured.
+        held_out: whether no calibrator has seen the piece.
+        kl: mean KL(float || converted) of the next token in nats, where the output is logits of a vocabulary.
+        top1: share of positions with the same most likely token.
+    """
+
+    sqnr_db: float | None
+    expected_db: float | None
+    held_out: bool
+    kl: float | None = None
+    top1: float | None = None
+
+    def __str__(self) -> str:
+        if self.sqnr_db is None:
+            return "the model runs, and has no floating-point output to compare"
+        text = f"the outputs of the model are at {self.sqnr_db:.1f} dB"
+        if self.expected_db is not None:
+            text += f" (its layers lead to expect {self.expected_db:.1f} dB)"
+        if self.kl is not None and self.top1 is not None:
+            text += f", KL {self.kl:.4f}, the same favourite at {self.top1:.1%} of positions"
+        return text + (", on data held out from calibration" if self.held_out else "")
+
+
+@dataclass
 class Report:
     """What :func:`quantkit.quantize` did.
 
@@ -61,6 +90,7 @@ class Report:
         recipe: all arguments that decided the result, for :meth:`quantkit.Recipe.from_dict`; None in reports of older versions,
             and where a layer was chosen by its class.
         calibration_sha256: SHA-256 of the tensors of the calibration data, in order; None where none was read.
+        verification: of the converted model as a whole; None where it was not run.
     """
 
     method: list[str]
@@ -72,6 +102,7 @@ class Report:
     rewrites: list[str] = field(default_factory=list)
     recipe: dict[str, Any] | None = None
     calibration_sha256: str | None = None
+    verification: Verification | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report in plain JSON types."""
@@ -80,7 +111,9 @@ class Report:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """The report that :meth:`to_dict` wrote."""
-        return cls(**{**data, "layers": [LayerRecord(**layer) for layer in data["layers"]]})
+        verified = data.get("verification")
+        parts = {"layers": [LayerRecord(**layer) for layer in data["layers"]]}
+        return cls(**{**data, **parts, "verification": None if verified is None else Verification(**verified)})
 
     @property
     def summary(self) -> str:
@@ -96,7 +129,8 @@ class Report:
         )
         if self.equivalence is not None:
             lines.append(f"  folding changed the float model by {self.equivalence:.1e} (relative)")
-        return "\n".join(lines + [f"  {what}" for what in self.rewrites])
+        lines += [f"  {what}" for what in self.rewrites]
+        return "\n".join(lines + ([] if self.verification is None else [f"  {self.verification}"]))
 
     def __str__(self) -> str:
         head = f"{'layer':<52} {'kind':<6} {'SQNR':>8}  what happened"

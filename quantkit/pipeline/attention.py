@@ -47,7 +47,7 @@ def decide_attention(
     assert request.scheme is not None
     with ExitStack() as undo:
         if request.is_static or _label(request) is not None:
-            change(model, plan, undo=undo)
+            change(model, plan, progress=False, undo=undo)
         quantizers = calibrate_attention(model, heads, request.scheme, data.batches, _label(request), progress=request.progress)
     return {
         name: AttentionPlan(q.scheme, q.heads, q.clusters, {key: t.clone() for key, t in q.state_dict().items()})

@@ -46,7 +46,9 @@ def carry_out(model: nn.Module, plan: ModelPlan, progress: Progress = None) -> R
         check_fits(model, plan)
         for what in plan.rotations:
             rotate(model, what, undo)
-        return convert_rotated(model, plan, progress=progress)
+        report = convert_rotated(model, plan, progress=progress)
+        attach(model, report)
+        return report
 
 
 def check_fits(model: nn.Module, plan: ModelPlan) -> None:
@@ -78,23 +80,30 @@ def check_fits(model: nn.Module, plan: ModelPlan) -> None:
         )
 
 
-def convert_rotated(model: nn.Module, plan: ModelPlan, *, tokens: Tokens | None = None, progress: Progress = None) -> Report:
-    """Carry out what is left of ``plan`` on a model whose spaces are rotated already; returns the report, which is attached.
+def convert_rotated(
+    model: nn.Module,
+    plan: ModelPlan,
+    *,
+    tokens: Tokens | None = None,
+    progress: Progress = None,
+    undo: ExitStack | None = None,
+) -> Report:
+    """Carry out what is left of ``plan`` on a model whose spaces are rotated already; returns the report.
 
     Args:
         model: changed in place.
         plan: for this very model.
         tokens: gives tokens ``[n, K]`` float32 of a site, on which the output of each layer is compared with the float one.
         progress: as in :func:`quantkit.quantize`.
+        undo: closing it afterwards puts every bit and every module back. Until then float weights stay in memory.
     """
     setattr(model, BROKEN, True)
     try:
-        report = change(model, plan, tokens=tokens, progress=progress)
+        report = change(model, plan, tokens=tokens, progress=progress, undo=undo)
     except BaseException:
         log.error("the conversion stopped half way: this model object is unusable, load it again")
         raise
     delattr(model, BROKEN)
-    attach(model, report)
     return report
 
 
@@ -110,7 +119,7 @@ def change(
     change = _Change(model, plan, split_all(model, plan), tokens, undo)
     change.norms()
     layers = []
-    for site in tracked(plan.sites, "converting", progress if undo is None else False, "site"):
+    for site in tracked(plan.sites, "converting", progress, "site"):
         layers += [change.linear(site, name) for name in site.site.linears]
     change.others()
     report = replace(plan.report, layers=layers, rewrites=[*plan.report.rewrites, *change.attention()])

@@ -15,6 +15,9 @@ from quantkit.calibrators import Stage
 from quantkit.core.errors import CalibrationError
 from quantkit.pipeline.check import Request
 
+ENOUGH = 64
+"""From so many batches on, the last one is held out from calibration."""
+
 
 @dataclass
 class Data:
@@ -24,6 +27,7 @@ class Data:
         batches: all of it.
         first: its first batch.
         piece: a few tokens of the first batch.
+        held: a batch that no calibrator sees, where there are :data:`ENOUGH` to spare one.
         given: whether a user passed it; otherwise the model sampled it, or a few random tokens were enough.
         kinds: statistics to collect for each site; none where nothing has to be known.
         digest: of the tensors of all batches that were observed.
@@ -35,6 +39,7 @@ class Data:
     given: bool
     kinds: tuple[type[Statistic], ...]
     digest: Any = field(default_factory=hashlib.sha256)
+    held: Any = None
 
     @classmethod
     def of(cls, model: nn.Module, request: Request, calibration: Any, tokenizer: Any) -> Data:
@@ -47,6 +52,8 @@ class Data:
         if request.scheme is not None and (kinds or calibration is not None):
             kinds.append(TokenSample)  # for the report
         data = cls(batches, first, None, calibration is not None, tuple(dict.fromkeys(kinds)))
+        if isinstance(batches, (list, tuple)) and len(batches) >= ENOUGH:
+            *data.batches, data.held = batches
         if request.is_static and any(c.stage == Stage.ROTATE for c in request.calibrators):
             data.check_walks_again("a static scale behind a rotation")
         data.piece = probe_batch(model, first)

@@ -28,14 +28,16 @@ from quantkit.pipeline.data import Data
 from quantkit.pipeline.find import Found, behind_norm
 from quantkit.pipeline.fold import snap
 from quantkit.pipeline.recipe import Recipe
+from quantkit.pipeline.verify import Heard
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, and what was seen of each site, by which the report will judge its layers."""
+    """A plan; what was seen of each site, by which the report will judge its layers; and what the model said, to judge it."""
 
     plan: ModelPlan
     views: Mapping[str, SiteView]
+    heard: Heard | None = None
 
     def tokens(self, site: str) -> Tensor | None:
         """Sampled tokens ``[n, K]`` float32 of a site; None if none were collected."""

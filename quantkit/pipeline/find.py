@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from quantkit.calibration.observe import SiteStatistics, observe
+from quantkit.calibration.statistics import TokenSample
 from quantkit.calibrators import Stage
 from quantkit.core.errors import CalibrationError, ModelError
 from quantkit.core.facts import check_exact
@@ -54,8 +55,9 @@ def find_sites(model: nn.Module, request: Request, data: Data, linears: dict[str
     alone = [Site(n, (n,), (n,), weight_of(linears[n]).shape[1]) for n in linears if n not in placed and n not in kept]
     sites = [site for site in (*discovery.sites, *alone) if not all(name in kept for name in site.linears)]
     check_found(linears, kept, sites, request.scheme)
-    if not data.kinds:
-        return Found(linears, sites, kept, {})
+    if not data.kinds:  # a few tokens for the report
+        few = {} if request.scheme is None else observe(model, [data.piece], sites, [TokenSample], progress=False)
+        return Found(linears, sites, kept, few)
     statistics = observe(
         model, data.batches, sites, list(data.kinds), seed=request.seed, progress=request.progress, digest=data.digest
     )

@@ -9,9 +9,11 @@ observe          one pass over the data collects statistics (:mod:`quantkit.cali
 decide           calibrators turn statistics into a plan (:mod:`.decide`)
 prove            play the folds of the plan on the float model: it must still compute the same (:mod:`.prove`)
 convert          carry the plan out (:mod:`.convert`)
+verify           run the model, and hold it against what the float model said (:mod:`.verify`)
 ===============  =====================================================================================================
 
-Until ``convert`` has begun, an error or an interruption leaves the model as it was, to the bit.
+Until ``convert`` has begun, an error or an interruption leaves the model as it was, to the bit. So does a failure of
+``verify``, for models up to :data:`~quantkit.pipeline.restore.KEPT_BYTES`; others have to be loaded again.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import nn
 
 from quantkit.calibrators import Calibrator
 from quantkit.core.progress import Progress
+from quantkit.core.report import attach
 from quantkit.core.scheme import Scheme
 from quantkit.pipeline.attention import attention_to_round, decide_attention
 from quantkit.pipeline.check import Request, check, linears_to_choose_from
@@ -35,8 +38,9 @@ from quantkit.pipeline.data import Data
 from quantkit.pipeline.decide import Decision, decide
 from quantkit.pipeline.find import find_sites
 from quantkit.pipeline.prove import prove
-from quantkit.pipeline.restore import as_it_was, experts_apart
+from quantkit.pipeline.restore import as_it_was, can_be_kept, experts_apart
 from quantkit.pipeline.spaces import rotate_spaces
+from quantkit.pipeline.verify import hear, verified
 
 log = logging.getLogger("quantkit")
 M = TypeVar("M", bound=nn.Module)
@@ -54,6 +58,7 @@ def quantize(
     targets: Sequence[str | type] | None = None,
     seed: int = 0,
     progress: Progress = None,
+    verify: bool = True,
 ) -> M:
     """Quantize the linears of ``model`` to INT8 weights and INT8 activations, in place.
 
@@ -72,29 +77,44 @@ def quantize(
         targets: if given, only these are quantized; they may include output heads and routers.
         seed: for sampled calibration data and for calibrators.
         progress: show progress bars, or call this function of ``(what, done, total)``; None decides by the terminal.
+        verify: run the converted model on a piece of the data, and raise if it is farther from the float model than its layers
+            explain. What is found is in the report.
 
     Returns:
         The same object. :func:`quantkit.report` tells what happened to every layer.
 
     Raises:
         QuantkitError: a subclass that says what is wrong, before the model is changed.
+        ModelError, EquivalenceError: the converted model cannot run, or is not the same model any more. It is given back in
+            floating point, unless the message says that it is too large for that.
     """
     request = Request.of(method, scheme, ignore=ignore, targets=targets, seed=seed, progress=progress)
     check(model, request)
     with experts_apart(model, request.takes_experts_apart), as_it_was(model) as undo:
-        decision = decided(model, request, calibration, tokenizer, undo)
-        report = convert_rotated(model, decision.plan, tokens=decision.tokens, progress=progress)
+        decision = decided(model, request, calibration, tokenizer, undo, listen=verify)
+        kept = undo if verify and can_be_kept(model) else None
+        report = convert_rotated(model, decision.plan, tokens=decision.tokens, progress=progress, undo=kept)
+        if decision.heard is not None:
+            report.verification = verified(model, decision.heard, report, kept)
+        attach(model, report)
     log.info(report.summary)
     return model
 
 
-def decided(model: nn.Module, request: Request, calibration: Any, tokenizer: Any, undo: ExitStack) -> Decision:
-    """The whole plan for a model. Its spaces are rotated afterwards, which ``undo`` puts back, and nothing else is changed."""
+def decided(
+    model: nn.Module, request: Request, calibration: Any, tokenizer: Any, undo: ExitStack, *, listen: bool = False
+) -> Decision:
+    """The whole plan for a model. Its spaces are rotated afterwards, which ``undo`` puts back, and nothing else is changed.
+
+    With ``listen`` it also holds what the model said before.
+    """
     linears = linears_to_choose_from(model, request)
     data = Data.of(model, request, calibration, tokenizer)
+    heard = hear(model, data) if listen else None
     heads = attention_to_round(model, request, data)
     rotations, said = rotate_spaces(model, request, data, undo)
     found = find_sites(model, request, data, linears)
     decision = decide(model, request, data, found, rotations, said)
     plan = prove(model, decision.plan, data.piece)
-    return replace(decision, plan=replace(plan, attention=decide_attention(model, plan, request, data, heads)))
+    attention = decide_attention(model, plan, request, data, heads)
+    return replace(decision, plan=replace(plan, attention=attention), heard=heard)

@@ -10,6 +10,14 @@ from torch import nn
 from quantkit.model.experts import put_back, unfuse
 from quantkit.pipeline.check import BROKEN
 
+KEPT_BYTES = 2**30
+"""Float weights up to this stay in memory until the converted model has been verified, so that it can be given back."""
+
+
+def can_be_kept(model: nn.Module) -> bool:
+    """Whether the float weights of ``model`` are small enough to be kept beside the INT8 ones for a while."""
+    return sum(p.nbytes for p in model.parameters()) <= KEPT_BYTES
+
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[ExitStack]:
