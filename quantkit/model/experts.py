@@ -110,7 +110,7 @@ def unfuse(model: nn.Module, *, only: Collection[str] | None = None) -> list[tup
     replaced: list[tuple[str, nn.Module]] = []
     try:
         for name, module in list(model.named_modules()):
-            if not _is_fused(module):
+            if not is_fused(module):
                 continue
             if only is not None and not any(linear.startswith(f"{name}.") for linear in only):
                 continue
@@ -151,7 +151,7 @@ def running_everywhere(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _is_fused(module: nn.Module) -> bool:
+def is_fused(module: nn.Module) -> bool:
     """Whether this is a module of fused experts with parameters that :class:`Experts` knows, and no others."""
     facts: Any = module
     if not all(hasattr(facts, name) for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")):

@@ -26,6 +26,7 @@ from quantkit.core.weights import round_weight
 from quantkit.layers.attention import AttentionQuantizer, attach_attention, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.modules import linears_of, replace_module, weight_of
+from quantkit.pipeline.account import account
 from quantkit.pipeline.check import BROKEN, check_model
 from quantkit.pipeline.fold import Fold, Pieces, Reorder, Rows, changed_rows, restore_norms, row_sources, split_all, store_norms
 from quantkit.pipeline.restore import as_it_was, experts_apart
@@ -94,6 +95,8 @@ def convert_rotated(model: nn.Module, plan: ModelPlan, *, tokens: Tokens | None 
         log.error("the conversion stopped half way: this model object is unusable, load it again")
         raise
     delattr(model, BROKEN)
+    asked = report.recipe or {}
+    account(model, report, asked.get("ignore", ()), asked.get("targets"))
     attach(model, report)
     return report
 

@@ -16,7 +16,6 @@ Until ``convert`` has begun, an error or an interruption leaves the model as it 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -28,6 +27,7 @@ from torch import nn
 from quantkit.calibrators import Calibrator
 from quantkit.core.progress import Progress
 from quantkit.core.scheme import Scheme
+from quantkit.pipeline.account import say
 from quantkit.pipeline.attention import attention_to_round, decide_attention
 from quantkit.pipeline.check import Request, check, linears_to_choose_from
 from quantkit.pipeline.convert import convert_rotated
@@ -38,7 +38,6 @@ from quantkit.pipeline.prove import prove
 from quantkit.pipeline.restore import as_it_was, experts_apart
 from quantkit.pipeline.spaces import rotate_spaces
 
-log = logging.getLogger("quantkit")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -84,7 +83,7 @@ def quantize(
     with experts_apart(model, request.takes_experts_apart), as_it_was(model) as undo:
         decision = decided(model, request, calibration, tokenizer, undo)
         report = convert_rotated(model, decision.plan, tokens=decision.tokens, progress=progress)
-    log.info(report.summary)
+    say(report)
     return model
 
 
