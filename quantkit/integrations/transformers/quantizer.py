@@ -267,7 +267,9 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
             else:
                 self._replace(model, name, linear, scheme, dtype, threshold)
         if len(self._kept) == len(linears):
-            raise ModelError("no linear is left to quantize: all are output heads, tied, ignored, or of classes with a forward of their own")
+            raise ModelError(
+                "no linear is left to quantize: all are output heads, tied, ignored, or of classes with a forward of their own"
+            )
 
     def _replace(self, model: Any, name: str, linear: Any, scheme: Scheme, dtype: torch.dtype, threshold: float) -> None:
         k, n = linear.weight.shape if is_conv1d(linear) else linear.weight.shape[::-1]
