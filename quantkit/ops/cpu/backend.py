@@ -28,9 +28,7 @@ from quantkit.ops.plain import Plain, PlainPrepared, other_than_bytes, other_tha
 from quantkit.ops.reference import row_sums
 
 log = logging.getLogger("quantkit")
-NO_VNNI = (
-    "the INT8 product of this processor %s (it has no VNNI): float32 multiplies the codes, exactly, at its own pace"
-)
+NO_VNNI = "the INT8 product of this processor %s, as without VNNI: float32 multiplies the codes, exactly, at its own pace"
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 TOKEN_ELEMENTS = 2**21
 """Weights up to this size run a single token in the fused call; beyond, oneDNN's wider blocking wins, where it has VNNI."""
