@@ -151,7 +151,9 @@ class _Change:
             return layer
         new = quantized(linear, plan, plan.linears[name], leftover, rows)
         tokens = None if self.tokens is None else self.tokens(site)
-        if tokens is not None:
+        if tokens is not None and not tokens.any():
+            layer.notes["calibration"] = "all tokens were zero"  # there is no signal to compare noise with
+        elif tokens is not None:
             layer.sqnr_db = output_sqnr(tokens, plan, linear, new, Changes(fold, rows, order))
         if source is not None:
             new = W8A8Linear.from_operand(reordered(new.operand, source)).train(linear.training)
