@@ -1,4 +1,4 @@
-"""The report: what happened to every linear of a model, and why, as data that is saved with the checkpoint.
+"""The report: what happened to every weight matrix of a model, and why, as data that is saved with the checkpoint.
 
 A model carries its report as an attribute, from the end of :func:`quantkit.quantize` on and again after :func:`quantkit.load`.
 Whoever has to do something with every such model, as the bridge to transformers has, adds a listener.
@@ -6,7 +6,8 @@ Whoever has to do something with every such model, as the bridge to transformers
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,10 +22,10 @@ LISTENERS: list[Callable[[nn.Module], None]] = []
 
 @dataclass
 class LayerRecord:
-    """What happened to one linear.
+    """What happened to one linear, or to another weight matrix.
 
     Attributes:
-        name: of the linear in the model.
+        name: of the linear in the model; of another matrix, that of its parameter, without ``".weight"``.
         kind: ``"int8"``, or ``"float"`` where it stays in floating point.
         site: name of the site it belongs to, if any: the linears that read the same activation.
         folded_into: name of the producer of its activation that took the scale over, if any.
@@ -33,6 +34,7 @@ class LayerRecord:
             format of the scheme.
         reason: why it stays in floating point, or why nothing could be folded.
         notes: what calibrators said about its site, such as ``{"alpha": 0.55}``.
+        weights: how many it has, without those that an earlier record shares with it; 0 in reports of older versions.
     """
 
     name: str
@@ -43,6 +45,12 @@ class LayerRecord:
     sqnr_db: float | None = None
     reason: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
+    weights: int = 0
+
+    @property
+    def reason_in_short(self) -> str:
+        """The first words of the reason, under which the summary adds records up."""
+        return re.split("[:;,]", self.reason)[0] or "floating point"
 
 
 @dataclass
@@ -91,6 +99,7 @@ class Report:
             and where a layer was chosen by its class.
         calibration_sha256: SHA-256 of the tensors of the calibration data, in order; None where none was read.
         verification: of the converted model as a whole; None where it was not run.
+        others: one record for each weight matrix that is in no linear, such as an embedding; all stay in floating point.
     """
 
     method: list[str]
@@ -103,6 +112,7 @@ class Report:
     recipe: dict[str, Any] | None = None
     calibration_sha256: str | None = None
     verification: Verification | None = None
+    others: list[LayerRecord] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report in plain JSON types."""
@@ -111,9 +121,22 @@ class Report:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """The report that :meth:`to_dict` wrote."""
+        lists = {"layers": data["layers"], "others": data.get("others", [])}
+        records = {name: [LayerRecord(**record) for record in found] for name, found in lists.items()}
         verified = data.get("verification")
-        parts = {"layers": [LayerRecord(**layer) for layer in data["layers"]]}
-        return cls(**{**data, **parts, "verification": None if verified is None else Verification(**verified)})
+        return cls(**{**data, **records, "verification": None if verified is None else Verification(**verified)})
+
+    def share(self, records: Iterable[LayerRecord]) -> float:
+        """What part of all weights these records have, from 0 to 1; 0 where a report of an older version did not count them."""
+        return sum(r.weights for r in records) / max(1, sum(r.weights for r in (*self.layers, *self.others)))
+
+    def floats(self) -> dict[str, list[LayerRecord]]:
+        """All records in floating point by their reason in short, those with the most weights first."""
+        groups: dict[str, list[LayerRecord]] = {}
+        for record in (*self.layers, *self.others):
+            if record.kind != "int8":
+                groups.setdefault(record.reason_in_short, []).append(record)
+        return dict(sorted(groups.items(), key=lambda group: -self.share(group[1])))
 
     @property
     def summary(self) -> str:
@@ -121,9 +144,15 @@ class Report:
         int8 = [r for r in self.layers if r.kind == "int8"]
         folded = sum(r.folded_into is not None for r in self.layers)
         online = sum(bool(r.at_run_time) for r in int8)
-        lines = [
+        head = (
             f"{' + '.join(self.method)} -> {self.scheme or 'floating point'}: {len(int8)} of {len(self.layers)} linears in INT8"
-        ]
+        )
+        if self.share(int8):
+            rest = ", ".join(
+                f"{why} {percent(part)}" for why, records in self.floats().items() if (part := self.share(records))
+            )
+            head += f" ({percent(self.share(int8))} of the weights{rest and f'; {rest}'})"
+        lines = [head]
         lines.append(
             f"  {folded} read a folded scale, {online} rewrite their input at run time, calibration: {self.calibration}"
         )
@@ -133,16 +162,22 @@ class Report:
         return "\n".join(lines + ([] if self.verification is None else [f"  {self.verification}"]))
 
     def __str__(self) -> str:
-        head = f"{'layer':<52} {'kind':<6} {'SQNR':>8}  what happened"
+        head = f"{'layer':<52} {'kind':<6} {'weights':>7} {'SQNR':>8}  what happened"
         rows = [self.summary, "", head, "-" * len(head)]
-        for r in self.layers:
+        for r in (*self.layers, *self.others):
+            share = percent(self.share([r])) if r.weights else ""
             sqnr = "" if r.sqnr_db is None else f"{r.sqnr_db:.1f} dB"
             said = [f"folded into {r.folded_into}"] if r.folded_into else []
             said += [f"{' and '.join(r.at_run_time)} at run time"] if r.at_run_time else []
             said += [r.reason] if r.reason else []
             said += [f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in r.notes.items()]
-            rows.append(f"{r.name:<52} {r.kind:<6} {sqnr:>8}  {'; '.join(said)}")
+            rows.append(f"{r.name:<52} {r.kind:<6} {share:>7} {sqnr:>8}  {'; '.join(said)}")
         return "\n".join(rows)
+
+
+def percent(share: float) -> str:
+    """A share of something as a text for people; what rounds to nothing, or to all, is said to be less."""
+    return "< 1 %" if 0 < share < 0.005 else "> 99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
 
 
 def report(model: nn.Module) -> Report:

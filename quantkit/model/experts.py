@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from quantkit.model.modules import linears_of, replace_module, weight_of
 
 log = logging.getLogger("quantkit")
+UNSAID = {"has_gate": True, "has_bias": False, "is_transposed": True, "is_concatenated": True}
+"""What modules of fused experts say of themselves, and what is assumed of those that do not, until it is proven."""
 
 
 class Experts(nn.Module):
@@ -30,7 +32,8 @@ class Experts(nn.Module):
     Experts run one after the other, and only those that some token is routed to.
 
     Args:
-        fused: the module to stand in for, of a class that transformers decorates with ``use_experts_implementation``.
+        fused: the module to stand in for, of a class that transformers decorates with ``use_experts_implementation``, or one
+            with the same parameters, see :class:`SortedExperts`.
 
     Attributes:
         everywhere: while it is set, every expert sees every token, see :func:`running_everywhere`.
@@ -38,7 +41,8 @@ class Experts(nn.Module):
 
     def __init__(self, fused: Any) -> None:
         super().__init__()
-        self.num_experts, self.has_gate, self.is_concatenated = len(fused.down_proj), fused.has_gate, fused.is_concatenated
+        self.num_experts, self.has_gate = len(fused.down_proj), _fact(fused, "has_gate")
+        self.is_concatenated = _fact(fused, "is_concatenated")
         self.everywhere = False
         names = ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")
         first, down = (_rows(fused, name) for name in names)
@@ -86,14 +90,25 @@ class Experts(nn.Module):
 
     def _run(self, e: int, x: Tensor) -> Tensor:
         expert: Any = self.get_submodule(str(e))
-        if self.has_gate:
-            gate, up = expert.gate_proj(x), expert.up_proj(x)
-            both = torch.cat([gate, up], -1) if self.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
-            y = self.activation._apply_gate(both)
-        else:
-            y = self.activation.act_fn(expert.up_proj(x))
+        y = self._gated(expert.gate_proj(x), expert.up_proj(x)) if self.has_gate else self.activation.act_fn(expert.up_proj(x))
         result: Tensor = expert.down_proj(y)
         return result
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Any:
+        both = torch.cat([gate, up], -1) if self.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
+        return self.activation._apply_gate(both)
+
+
+class SortedExperts(Experts):
+    """Experts that get as many tokens each, one expert after the other, as those of Llama 4 do: zeros for whom it is not."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """What each expert computes of its tokens, ``[E * T, H]`` of ``hidden_states [E * T, H]``."""
+        parts = hidden_states.chunk(self.num_experts)
+        return torch.cat([self._run(e, part) for e, part in enumerate(parts)])
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Any:
+        return up * self.activation.act_fn(gate)
 
 
 def unfuse(model: nn.Module, *, only: Collection[str] | None = None) -> list[tuple[str, nn.Module]]:
@@ -110,11 +125,11 @@ def unfuse(model: nn.Module, *, only: Collection[str] | None = None) -> list[tup
     replaced: list[tuple[str, nn.Module]] = []
     try:
         for name, module in list(model.named_modules()):
-            if not _is_fused(module):
+            if not is_fused(module):
                 continue
             if only is not None and not any(linear.startswith(f"{name}.") for linear in only):
                 continue
-            stand_in = Experts(module)
+            stand_in = (Experts if hasattr(module, "_apply_gate") else SortedExperts)(module)
             if only is not None or _computes_the_same(stand_in, module):
                 replace_module(model, name, stand_in)
                 replaced.append((name, module))
@@ -130,7 +145,7 @@ def put_back(model: nn.Module, replaced: Sequence[tuple[str, nn.Module]]) -> Non
     """Put the original modules back that :func:`unfuse` returned, except where a linear of the stand-in was quantized."""
     for name, original in replaced:
         floats: dict[str, Any] = linears_of(model.get_submodule(name))
-        if len(floats) == len(original.down_proj) * (3 if original.has_gate else 2):  # type: ignore[arg-type]
+        if len(floats) == len(original.down_proj) * (3 if _fact(original, "has_gate") else 2):  # type: ignore[arg-type]
             replace_module(model, name, original)
             continue
         for linear in floats.values():  # as views they would keep the weights of all experts in memory
@@ -151,22 +166,26 @@ def running_everywhere(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _is_fused(module: nn.Module) -> bool:
+def is_fused(module: nn.Module) -> bool:
     """Whether this is a module of fused experts with parameters that :class:`Experts` knows, and no others."""
     facts: Any = module
-    if not all(hasattr(facts, name) for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")):
+    if len({hasattr(facts, name) for name in (*UNSAID, "_apply_gate")}) > 1:  # some, and not all
         return False
-    names = ("gate_up_proj" if facts.has_gate else "up_proj", "down_proj")
+    names = ("gate_up_proj" if _fact(facts, "has_gate") else "up_proj", "down_proj")
     three = all(isinstance(p := getattr(facts, name, None), nn.Parameter) and p.dim() == 3 for name in names)
     plain = not getattr(facts, "has_post_expert_norm", False) and not getattr(facts, "_is_expert_parallel", False)
-    wanted = {*names, *(f"{name}_bias" for name in names if facts.has_bias)}
+    wanted = {*names, *(f"{name}_bias" for name in names if _fact(facts, "has_bias"))}
     return three and plain and {name for name, _ in module.named_parameters()} == wanted and not hasattr(facts, "_hf_hook")
+
+
+def _fact(fused: Any, name: str) -> bool:
+    return bool(getattr(fused, name, UNSAID[name]))
 
 
 def _rows(fused: Any, name: str) -> tuple[Tensor, Tensor | None]:
     """Weights ``[E, N, K]`` and biases ``[E, N]`` of one projection of all experts, as views."""
-    weight = getattr(fused, name)
-    return weight.transpose(1, 2) if fused.is_transposed else weight, getattr(fused, f"{name}_bias") if fused.has_bias else None
+    weight, bias = getattr(fused, name), getattr(fused, f"{name}_bias") if _fact(fused, "has_bias") else None
+    return weight.transpose(1, 2) if _fact(fused, "is_transposed") else weight, bias
 
 
 def _of(projection: tuple[Tensor, Tensor | None], e: int) -> tuple[Tensor, Tensor | None]:
@@ -188,16 +207,18 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def _computes_the_same(stand_in: Experts, fused: Any) -> bool:
     """Whether both give the same, to a few roundings, for sixteen random tokens with up to two random experts each."""
     random = torch.Generator().manual_seed(0)
-    weight, tokens, each = fused.down_proj, 16, min(2, stand_in.num_experts)
-    hidden = weight.shape[2] if fused.is_transposed else weight.shape[1]
+    is_sorted = isinstance(stand_in, SortedExperts)
+    weight, tokens, each = fused.down_proj, 16 * (stand_in.num_experts if is_sorted else 1), min(2, stand_in.num_experts)
+    hidden = weight.shape[2] if _fact(fused, "is_transposed") else weight.shape[1]
     x = torch.randn(tokens, hidden, generator=random).to(weight)
     index = torch.stack([torch.randperm(stand_in.num_experts, generator=random)[:each] for _ in range(tokens)]).to(
         weight.device
     )
     share = torch.rand(tokens, each, generator=random).to(weight)
     try:
-        wanted, got = fused(x, index, share), stand_in(x, index, share)
-    except (TypeError, ValueError, RuntimeError, IndexError):
+        args = (x,) if is_sorted else (x, index, share)
+        wanted, got = fused(*args), stand_in(*args)
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
         return False  # the original takes other arguments
     off = (wanted.double() - got.double()).norm() / wanted.double().norm().clamp_min(1e-30)
     return wanted.shape == got.shape and float(off) <= 4 * torch.finfo(weight.dtype).eps

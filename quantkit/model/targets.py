@@ -15,6 +15,9 @@ from torch import nn
 from quantkit.core.errors import TargetError
 from quantkit.core.sites import Kept
 
+IGNORED, NOT_TARGETED = "ignored", "not among targets"
+"""Why a linear stays in floating point that the user left out."""
+
 
 def matches(name: str, module: nn.Module, pattern: Any) -> bool:
     """Whether the linear ``module``, called ``name`` in its model, is meant by ``pattern``.
@@ -70,7 +73,7 @@ def chosen(
             if any(matches(name, module, pattern) for pattern in targets):
                 float_.pop(name, None)
             else:
-                float_[name] = "not among targets"
+                float_[name] = NOT_TARGETED
         if any(matches(name, module, pattern) for pattern in ignore):
-            float_[name] = "ignored"
+            float_[name] = IGNORED
     return float_

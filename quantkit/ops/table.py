@@ -10,6 +10,7 @@ The first backend of the table that can run an operand runs it. Others can be re
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
@@ -57,9 +58,11 @@ class Backend(Protocol):
         """What has to be done once. The operand stays as it is."""
 
 
+log = logging.getLogger("quantkit")
 _BACKENDS: list[Backend] = [CPU(), GPU(), Plain()]
 _loaded: set[str] = set()
 _forced: list[str] = []
+_said: set[str] = set()
 
 
 def table() -> list[Backend]:
@@ -101,24 +104,54 @@ def register_backend(backend: Backend, *, before: str | None = None) -> None:
     _BACKENDS.insert(0 if before is None else names.index(before), backend)
 
 
-def backends(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Name -> "ready", or why it cannot run on ``device``, in order of preference."""
-    return {b.name: b.why_not(None, torch.device(device)) or "ready" for b in table()}
+def backends(device: torch.device | str = "cpu", operand: Operand | None = None) -> dict[str, str]:
+    """Name -> "ready", or why it cannot run on ``device``, in order of preference.
+
+    With ``operand``, such as that of a layer: why it cannot run this one there. The first that is ready runs it.
+    """
+    return {b.name: b.why_not(operand, torch.device(device)) or "ready" for b in table()}
 
 
 def choose(operand: Operand) -> Backend:
     """The first backend that runs ``operand`` where it is, or the one forced by :func:`use_backend`.
 
+    Why a faster one does not, and what is only simulated, is said once in the log.
+
     Raises:
         BackendError: the forced backend cannot run it.
     """
     if not _forced:
-        return next(b for b in table() if b.why_not(operand, operand.device) is None)
+        chosen = next(b for b in table() if b.why_not(operand, operand.device) is None)
+        if operand.device.type != "meta":
+            _explain(chosen, operand)
+        return chosen
     backend = next(b for b in table() if b.name == _forced[-1])
     reason = backend.why_not(operand, operand.device)
     if reason:
         raise BackendError(f"backend {backend.name!r} cannot run on {operand.device}: {reason}")
     return backend
+
+
+def _explain(chosen: Backend, operand: Operand) -> None:
+    device, slow, declined = operand.device, type(chosen) is Plain, []
+    for backend in table():
+        if backend is chosen:
+            break
+        # One that runs nothing on this device is no loss, unless all that is left is the reference.
+        if slow or backend.why_not(None, device) is None:
+            declined.append(f"{backend.name} does not run them ({backend.why_not(operand, device)})")
+    if declined:
+        pace = ", which is exact and slow" if slow else ""
+        _say_once(f"layers on {device.type} run on the backend {chosen.name}{pace}: {', '.join(declined)}", slow)
+    elif simulated := chosen.why_simulated(operand):
+        _say_once(f"layers on {device.type} simulate their scheme: {simulated}", False)
+
+
+@constant_while_tracing
+def _say_once(text: str, warn: bool) -> None:
+    if text not in _said:
+        _said.add(text)
+        log.log(logging.WARNING if warn else logging.INFO, text)
 
 
 def why_simulated(what: Operand | Scheme | str) -> str | None:

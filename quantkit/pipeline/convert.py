@@ -26,6 +26,7 @@ from quantkit.core.weights import round_weight
 from quantkit.layers.attention import AttentionQuantizer, attach_attention, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.modules import linears_of, replace_module, weight_of
+from quantkit.pipeline.account import account
 from quantkit.pipeline.check import BROKEN, check_model
 from quantkit.pipeline.fold import Fold, Pieces, Reorder, Rows, changed_rows, restore_norms, row_sources, split_all, store_norms
 from quantkit.pipeline.restore import as_it_was, experts_apart
@@ -104,6 +105,8 @@ def convert_rotated(
         log.error("the conversion stopped half way: this model object is unusable, load it again")
         raise
     delattr(model, BROKEN)
+    asked = report.recipe or {}
+    account(model, report, asked.get("ignore", ()), asked.get("targets"))
     return report
 
 
@@ -157,7 +160,9 @@ class _Change:
             return layer
         new = quantized(linear, plan, plan.linears[name], leftover, rows)
         tokens = None if self.tokens is None else self.tokens(site)
-        if tokens is not None:
+        if tokens is not None and not tokens.any():
+            layer.notes["calibration"] = "all tokens were zero"  # there is no signal to compare noise with
+        elif tokens is not None:
             layer.sqnr_db = output_sqnr(tokens, plan, linear, new, Changes(fold, rows, order))
         if source is not None:
             new = W8A8Linear.from_operand(reordered(new.operand, source)).train(linear.training)

@@ -5,7 +5,6 @@ In between, a plan can be saved, looked at, or taken to another process, which c
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -16,12 +15,12 @@ from quantkit.calibrators import Calibrator
 from quantkit.core.plan import ModelPlan
 from quantkit.core.progress import Progress
 from quantkit.core.scheme import Scheme
+from quantkit.pipeline.account import say
 from quantkit.pipeline.check import Request, check
 from quantkit.pipeline.convert import carry_out
 from quantkit.pipeline.quantize import decided
 from quantkit.pipeline.restore import as_it_was, experts_apart
 
-log = logging.getLogger("quantkit")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -71,5 +70,5 @@ def convert(model: M, plan: ModelPlan, *, progress: Progress = None) -> M:
     Raises:
         ModelError: the model is quantized already, or has other layers than those of the plan; it is not changed.
     """
-    log.info(carry_out(model, plan, progress).summary)
+    say(carry_out(model, plan, progress))
     return model

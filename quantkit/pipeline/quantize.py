@@ -18,7 +18,6 @@ Until ``convert`` has begun, an error or an interruption leaves the model as it 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -31,6 +30,7 @@ from quantkit.calibrators import Calibrator
 from quantkit.core.progress import Progress
 from quantkit.core.report import attach
 from quantkit.core.scheme import Scheme
+from quantkit.pipeline.account import say
 from quantkit.pipeline.attention import attention_to_round, decide_attention
 from quantkit.pipeline.check import Request, check, linears_to_choose_from
 from quantkit.pipeline.convert import convert_rotated
@@ -42,7 +42,6 @@ from quantkit.pipeline.restore import as_it_was, can_be_kept, experts_apart
 from quantkit.pipeline.spaces import rotate_spaces
 from quantkit.pipeline.verify import hear, verified
 
-log = logging.getLogger("quantkit")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -97,7 +96,7 @@ def quantize(
         if decision.heard is not None:
             report.verification = verified(model, decision.heard, report, kept)
         attach(model, report)
-    log.info(report.summary)
+    say(report)
     return model
 
 

@@ -18,6 +18,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import quantkit
@@ -161,6 +163,28 @@ def test_ignored(folder: Path) -> None:
     reasons = {layer.name: layer.reason for layer in quantkit.report(model).layers if layer.kind == "float"}
     assert reasons["model.layers.0.mlp.down_proj"] == "ignored"
     assert "head" in reasons["lm_head"]
+
+
+def test_what_is_not_rounded_while_it_is_read_is_in_the_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Experts are fused then, which was most of the model and said nowhere."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "moe_intermediate_size": 48, "num_experts": 4, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads)).save_pretrained(tmp_path / "float")
+    config = QuantKitConfig("rtn")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    total = sum(p.numel() for p in Qwen3MoeForCausalLM(model.config).parameters() if p.dim() > 1)
+    record = quantkit.report(model)
+    assert sum(r.weights for r in (*record.layers, *record.others)) == total
+    experts = [r for r in record.others if "experts" in r.name]
+    assert len(experts) == 2
+    assert all("only quantkit.quantize() takes apart" in r.reason for r in experts)
+    (said,) = [r.getMessage() for r in caplog.records if "stay in floating point" in r.getMessage()]
+    assert "model.layers.*.mlp.experts.gate_up_proj" in said
+    model.save_pretrained(tmp_path / "int8")
+    again = quantkit.report(AutoModelForCausalLM.from_pretrained(tmp_path / "int8"))
+    assert {(r.name, r.kind, r.weights) for r in (*again.layers, *again.others)} == {
+        (r.name, r.kind, r.weights) for r in (*record.layers, *record.others)
+    }
 
 
 def test_dequantized(folder: Path) -> None:

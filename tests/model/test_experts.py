@@ -11,6 +11,7 @@ import torch
 from families import FAMILIES
 from helpers import assert_same, state
 from randomised import build
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 import quantkit
 from quantkit import CalibrationError, W8A8Linear
@@ -104,3 +105,55 @@ def test_what_is_no_experts_module_or_lies_is_left_alone(monkeypatch: pytest.Mon
     experts = type(model.get_submodule("model.layers.0.mlp.experts"))
     monkeypatch.setattr(experts, "forward", lambda self, x, index, share: x)
     assert unfuse(model) == []  # the stand-in would compute something else
+
+
+# ---- experts that get as many tokens each
+
+
+def llama4(experts: int = 4) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": experts}
+    model = Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 3:  # transformers leaves those of experts as they come
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def test_experts_with_as_many_tokens_each_are_quantized_and_saved(tmp_path: Path) -> None:
+    model, original = llama4(), llama4()
+    quantkit.quantize(model, calibration=[IDS], progress=False)
+    layers = [layer for layer in quantkit.report(model).layers if ".experts." in layer.name]
+    assert len(layers) == 12
+    assert all(layer.kind == "int8" for layer in layers)
+    assert sum(layer.folded_into is not None for layer in layers) == 4  # all down projections
+    got = outputs_of(model, IDS)
+    assert sqnr_db(outputs_of(original, IDS)[0], got[0]) > 25
+    assert_same(outputs_of(quantkit.load(quantkit.save(model, tmp_path / "x")), IDS), got)
+    model.save_pretrained(tmp_path / "hf")
+    assert_same(outputs_of(Llama4ForCausalLM.from_pretrained(tmp_path / "hf").eval(), IDS), got)
+
+
+def test_experts_that_no_token_is_for_see_zeros_and_the_report_says_so() -> None:
+    model = llama4(experts=16)
+    quantkit.quantize(model, calibration=[IDS], progress=False)
+    unseen = [layer for layer in quantkit.report(model).layers if "calibration" in layer.notes]
+    assert unseen
+    assert all(layer.sqnr_db is None and ".experts." in layer.name for layer in unseen)
+    assert sqnr_db(outputs_of(llama4(experts=16), IDS)[0], outputs_of(model, IDS)[0]) > 25
+
+
+def test_parameters_of_the_same_names_that_mean_something_else_stay_as_they_are() -> None:
+    model = llama4()
+    experts = model.model.layers[0].feed_forward.experts
+    experts.act_fn = torch.nn.Identity()
+    forward = type(experts).forward
+    other = type("Other", (type(experts),), {"forward": lambda self, x: forward(self, x).abs()})
+    experts.__class__ = other
+    quantkit.quantize(model, calibration=[IDS], progress=False)
+    assert model.model.layers[0].feed_forward.experts is experts
+    assert any("experts" in r.name and "Other" in r.reason for r in quantkit.report(model).others)

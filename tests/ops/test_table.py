@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import quantkit
 from quantkit import BackendError, SchemeError, W8A8Linear
 from quantkit.core.operand import Operand
 from quantkit.ops import table
+from quantkit.ops.cpu import backend as cpu
 from quantkit.ops.linear import linear, prepare
 from quantkit.ops.plain import Plain, PlainPrepared
 from quantkit.ops.table import choose, use_backend
@@ -183,3 +185,72 @@ def test_a_backend_makes_a_format_real() -> None:
     quantkit.register_backend(Doubling(simulates=None))
     assert quantkit.why_simulated("w4a8") is None
     assert quantkit.why_simulated(operand(16, 8, "w4a8")) is None
+
+
+# ---- what falls back
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(table, "_said", set())
+    caplog.set_level(logging.INFO, "quantkit")
+    return caplog
+
+
+def packed() -> W8A8Linear:
+    """A layer with two codes in a byte, which no kernel reads."""
+    return W8A8Linear(64, 8, scheme=quantkit.Scheme.parse("w4a8-g32"))
+
+
+def layer(scheme: str, bias: bool = False) -> W8A8Linear:
+    return W8A8Linear.from_operand(operand(32, 8, scheme, bias=bias))
+
+
+FALLBACKS: dict[str, tuple[Callable[[], W8A8Linear], str, str]] = {
+    "packed codes": (packed, "WARNING", "backend reference, which is exact and slow: cpu does not run them (its codes are not"),
+    "a backend that declines": (lambda: layer("w8a8", bias=True), "INFO", "doubling does not run them (it has a bias)"),
+    "simulated weights": (lambda: layer("w4a8"), "INFO", "simulate their scheme: weights of 4"),
+    "float activations": (lambda: layer("w8a16"), "INFO", "activations stay in floating point"),
+}
+
+
+@pytest.mark.parametrize("kind", FALLBACKS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_fallback_is_said_once_with_its_reason(kind: str, compiled: bool, said: pytest.LogCaptureFixture) -> None:
+    make, level, text = FALLBACKS[kind]
+    if kind == "a backend that declines":
+        quantkit.register_backend(Doubling())
+    for layer in (make(), make()):
+        x = normal(3, layer.in_features)
+        (torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer)(x)
+        layer(x)
+    (record,) = (r for r in said.records if r.module == "table")  # what processors lack is said elsewhere
+    assert record.levelname == level
+    assert text in record.getMessage()
+
+
+def test_nothing_is_said_where_nothing_falls_back(said: pytest.LogCaptureFixture) -> None:
+    layer, x = W8A8Linear.from_operand(operand(32, 8)), normal(3, 32)
+    layer(x)
+    with use_backend("reference"):  # as the user asked
+        packed()(normal(3, 64))
+    assert not [r for r in said.records if r.module == "table"]
+
+
+def test_backends_say_why_they_do_not_run_an_operand() -> None:
+    found = quantkit.backends(operand=packed().operand)
+    assert found["cpu"] == "its codes are not stored one in a byte"
+    assert found["reference"] == "ready"
+
+
+def test_processors_without_an_integer_product_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu, "_seconds", lambda run: 0.0 if "float" in run.__code__.co_names[0] else 1.0)
+    cpu.has_integer_product.cache_clear()
+    try:
+        assert [cpu.has_integer_product() for _ in range(2)] == [False, False]
+    finally:
+        cpu.has_integer_product.cache_clear()
+    (record,) = said.records
+    assert "float32 multiplies the codes" in record.getMessage()

@@ -28,10 +28,11 @@ from quantkit.core.scheme import Scheme
 from quantkit.integrations.compressed.layout import METHOD, parse
 from quantkit.integrations.transformers.files import model_class
 from quantkit.integrations.transformers.names import checkpoint_names, one_by_one
-from quantkit.integrations.transformers.quantizer import QuantKitConfig, QuantKitQuantizer, mark
+from quantkit.integrations.transformers.quantizer import NOT_STORED, QuantKitConfig, QuantKitQuantizer, mark
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import unfuse
 from quantkit.model.modules import is_conv1d, linears_of, replace_module, weight_of
+from quantkit.pipeline.account import account
 
 log = logging.getLogger("quantkit")
 
@@ -122,7 +123,8 @@ class CompressedQuantizer(QuantKitQuantizer):
         # From here on the model is one of quantkit's own, so that save_pretrained writes quantkit's format.
         record = Report([METHOD], max(s.name for s in self._schemes.values()), 0, "by whoever made the checkpoint")
         record.layers = [LayerRecord(name, "int8") for name in self._schemes]
-        record.layers += [LayerRecord(name, "float", reason="not quantized in the checkpoint") for name in linears_of(model)]
+        record.layers += [LayerRecord(name, "float", reason=NOT_STORED) for name in linears_of(model)]
+        account(model, record)
         own = QuantKitConfig(record.method, str(record.scheme), layers={name: {} for name in self._schemes})
         model.hf_quantizer = QuantKitQuantizer(own, pre_quantized=True)
         attach(model, record)

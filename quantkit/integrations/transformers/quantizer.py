@@ -47,12 +47,16 @@ from quantkit.layers.attention import attach_attention, attention_quantizers, de
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import unfuse
 from quantkit.model.modules import is_conv1d, linears_of, replace_module
-from quantkit.model.targets import matches
+from quantkit.model.targets import IGNORED, matches
+from quantkit.pipeline.account import HEAD_OR_TIED, account, say
 from quantkit.pipeline.quantize import quantize
 
 log = logging.getLogger("quantkit")
 NAME = "quantkit"
-OUTPUT_HEAD, SKIPPED = "output head or tied", "ignored"
+NOT_STORED = "not quantized in the checkpoint"
+NOT_TRIED = (
+    "its class has a forward of its own, which cannot be tried before it has a weight: load it as it is, and call quantize()"
+)
 
 
 class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -257,13 +261,15 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         heads = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         for name, linear in linears.items():
             if any(matches(name, linear, head) for head in heads):
-                self._kept[name] = OUTPUT_HEAD
+                self._kept[name] = HEAD_OR_TIED
             elif any(matches(name, linear, pattern) for pattern in config.ignore):
-                self._kept[name] = SKIPPED
+                self._kept[name] = IGNORED
             else:
                 self._replace(model, name, linear, scheme, dtype, threshold)
         if len(self._kept) == len(linears):
-            raise ModelError("no linear is left to quantize: all are output heads, tied, or ignored")
+            raise ModelError(
+                "no linear is left to quantize: all are output heads, tied, ignored, or of classes with a forward of their own"
+            )
 
     def _replace(self, model: Any, name: str, linear: Any, scheme: Scheme, dtype: torch.dtype, threshold: float) -> None:
         k, n = linear.weight.shape if is_conv1d(linear) else linear.weight.shape[::-1]
@@ -290,10 +296,14 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
                 for name, m in model.named_modules()
                 if isinstance(m, W8A8Linear)
             ]
-            layers += [LayerRecord(name, "float", reason=reason) for name, reason in self._kept.items()]
+            kept = dict.fromkeys(linears_of(model), NOT_STORED if self.pre_quantized else NOT_TRIED) | self._kept
+            layers += [LayerRecord(name, "float", reason=reason) for name, reason in kept.items()]
             record = Report(config.method, config.scheme, config.seed, "not needed")
             record.layers, record.rewrites = layers, explained(attention_quantizers(model))
+            account(model, record, config.ignore)
             attach(model, record)
+            if not self.pre_quantized:
+                say(record)
         mark(model, config)
         return model
 

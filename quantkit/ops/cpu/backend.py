@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from quantkit.ops.cpu.native import TILE, Groups, Rewrite, library
 from quantkit.ops.plain import Plain, PlainPrepared, other_than_bytes, other_than_w8a8, shares_of
 from quantkit.ops.reference import row_sums
 
+log = logging.getLogger("quantkit")
+NO_VNNI = "the INT8 product of this processor %s, as without VNNI: float32 multiplies the codes, exactly, at its own pace"
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 TOKEN_ELEMENTS = 2**21
 """Weights up to this size run a single token in the fused call; beyond, oneDNN's wider blocking wins, where it has VNNI."""
@@ -54,9 +57,13 @@ def has_integer_product() -> bool:
             a = torch.full((rows, 64), 127, dtype=torch.int8)
             b = torch.full((32, 64), value, dtype=torch.int8)
             if not bool((torch._int_mm(a, b.t()) == 127 * value * 64).all()):
+                log.info(NO_VNNI, "is not exact")
                 return False
     a, b = torch.ones(32, 512, dtype=torch.int8), torch.ones(256, 512, dtype=torch.int8)
-    return _seconds(lambda: torch._int_mm(a, b.t())) <= 2 * _seconds(lambda: float_matmul(a, b))
+    fast = _seconds(lambda: torch._int_mm(a, b.t())) <= 2 * _seconds(lambda: float_matmul(a, b))
+    if not fast:
+        log.info(NO_VNNI, "is slow")
+    return fast
 
 
 def _seconds(run: Callable[[], Tensor]) -> float:

@@ -53,6 +53,7 @@ class Groups(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None where it cannot be built; says once why."""
     if os.environ.get("QUANTKIT_NATIVE") == "0":
+        log.info("QUANTKIT_NATIVE=0: INT8 layers run on PyTorch's own operators, slower for few tokens")
         return None
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
