@@ -14,6 +14,7 @@ arguments of all versions.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
@@ -42,12 +44,13 @@ from quantkit.core.facts import Facts, check_exact
 from quantkit.core.operand import empty_operand
 from quantkit.core.report import LayerRecord, Report, attach, detach, has_report, report
 from quantkit.core.scheme import Scheme
+from quantkit.core.sites import Kept
 from quantkit.core.weights import round_weight
 from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import unfuse
-from quantkit.model.modules import is_conv1d, linears_of, replace_module
-from quantkit.model.targets import matches
+from quantkit.model.modules import is_conv1d, linears_of, replace_module, weight_of
+from quantkit.model.targets import asked_in_float32, matches
 from quantkit.pipeline.quantize import quantize
 
 log = logging.getLogger("quantkit")
@@ -235,7 +238,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, record in records.items():
             if name not in linears:
                 raise CheckpointError(f"config.json has an INT8 layer {name!r}, and the model has no such linear")
-            replace_module(model, name, empty_layer(name, record))
+            replace_module(model, name, empty_layer(name, record, weight_of(linears[name]).dtype))
         attach_attention(model, empty_quantizers(model, self.quantization_config.attention or {}, records))
 
     def _expect_float(self, model: Any) -> None:
@@ -254,10 +257,12 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         for pattern in config.ignore:
             if not any(matches(name, linear, pattern) for name, linear in linears.items()):
                 log.warning("ignore: %r matches no linear of the model", pattern)
-        heads = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+        heads, float32 = self.get_modules_to_not_convert(model), asked_in_float32(model, linears)
         for name, linear in linears.items():
             if any(matches(name, linear, head) for head in heads):
                 self._kept[name] = OUTPUT_HEAD
+            elif name in float32:
+                self._kept[name] = Kept.FLOAT32
             elif any(matches(name, linear, pattern) for pattern in config.ignore):
                 self._kept[name] = SKIPPED
             else:
@@ -271,8 +276,8 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         if is_conv1d(linear):
             self.transposed.add(name)
         facts = Facts(k, n, scheme, threshold=threshold or None)
-        layer = W8A8Linear.from_operand(empty_operand(facts, bias=linear.bias is not None, device="meta", dtype=dtype))
-        # A placeholder in floating point and in the shape of the file: transformers up to 5.22 casts a weight to the dtype of
+        layer = W8A8Linear.from_operand(empty_operand(facts, bias=linear.bias is not None, device="meta", dtype=dtype), dtype)
+        # A stand-in in floating point and in the shape of the file: transformers up to 5.22 casts a weight to the dtype of
         # what it will replace before it is rounded.
         layer.weight = torch.empty(linear.weight.shape, dtype=dtype, device="meta")
         replace_module(model, name, layer)
@@ -335,8 +340,18 @@ def mark(model: Any, config: QuantKitConfig | None = None) -> None:
     config.format_version = version_of(config.attention)
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method = True, NAME
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.num_parameters = functools.partial(num_parameters, part)
     if getattr(model, "hf_quantizer", None) is None:
         model.hf_quantizer = QuantKitQuantizer(config, pre_quantized=True)
+
+
+def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """``model.num_parameters()`` of transformers, with the weights of INT8 layers, which are no parameters."""
+    count: int = type(model).num_parameters(model, only_trainable, exclude_embeddings)
+    layers = [] if only_trainable else [m for m in model.modules() if isinstance(m, W8A8Linear)]
+    return count + sum(layer.out_features * (layer.in_features + (layer.bias is not None)) for layer in layers)
 
 
 def enter_tables() -> None:
