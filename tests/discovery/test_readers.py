@@ -69,9 +69,10 @@ def test_rows_that_others_read_take_no_scale_over() -> None:
 
 
 def test_rows_that_are_tied_take_no_scale_over() -> None:
-    rule = lambda n, x: n.out(n.b(F.relu(n.a(n.norm(x))))) + n.out(n.b(F.relu(n.c(x.flip(-1)))))  # noqa: E731
-    model = Net(rule, c=nn.Linear(WIDTH, 24))
+    rule = lambda n, x: n.out(n.b(F.relu(n.a(n.norm(x)))) + n.d(F.relu(n.c(x))))  # noqa: E731
+    model = Net(rule, c=nn.Linear(WIDTH, 24), d=nn.Linear(24, WIDTH))
     model.c.weight = model.a.weight
+    assert producers(model) == {"b": None, "d": None}
     check_preserved(model)
 
 
