@@ -93,7 +93,15 @@ def test_optimizers_leave_the_placeholder_alone() -> None:
     assert changed == {"norm.weight", "norm.bias"}
 
 
-@pytest.mark.parametrize("load", [lambda m, _: m, lambda m, _: copy.deepcopy(m), lambda m, folder: reloaded(m, folder)])
+COUNTED: list[Callable[[Any, Path], Any]] = [
+    lambda m, _: m,
+    lambda m, _: copy.deepcopy(m),
+    lambda m, _: pickle.loads(pickle.dumps(m)),
+    lambda m, folder: reloaded(m, folder),
+]
+
+
+@pytest.mark.parametrize("load", COUNTED)
 def test_models_of_transformers_count_what_they_counted(load: Callable[[Any, Path], Any], tmp_path: Path) -> None:
     model = llama(attention_bias=True, torch_dtype=torch.bfloat16).to(torch.bfloat16)
     counted = [part.num_parameters(exclude_embeddings=skip) for part in (model, model.model) for skip in (False, True)]
@@ -113,3 +121,19 @@ def test_integers_are_refused(scheme: str, compiled: bool, x: Tensor) -> None:
     call = torch.compile(layer, backend="eager") if compiled else layer
     with pytest.raises(ModelError, match=f"16 to 24 features was called on a tensor of {x.dtype}: cast it"):
         call(x)
+
+
+def test_models_of_transformers_inside_of_others_count_too() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = llama()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.inner(x).logits
+            return y
+
+    wrapper = Wrapper()
+    counted = wrapper.inner.num_parameters()
+    quantized(wrapper, "rtn", calibration=[tokens()])
+    assert wrapper.inner.num_parameters() == counted

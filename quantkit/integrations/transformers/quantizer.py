@@ -14,7 +14,6 @@ arguments of all versions.
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps
-from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
@@ -340,18 +338,8 @@ def mark(model: Any, config: QuantKitConfig | None = None) -> None:
     config.format_version = version_of(config.attention)
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method = True, NAME
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            part.num_parameters = functools.partial(num_parameters, part)
     if getattr(model, "hf_quantizer", None) is None:
         model.hf_quantizer = QuantKitQuantizer(config, pre_quantized=True)
-
-
-def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """``model.num_parameters()`` of transformers, with the weights of INT8 layers, which are no parameters."""
-    count: int = type(model).num_parameters(model, only_trainable, exclude_embeddings)
-    layers = [] if only_trainable else [m for m in model.modules() if isinstance(m, W8A8Linear)]
-    return count + sum(layer.out_features * (layer.in_features + (layer.bias is not None)) for layer in layers)
 
 
 def enter_tables() -> None:
