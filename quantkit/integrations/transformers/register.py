@@ -57,7 +57,7 @@ def prepare_for_saving(model: nn.Module) -> None:
 
 def count_parameters(model: nn.Module) -> None:
     """Let ``num_parameters()`` of all models of transformers within a model that gets a report say what it said before."""
-    modeling = sys.modules.get("transformers.modeling_utils")
+    modeling: Any = sys.modules.get("transformers.modeling_utils")
     for part in () if modeling is None else model.modules():
         if isinstance(part, modeling.PreTrainedModel):
             part.num_parameters = functools.partial(num_parameters, part)
