@@ -54,6 +54,7 @@ from quantkit.discovery import Equivalence, discover, verify_equivalence
 from quantkit.integrations.compressed.export import export
 from quantkit.integrations.compressed.folder import compressed_tensors_as_int8
 from quantkit.integrations.folders import load, save
+from quantkit.integrations.transformers.register import count_parameters as _count_parameters
 from quantkit.integrations.transformers.register import prepare_for_saving as _prepare_for_saving
 from quantkit.integrations.transformers.register import register_with_transformers
 from quantkit.layers.linear import W8A8Linear
@@ -73,7 +74,7 @@ __all__ = [
     "verify_equivalence", "why_simulated",
 ]  # fmt: skip
 
-_LISTENERS.append(_prepare_for_saving)
+_LISTENERS.extend([_prepare_for_saving, _count_parameters])
 __path__.append(f"{__path__[0]}/_old")  # modules that have moved since the last version
 
 

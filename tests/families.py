@@ -23,6 +23,7 @@ VOCAB, WIDTH, INNER, LAYERS, HEADS, TOKENS = 96, 32, 48, 2, 4, 12
 
 HEAD = {"lm_head": "output head"}
 TIED = {"lm_head": "its weight is tied"}
+READ = "other code of the model reads its weight"
 
 
 @dataclass(frozen=True)
@@ -322,12 +323,12 @@ VARIED = {
     ),
     # in_proj reads the norm; x_proj and out_proj read what SiLU and the scan made of it. dt_proj's weight is read directly.
     "mamba": Family(
-        hf("Mamba", **BASE, state_size=4), 6, 2, TIED | {"*.dt_proj": "it never ran"},
+        hf("Mamba", **BASE, state_size=4), 6, 2, TIED | {"*.dt_proj": READ},
     ),
     # in_proj reads a norm, and a gated norm feeds out_proj.
     "mamba2": Family(
         hf("Mamba2", **BASE, state_size=4, num_heads=8, head_dim=8, n_groups=2, chunk_size=8),
-        4, 4, HEAD,
+        4, 4, {"lm_head": READ},  # casts to its dtype
     ),
     # Time mixing is per channel, so all of key, value and receptance read one norm, and the rows of value reach the output.
     "rwkv": Family(
@@ -356,10 +357,10 @@ VARIED = {
             "Jamba", **GQA, num_experts=1, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4,
             use_mamba_kernels=False,
         ),
-        9, 7, HEAD | {"*.dt_proj": "it never ran"},
+        9, 7, HEAD | {"*.dt_proj": READ},
     ),
     # Six linears read the first norm, a norm over heads feeds the output projection, and the MLP is gated.
-    "xlstm": Family(hf("xLSTM", **BASE, num_heads=HEADS, qk_dim_factor=1.0), 8, 8, HEAD),
+    "xlstm": Family(hf("xLSTM", **BASE, num_heads=HEADS, qk_dim_factor=1.0), 8, 8, {"lm_head": READ}),
     # What leaves the recurrence depends on its input through gates with weights of their own: no fold there.
     "recurrent-gemma": Family(
         hf(
@@ -396,13 +397,13 @@ VARIED = {
         16, 12, {"*_projection": "output head"}, lambda: {"input_ids": tokens(), "pixel_values": normal(2, 3, 16, 16)},
     ),
     # Encoder 4/4; decoder 6/6 with cross attention, whose k and v read the encoder's output: one site for all blocks, which
-    # cannot fold because the encoder's output is an output of the model too.
+    # cannot fold because the encoder's output is an output of the model too. "wo" of every block is asked for in float32.
     "t5": Family(
         hf("T5", "ForConditionalGeneration", **T5),
-        21, 20, TIED, lambda: {"input_ids": tokens(), "decoder_input_ids": tokens()},
+        17, 16, TIED | {"*.wo": "the model asks"}, lambda: {"input_ids": tokens(), "decoder_input_ids": tokens()},
     ),
     "t5-gated": Family(
-        hf("T5", "ForConditionalGeneration", **T5, feed_forward_proj="gated-gelu"), 21, 20, TIED,
+        hf("T5", "ForConditionalGeneration", **T5, feed_forward_proj="gated-gelu"), 17, 16, TIED | {"*.wo": "the model asks"},
         lambda: {"input_ids": tokens(), "decoder_input_ids": tokens()},
     ),
     "bart": Family(  # post-norm and GELU: the three v alone, and cross attention's k and v are one site

@@ -92,7 +92,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
     tied, cast = record["tied"], record.get("cast", {})
     taken_apart = unfuse(model, only=record["layers"])
     try:
-        layers = _empty_layers(model, record["layers"])
+        layers = _empty_layers(model, record["layers"], stored)
         quantizers = empty_quantizers(model, record.get("attention", {}), layers)
         added: dict[str, nn.Module] = {**layers}
         added |= {f"{name}.{CHILD}".removeprefix("."): quantizer for name, quantizer in quantizers.items()}
@@ -118,9 +118,14 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
     return model.eval()
 
 
-def _empty_layers(model: nn.Module, records: Mapping[str, Any]) -> dict[str, W8A8Linear]:
+def _empty_layers(model: nn.Module, records: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[str, W8A8Linear]:
     """The INT8 layers of the record, each in the size of the linear that it will replace."""
     linears, layers = linears_of(model), {}
+    dtypes = {name: dtype for dtype, name in TYPES.items() if dtype.is_floating_point}
+    pairs = [(p.dtype, dtypes.get(stored[name].dtype)) for name, p in model.named_parameters() if name in stored]
+    loaded = {
+        old: new for old, new in reversed(pairs) if new
+    }  # what becomes of the first parameter of a dtype, and so of linears
     for name, facts in records.items():
         if name not in linears:
             raise CheckpointError(
@@ -129,7 +134,7 @@ def _empty_layers(model: nn.Module, records: Mapping[str, Any]) -> dict[str, W8A
         n, k = facts["out_features"], facts["in_features"]
         if tuple(weight_of(linears[name]).shape) != (n, k):
             raise CheckpointError(f"layer {name!r} has {k} inputs and {n} outputs, and in the model it has other sizes")
-        layers[name] = empty_layer(name, facts)
+        layers[name] = empty_layer(name, facts, loaded.get(dtype := weight_of(linears[name]).dtype, dtype))
     return layers
 
 

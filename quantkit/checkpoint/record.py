@@ -160,12 +160,13 @@ def _layer_record(layer: W8A8Linear) -> dict[str, Any]:
     return operand.facts.record(list(operand.tensors()), 0 if outliers is None else len(outliers))
 
 
-def empty_layer(name: str, record: Any) -> W8A8Linear:
+def empty_layer(name: str, record: Any, dtype: torch.dtype) -> W8A8Linear:
     """An INT8 layer on the meta device, with the buffers that its record says it has.
 
     Args:
         name: of the layer, for messages.
         record: what :func:`layer_records` wrote.
+        dtype: of the linear that it replaces.
 
     Raises:
         CheckpointError: the record makes no sense.
@@ -177,7 +178,7 @@ def empty_layer(name: str, record: Any) -> W8A8Linear:
     except QuantkitError as error:
         raise CheckpointError(f"layer {name!r}: {error}") from None
     operand = empty_operand(facts, bias=record["bias"], optional=record["buffers"], outliers=record["outliers"], device="meta")
-    return W8A8Linear.from_operand(operand)
+    return W8A8Linear.from_operand(operand, dtype)
 
 
 # ---- attention

@@ -142,8 +142,10 @@ class Kept(StrEnum):
     """Why discovery leaves a linear in floating point. A member is also its sentence, for reports and JSON."""
 
     TIED = "its weight is tied to another module"
+    READ = "other code of the model reads its weight"
     HEAD = "output head"
     ROUTER = "router"
+    FLOAT32 = "the model asks for it in float32"
     NEVER_RAN = "it never ran in the probe"
 
     __repr__ = str.__repr__  # a printed dict of reasons reads as text

@@ -12,6 +12,7 @@ change stops at the next linear. Then questions are asked by changing something 
 * :mod:`.orders` shuffles rows: which linears *carry* the order of the channels of an input?
 * :mod:`.residual` adds vectors and rotates: who writes the residual stream, who reads it, and does it rotate as a whole?
 * :mod:`.heads` rotates the rows of value projections: how wide are the heads of attention?
+* :mod:`.readers` hides weights: does other code of the model read one?
 
 **What comes out** are values of :mod:`quantkit.core.sites` and :mod:`quantkit.core.spaces`, which later rooms act on: the
 linears that read one activation, joined into *sites* (:mod:`.joining`), each with its producer and carriers; the linears that

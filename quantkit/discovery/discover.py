@@ -10,12 +10,13 @@ from torch import nn
 
 from quantkit.core.sites import Discovery, Kept, Site
 from quantkit.discovery.joining import first_unseen, join
-from quantkit.discovery.kept import first_tied, kept_in_float
+from quantkit.discovery.kept import Seen, first_fixed, kept_in_float
 from quantkit.discovery.norms import with_absorb_rules
 from quantkit.discovery.orders import with_carriers
 from quantkit.discovery.places import peers_of, place_of
 from quantkit.discovery.probe import Probe, TopKWatch, Trace, norms_of
 from quantkit.discovery.prober import Prober
+from quantkit.discovery.readers import read_by_others
 from quantkit.discovery.rehearsal import arriving_shifts, rehearse
 from quantkit.model.modules import linears_of
 
@@ -41,7 +42,7 @@ def discover(model: nn.Module, batch: Any, *, carriers: bool = False) -> Discove
     prober = Prober(probe, reference)
 
     origins, heads = prober.origins()
-    kept = kept_in_float(model, linears, reference, watch.routers, heads)
+    kept = kept_in_float(model, linears, reference, Seen(watch.routers, heads, read_by_others(probe, reference)))
     sites = join(linears, reference, origins, kept)
     sites = [_with_parameters(site, linears, norms, reference) for site in sites]
     sites = _rehearsed(model, batch, sites)
@@ -88,14 +89,14 @@ def _with_proven_shifts(model: nn.Module, batch: Any, sites: list[Site], linears
 
 
 def _with_carriers(prober: Prober, sites: list[Site], kept: Mapping[str, Kept]) -> list[Site]:
-    """``sites`` with the carriers of those where some were proven and none has a tied weight."""
+    """``sites`` with the carriers of those where some were proven and all weights may be changed."""
     probe, reference = prober.probe, prober.reference
     peers = [names for names in peers_of(probe.model, prober.rows) if names[0] in probe.linears]
     movable = [site for site in sites if _may_be_reordered(site, probe.linears, reference, kept)]
     carried = {}
     for site in with_carriers(probe, reference, prober.noise, peers, movable):
-        tied = site.carriers is not None and first_tied((name for name, _ in site.carriers.rows), kept)
-        carried[site.name] = replace(site, carriers=None) if tied else site
+        fixed = site.carriers is not None and first_fixed((name for name, _ in site.carriers.rows), kept)
+        carried[site.name] = replace(site, carriers=None) if fixed else site
     return [carried.get(site.name, site) for site in sites]
 
 
@@ -108,4 +109,4 @@ def _may_be_reordered(site: Site, linears: Mapping[str, nn.Module], reference: T
         return False
     blocks = {name.rpartition(".")[0] for name in site.linears}
     beside = [name for name in linears if name.rpartition(".")[0] in blocks]
-    return first_unseen(beside, site.channels, linears, reference) is None and first_tied(site.linears, kept) is None
+    return first_unseen(beside, site.channels, linears, reference) is None and first_fixed(site.linears, kept) is None

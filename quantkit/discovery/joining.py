@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from quantkit.core.sites import Kept, Producer, Site
-from quantkit.discovery.kept import first_tied
+from quantkit.discovery.kept import first_fixed
 from quantkit.discovery.probe import Trace
 from quantkit.discovery.prober import Origin
 from quantkit.model.modules import weight_of
@@ -78,9 +78,9 @@ def _common_producer(
     origin = origins.get(names[0])
     if origin is None or not all(name in origins and origins[name].same_as(origin) for name in names):
         return None, MIXES
-    tied = first_tied(names, kept)
-    if tied is not None:
-        return None, f"{tied} reads it and its weight is tied"
+    fixed = first_fixed([*names, origin.module], kept)
+    if fixed is not None:
+        return None, f"{fixed} {'writes' if fixed == origin.module else 'reads'} it: {kept[fixed]}"
     block = origin.module.rpartition(".")[0]
     inside = [name for name in linears if not block or name.startswith(f"{block}.")]
     unseen = first_unseen(inside, weight_of(linears[names[0]]).shape[1], linears, reference)

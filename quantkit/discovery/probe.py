@@ -11,7 +11,7 @@ Multipliers are powers of two. These stay exact in every floating-point format, 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from quantkit.layers.linear import PLACEHOLDER, placeholder
 from quantkit.model.experts import running_everywhere
 from quantkit.model.modules import call, evaluating, tensors_in, weight_of
 
@@ -67,6 +68,7 @@ class Probe:
         orders: Mapping[str, Tensor] = MappingProxyType({}),
         edits: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
         watch: TopKWatch | None = None,
+        hidden: Collection[str] = (),
     ) -> Trace:
         """One forward pass in eval mode; modules that are not named in an argument are left as they are.
 
@@ -75,6 +77,7 @@ class Probe:
             orders: name of a linear -> ``[N]`` int64, which of its output channels comes at each place.
             edits: name of a linear -> a function from its output ``[..., N]`` to another one.
             watch: is told the outputs of linears, and follows them.
+            hidden: names of linears that have the parameters of an INT8 layer meanwhile, see :func:`parameters_hidden`.
         """
         trace = Trace()
 
@@ -91,6 +94,8 @@ class Probe:
             stack.enter_context(running_everywhere(self.model))
             for name, linear in self.linears.items():
                 stack.enter_context(forward_replaced(linear, self._stand_in(name, linear, trace, change)))
+            for name in hidden:
+                stack.enter_context(parameters_hidden(self.linears[name]))
             for name, norm in self.norms.items():
                 handle = norm.register_forward_hook(_norm_hook(name, trace, multipliers.get(name)), with_kwargs=True)
                 stack.callback(handle.remove)
@@ -203,3 +208,20 @@ def forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
+
+
+@contextmanager
+def parameters_hidden(linear: Any) -> Iterator[None]:
+    """While the context is open, whoever reads the weight and the bias of ``linear`` finds what an INT8 layer has there.
+
+    That is integers, here all of them zero, a bias that a fold may have changed, and no parameter but an empty one.
+    """
+    weight, bias = weight_of(linear), linear.bias
+    codes = torch.zeros((), dtype=torch.int8, device=weight.device).expand(weight.shape)
+    own = linear._parameters, linear._buffers
+    linear._parameters = {PLACEHOLDER: placeholder(weight.dtype, weight.device)}
+    linear._buffers = {**linear._buffers, "weight": codes, "bias": None if bias is None else torch.full_like(bias, 0.5)}
+    try:
+        yield
+    finally:
+        linear._parameters, linear._buffers = own

@@ -6,6 +6,7 @@ module is what PyTorch needs besides: buffers that move with the model and are s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,18 @@ from quantkit.core.transform import Transform
 from quantkit.model.modules import applied_but_float32, weight_of
 from quantkit.ops.linear import linear, prepare
 from quantkit.ops.table import Prepared, forced
+
+PLACEHOLDER = "placeholder"
+"""The name of a parameter without elements, see :func:`placeholder`."""
+
+
+def placeholder(dtype: torch.dtype | None, device: torch.device) -> nn.Parameter:
+    """What an INT8 layer has for a parameter: empty, in the dtype and on the device of the model.
+
+    Code around a layer asks ``next(part.parameters())`` for them, as ``model.dtype`` of transformers does. With two dimensions,
+    since a vector for each channel is the sign of a norm.
+    """
+    return nn.Parameter(torch.empty(0, 0, dtype=dtype, device=device), requires_grad=False)
 
 
 class W8A8Linear(nn.Linear):
@@ -54,6 +67,9 @@ class W8A8Linear(nn.Linear):
         shift, permutation, rotation_signs: ``[K]`` or None, see :class:`quantkit.Transform`.
         outlier_index ``[n]`` int64, outlier_weight ``[N, n]``, in the model's dtype: columns outside of the INT8 product.
 
+    Parameters:
+        placeholder: an empty one that answers for the dtype and the device of the model. It is in no state dict.
+
     Raises:
         ModelError: K is beyond the exact range of an int32 accumulator.
         MethodError: groups that are not sizes which sum to K.
@@ -71,6 +87,7 @@ class W8A8Linear(nn.Linear):
     rotation_signs: Tensor | None
     outlier_index: Tensor | None
     outlier_weight: Tensor | None
+    placeholder: nn.Parameter
 
     def __init__(
         self,
@@ -89,13 +106,18 @@ class W8A8Linear(nn.Linear):
         if fault:
             raise MethodError(f"W8A8Linear: {fault}")
         facts = Facts(in_features, out_features, scheme, tuple(groups) if len(groups) > 1 else ())
-        self._hold(empty_operand(facts, bias=bias, device=device, dtype=dtype))
+        self._hold(empty_operand(facts, bias=bias, device=device, dtype=dtype), dtype)
 
     @classmethod
-    def from_operand(cls, operand: Operand) -> W8A8Linear:
-        """A layer that holds ``operand``; its tensors are used, not copied."""
+    def from_operand(cls, operand: Operand, dtype: torch.dtype | None = None) -> W8A8Linear:
+        """A layer that holds ``operand``; its tensors are used, not copied.
+
+        Args:
+            operand: what is run.
+            dtype: of the model; left out, that of the bias.
+        """
         layer = cls.__new__(cls)
-        layer._hold(operand)
+        layer._hold(operand, dtype)
         return layer
 
     @classmethod
@@ -154,17 +176,19 @@ class W8A8Linear(nn.Linear):
         }
         operand = Operand.of(facts, tensors)
         operand.check_sums()
-        layer = cls.from_operand(operand)
+        layer = cls.from_operand(operand, like.dtype)
         layer.train(linear.training)
         return layer
 
-    def _hold(self, operand: Operand) -> None:
+    def _hold(self, operand: Operand, dtype: torch.dtype | None) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would make a float weight
         self.in_features, self.out_features = operand.in_features, operand.out_features
         self._facts = operand.facts
         tensors = operand.tensors()
         for name in TENSORS:
             self.register_buffer(name, tensors.get(name))
+        dtype = dtype if operand.bias is None else operand.bias.dtype
+        self.register_parameter(PLACEHOLDER, placeholder(dtype, operand.device))
         self._operand: Operand | None = None
         self._prepared: Prepared | None = None
         self._prepared_for: str | None = None
@@ -216,6 +240,9 @@ class W8A8Linear(nn.Linear):
         super().__setattr__(name, value)
         if name in TENSORS:
             self._forget()
+            if name in ("weight", "bias") and value is not None:  # what is loaded may have another dtype and device
+                dtype = value.dtype if name == "bias" else self.placeholder.dtype
+                self._parameters[PLACEHOLDER] = placeholder(dtype, value.device)
 
     def _forget(self) -> None:
         """A buffer is another one: what was made of it is out of date."""
@@ -272,9 +299,20 @@ class W8A8Linear(nn.Linear):
         self._forget()
         return self
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The placeholder. Without recursion nothing: whoever asks so, as accelerate, looks it up in a state dict."""
+        return super().named_parameters(prefix, recurse, remove_duplicate) if recurse else iter(())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + PLACEHOLDER]
+
     def _make_room(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Optional buffers that the checkpoint has and a fresh module lacks."""
+        """Optional buffers that the checkpoint has and a fresh module lacks, and the placeholder, which no checkpoint has."""
         self._forget()
+        state[prefix + PLACEHOLDER] = self.placeholder
         for name, buffer in list(self._buffers.items()):
             saved = state.get(prefix + name)
             if saved is not None and (buffer is None or buffer.shape != saved.shape) and not name.startswith("weight"):

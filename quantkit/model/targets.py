@@ -6,7 +6,7 @@ A list holds names of layers, globs over names, parts of names, or classes of mo
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -54,6 +54,16 @@ def check_patterns(patterns: Sequence[Any], linears: Mapping[str, nn.Module], wh
             raise TargetError(f"{what}=[{pattern!r}] matches none of the {len(linears)} linear layers of the model{near}")
 
 
+def asked_in_float32(model: nn.Module, linears: Iterable[str]) -> set[str]:
+    """Names of those linears that models of transformers list as more precise than the rest.
+
+    The lists hold parts of names of parameters, such as ``wo`` or ``gate.weight``.
+    """
+    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    parts = {part for module in model.modules() for name in lists for part in getattr(module, name, None) or ()}
+    return {name for name in linears if any(fnmatchcase(f".{name}.weight.", f"*.{part}.*") for part in parts)}
+
+
 def chosen(
     linears: Mapping[str, nn.Module], kept: Mapping[str, Kept], ignore: Sequence[Any], targets: Sequence[Any] | None
 ) -> dict[str, str]:
@@ -64,12 +74,12 @@ def chosen(
         kept: the defaults, from :func:`quantkit.discover`.
         ignore: what matches one of these patterns stays in floating point.
         targets: if given, what matches none of these patterns stays in floating point, and what matches one does not, even if
-            it is in ``kept``; except for linears that share a weight with another module or never ran, which cannot be
-            quantized.
+            it is in ``kept``; except for linears that share a weight with another module, whose weight is read by others, or
+            that never ran, which cannot be quantized.
     """
     float_: dict[str, str] = dict(kept)
     for name, module in linears.items():
-        if targets is not None and kept.get(name) not in (Kept.TIED, Kept.NEVER_RAN):
+        if targets is not None and kept.get(name) not in (Kept.TIED, Kept.READ, Kept.NEVER_RAN):
             if any(matches(name, module, pattern) for pattern in targets):
                 float_.pop(name, None)
             else:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.core.errors import ModelError
 from quantkit.core.formats import Float, Quantized, Storage
 from quantkit.core.groups import shares
 from quantkit.core.operand import Operand
@@ -30,8 +31,18 @@ class PlainPrepared:
     shares: Tensor | None
 
     def run(self, x: Tensor) -> Tensor:
-        """``x [M, K]`` float to ``[M, N]`` in its dtype, one step after the other."""
+        """``x [M, K]`` float to ``[M, N]`` in its dtype, one step after the other. Faster backends hand other dtypes here.
+
+        Raises:
+            ModelError: ``x`` is not floating point.
+        """
         operand, dtype = self.operand, x.dtype
+        if not dtype.is_floating_point:
+            raise ModelError(
+                f"an INT8 layer of {operand.in_features} to {operand.out_features} features was called on a tensor of {dtype}: "
+                "cast it to floating point before. If the model casts to the dtype of the layer's weight, which is integers, "
+                "name the layer in ignore="
+            )
         if isinstance(operand.input, Float):
             return self._run_float(x)
         x, side = operand.rewrite.apply(x)

@@ -165,7 +165,7 @@ class _Change:
         elif tokens is not None:
             layer.sqnr_db = output_sqnr(tokens, plan, linear, new, Changes(fold, rows, order))
         if source is not None:
-            new = W8A8Linear.from_operand(reordered(new.operand, source)).train(linear.training)
+            new = W8A8Linear.from_operand(reordered(new.operand, source), new.placeholder.dtype).train(linear.training)
         layer.kind, layer.at_run_time = "int8", leftover.without("groups").steps
         if plan.scheme != self.plan.scheme.of_linear():
             layer.notes["scheme"] = plan.scheme.name

@@ -65,7 +65,7 @@ def quantize(
 
     Args:
         model: any module with its weights in memory; ``nn.Linear`` and transformers' ``Conv1D`` are replaced by
-            :class:`quantkit.W8A8Linear`. Output heads, routers and tied weights stay in floating point.
+            :class:`quantkit.W8A8Linear`. What stays in floating point has its reason in the report.
         method: a name (``"smoothquant"``, ``"rtn"``), a calibrator, or a list of them, applied in order.
         calibration: an iterable of batches (tensors, dicts of keyword arguments, tuples of arguments), or strings with
             ``tokenizer``. Left out, a causal LM of transformers samples its own tokens.
@@ -73,7 +73,8 @@ def quantize(
         scheme: a name or a :class:`quantkit.Scheme`; None applies only what preserves the function and leaves the
             model in floating point.
         ignore: layer names, globs or classes that stay in floating point.
-        targets: if given, only these are quantized; they may include output heads and routers.
+        targets: if given, only these are quantized; they may include output heads, routers, and what transformers lists for
+            float32.
         seed: for sampled calibration data and for calibrators.
         progress: show progress bars, or call this function of ``(what, done, total)``; None decides by the terminal.
         verify: run the converted model on a piece of the data, and raise if it is farther from the float model than its layers

@@ -187,6 +187,22 @@ def test_what_is_not_rounded_while_it_is_read_is_in_the_report(tmp_path: Path, c
     }
 
 
+@pytest.mark.parametrize("where", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
+@pytest.mark.parametrize("parts", [["down_proj"], ["mlp.down_proj.weight", "*.1.*.down_proj", "layers.0.mlp.down"]])
+def test_what_a_model_lists_for_float32(where: str, parts: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, where, parts)
+    asked = {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
+    configs = [QuantKitConfig("rtn"), QuantKitConfig("smoothquant", calibration=[TOKENS])]
+    models = [AutoModelForCausalLM.from_pretrained(folder, quantization_config=config) for config in configs]
+    models.append(quantkit.quantize(llama(), calibration=[TOKENS], progress=False))
+    for model in models:
+        float_ = {layer.name: layer.reason for layer in quantkit.report(model).layers if layer.kind == "float"}
+        assert float_.pop("lm_head").startswith("output head")
+        assert float_ == dict.fromkeys(asked, "the model asks for it in float32")
+    forced = quantkit.quantize(llama(), calibration=[TOKENS], targets=["down_proj"], progress=False)
+    assert {name for name, module in forced.named_modules() if isinstance(module, W8A8Linear)} == asked
+
+
 def test_dequantized(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuantKitConfig("rtn")).dequantize()
     assert not int8(model)

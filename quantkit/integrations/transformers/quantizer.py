@@ -42,12 +42,13 @@ from quantkit.core.facts import Facts, check_exact
 from quantkit.core.operand import empty_operand
 from quantkit.core.report import LayerRecord, Report, attach, detach, has_report, report
 from quantkit.core.scheme import Scheme
+from quantkit.core.sites import Kept
 from quantkit.core.weights import round_weight
 from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import unfuse
-from quantkit.model.modules import is_conv1d, linears_of, replace_module
-from quantkit.model.targets import IGNORED, matches
+from quantkit.model.modules import is_conv1d, linears_of, replace_module, weight_of
+from quantkit.model.targets import IGNORED, asked_in_float32, matches
 from quantkit.pipeline.account import HEAD_OR_TIED, account, say
 from quantkit.pipeline.quantize import quantize
 
@@ -239,7 +240,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, record in records.items():
             if name not in linears:
                 raise CheckpointError(f"config.json has an INT8 layer {name!r}, and the model has no such linear")
-            replace_module(model, name, empty_layer(name, record))
+            replace_module(model, name, empty_layer(name, record, weight_of(linears[name]).dtype))
         attach_attention(model, empty_quantizers(model, self.quantization_config.attention or {}, records))
 
     def _expect_float(self, model: Any) -> None:
@@ -258,10 +259,12 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         for pattern in config.ignore:
             if not any(matches(name, linear, pattern) for name, linear in linears.items()):
                 log.warning("ignore: %r matches no linear of the model", pattern)
-        heads = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+        heads, float32 = self.get_modules_to_not_convert(model), asked_in_float32(model, linears)
         for name, linear in linears.items():
             if any(matches(name, linear, head) for head in heads):
                 self._kept[name] = HEAD_OR_TIED
+            elif name in float32:
+                self._kept[name] = Kept.FLOAT32
             elif any(matches(name, linear, pattern) for pattern in config.ignore):
                 self._kept[name] = IGNORED
             else:
@@ -277,8 +280,8 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         if is_conv1d(linear):
             self.transposed.add(name)
         facts = Facts(k, n, scheme, threshold=threshold or None)
-        layer = W8A8Linear.from_operand(empty_operand(facts, bias=linear.bias is not None, device="meta", dtype=dtype))
-        # A placeholder in floating point and in the shape of the file: transformers up to 5.22 casts a weight to the dtype of
+        layer = W8A8Linear.from_operand(empty_operand(facts, bias=linear.bias is not None, device="meta", dtype=dtype), dtype)
+        # A stand-in in floating point and in the shape of the file: transformers up to 5.22 casts a weight to the dtype of
         # what it will replace before it is rounded.
         layer.weight = torch.empty(linear.weight.shape, dtype=dtype, device="meta")
         replace_module(model, name, layer)

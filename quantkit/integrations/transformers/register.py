@@ -8,11 +8,14 @@ hands anyway.
 
 from __future__ import annotations
 
+import functools
 import sys
+from typing import Any
 
 from torch import nn
 
 from quantkit.integrations.transformers.files import PIP_HINT
+from quantkit.layers.linear import W8A8Linear
 
 
 def register_with_transformers() -> None:
@@ -50,3 +53,18 @@ def prepare_for_saving(model: nn.Module) -> None:
     from quantkit.integrations.transformers.quantizer import mark
 
     mark(model)
+
+
+def count_parameters(model: nn.Module) -> None:
+    """Let ``num_parameters()`` of all models of transformers within a model that gets a report say what it said before."""
+    modeling: Any = sys.modules.get("transformers.modeling_utils")
+    for part in () if modeling is None else model.modules():
+        if isinstance(part, modeling.PreTrainedModel):
+            part.num_parameters = functools.partial(num_parameters, part)
+
+
+def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """``model.num_parameters()`` of transformers, with the weights of INT8 layers, which are no parameters."""
+    count: int = type(model).num_parameters(model, only_trainable, exclude_embeddings)
+    layers = [] if only_trainable else [m for m in model.modules() if isinstance(m, W8A8Linear)]
+    return count + sum(layer.out_features * (layer.in_features + (layer.bias is not None)) for layer in layers)
