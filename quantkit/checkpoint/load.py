@@ -120,7 +120,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
 
 def _empty_layers(model: nn.Module, records: Mapping[str, Any]) -> dict[str, W8A8Linear]:
     """The INT8 layers of the record, each in the size of the linear that it will replace."""
-    linears, layers = linears_of(model), {}
+    linears, layers = linears_of(model, untried=True), {}
     for name, facts in records.items():
         if name not in linears:
             raise CheckpointError(
