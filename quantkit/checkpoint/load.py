@@ -120,12 +120,11 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
 
 def _empty_layers(model: nn.Module, records: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[str, W8A8Linear]:
     """The INT8 layers of the record, each in the size of the linear that it will replace."""
-    linears, layers = linears_of(model), {}
+    linears, layers = linears_of(model, untried=True), {}
     dtypes = {name: dtype for dtype, name in TYPES.items() if dtype.is_floating_point}
     pairs = [(p.dtype, dtypes.get(stored[name].dtype)) for name, p in model.named_parameters() if name in stored]
-    loaded = {
-        old: new for old, new in reversed(pairs) if new
-    }  # what becomes of the first parameter of a dtype, and so of linears
+    # what becomes of the first parameter of a dtype, and so of linears
+    loaded = {old: new for old, new in reversed(pairs) if new}
     for name, facts in records.items():
         if name not in linears:
             raise CheckpointError(

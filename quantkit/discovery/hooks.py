@@ -50,13 +50,17 @@ class PlayedOrder(NamedTuple):
 
 @contextmanager
 def folded_by_hooks(model: nn.Module, folds: Sequence[PlayedFold]) -> Iterator[None]:
-    """While the context is open, the model runs as if ``folds`` had been made."""
+    """While the context is open, the model runs as if ``folds`` had been made.
+
+    Hooks that users have put on a module run on what it will put out and read: behind those here on its output, and before
+    those on its input.
+    """
     with ExitStack() as stack:
         for site, rows, scale, shift in folds:
             if rows is not None:
                 assert site.producer is not None
                 producer = model.get_submodule(site.producer.module)
-                stack.callback(producer.register_forward_hook(_change_output(*rows)).remove)
+                stack.callback(producer.register_forward_hook(_change_output(*rows), prepend=True).remove)
             for name in site.linears:
                 hook = model.get_submodule(name).register_forward_pre_hook(_change_input(scale, shift), with_kwargs=True)
                 stack.callback(hook.remove)
@@ -67,16 +71,16 @@ def folded_by_hooks(model: nn.Module, folds: Sequence[PlayedFold]) -> Iterator[N
 def reordered_by_hooks(model: nn.Module, orders: Sequence[PlayedOrder]) -> Iterator[None]:
     """While the context is open, the model runs as if its channels had been reordered.
 
-    A fold may be played at the same time, with its context opened first: outputs are reordered after its hooks have changed
+    A fold may be played at the same time, with its context opened last: outputs are reordered after its hooks have changed
     them, and inputs are brought back to the old order before its hooks see them.
     """
     with ExitStack() as stack:
         for readers, inverse, sources in orders:
             for name, source in sources.items():
-                stack.callback(model.get_submodule(name).register_forward_hook(_reorder_output(source)).remove)
+                stack.callback(model.get_submodule(name).register_forward_hook(_reorder_output(source), prepend=True).remove)
             for name in readers:
                 linear = model.get_submodule(name)
-                hook = linear.register_forward_pre_hook(_reorder_input(inverse), with_kwargs=True, prepend=True)
+                hook = linear.register_forward_pre_hook(_reorder_input(inverse), with_kwargs=True)
                 stack.callback(hook.remove)
         yield
 

@@ -53,9 +53,13 @@ def find_stream(model: nn.Module, batch: Any) -> ResidualStream:
 
 def _embeddings(model: nn.Module, linears: Mapping[str, nn.Module]) -> tuple[int, tuple[str, ...]]:
     """The width of the stream, which is that of the embeddings that most linears read or write, and their names."""
-    widths = {name: m.embedding_dim for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    widths = {
+        name: m.embedding_dim
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Embedding) and "weight" in m._parameters  # else it is computed, and nothing can be written to it
+    }
     if not widths:
-        raise MethodError(f"{type(model).__name__} has no embedding that begins a residual stream")
+        raise MethodError(f"{type(model).__name__} has no embedding that begins a residual stream and holds its own weight")
     shapes = [tuple(weight_of(linear).shape) for linear in linears.values()]
     width = max(widths.values(), key=lambda w: sum(shape.count(w) for shape in shapes))
     return width, tuple(name for name, w in widths.items() if w == width)

@@ -61,7 +61,8 @@ class RotationProbe:
         with ExitStack() as stack:
             for name, module in self.model.named_modules():
                 if isinstance(module, nn.Embedding) and name in edits:
-                    stack.callback(module.register_forward_hook(lambda _, args, y, edit=edits[name]: edit(y)).remove)
+                    change = module.register_forward_hook(lambda _, args, y, edit=edits[name]: edit(y), prepend=True)
+                    stack.callback(change.remove)
             for name, twin in twins.items():
                 stack.enter_context(forward_replaced(self.model.get_submodule(name), twin.forward))
             return self.probe.run(multipliers, edits=edits)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import CalibrationError
+from quantkit.model.nested import without_fast_path
+from quantkit.model.trial import fault_of
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -25,25 +27,46 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes ``x W^T + b`` and nothing else, so that a W8A8Linear can take its place.
 
-    A subclass of ``nn.Linear`` with a forward of its own, such as Falcon's, may compute more. It is run on a small input, and
-    counts if it gives what a plain linear gives.
+    A subclass of ``nn.Linear`` with a forward of its own, such as Falcon's, may compute more, and is tried (:mod:`.trial`).
     """
-    if is_conv1d(module):
-        return True
-    if not isinstance(module, nn.Linear) or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return False  # nn.MultiheadAttention reads the weight of the latter without calling it
-    if "parametrizations" in module._modules or not module.weight.is_floating_point():
-        return False  # what would be written to its weight is recomputed, or it is quantized by someone else
-    return type(module).forward is nn.Linear.forward or _multiplies(module)
+    return (isinstance(module, nn.Linear) or is_conv1d(module)) and why_no_linear(module) is None
 
 
-def _multiplies(module: nn.Linear) -> bool:
-    if any(module.children()) or module.weight.is_meta:
-        return False
-    x = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(module.weight)
-    with torch.no_grad():
-        wanted, got = nn.functional.linear(x, module.weight, module.bias), type(module).forward(module, x)
-    return isinstance(got, Tensor) and got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-2, atol=1e-4)
+def why_no_linear(module: nn.Module) -> str | None:
+    """Why a module that looks like a linear is none for quantkit; None if it is one."""
+    kind = type(module)
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention multiplies by its in_proj_weight itself"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        return f"{kind.__module__}.{kind.__qualname__} is no nn.Linear"
+    computed = [name for name in ("weight", "bias") if name not in module._parameters]
+    if computed:
+        return f"{kind.__name__}: its {' and '.join(computed)} is no parameter, but computed from others"
+    more = [*module._parameters.keys() - {"weight", "bias"}, *module._buffers, *module._modules]
+    if more:
+        return f"{kind.__name__} has {', '.join(sorted(more))} beside weight and bias"
+    weight = module.weight
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return f"{kind.__name__}: its weight is a {type(weight).__name__} of {weight.dtype}, which is nothing to round"
+    if kind.__call__ is not nn.Module.__call__:
+        return f"{kind.__name__} has a __call__ of its own"
+    if _has_own_forward(module):
+        return f"{kind.__name__}: a forward was put on this module, and may compute something else"
+    return None if kind.forward is nn.Linear.forward or is_conv1d(module) else fault_of(module)  # type: ignore[arg-type]
+
+
+def _has_own_forward(module: Any) -> bool:
+    """Whether a forward was put on the module itself, other than by accelerate to move inputs to its device."""
+    own = vars(module).get("forward")
+    hooks, hook = sys.modules.get("accelerate.hooks"), vars(module).get("_hf_hook")
+    if hooks is not None and hook is not None:
+        moves = all(type(h) is hooks.AlignDevicesHook for h in getattr(hook, "hooks", [hook]))
+        if moves and getattr(getattr(own, "func", None), "__module__", None) == hooks.__name__:
+            own = module._old_forward
+    is_its_own = getattr(own, "__func__", None) is type(module).forward and own.__self__ is module
+    return own is not None and not is_its_own
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -53,9 +76,33 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.detach().t() if is_conv1d(module) else weight.detach()
 
 
-def linears_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module for every linear, in the order of registration. A linear with several names is listed once."""
-    return {name: module for name, module in model.named_modules() if is_linear(module)}
+def linears_of(model: nn.Module, *, untried: bool = False) -> dict[str, nn.Module]:
+    """Name -> module for every linear, in the order of registration. A linear with several names is listed once.
+
+    Args:
+        model: any module.
+        untried: also list subclasses of ``nn.Linear`` that have no weights yet with which they could be tried. Whoever made a
+            checkpoint has tried them.
+    """
+
+    def no_weights(module: nn.Module) -> bool:
+        return untried and isinstance(module, nn.Linear) and "weight" in module._parameters and module.weight.is_meta
+
+    return {name: module for name, module in model.named_modules() if is_linear(module) or no_weights(module)}
+
+
+def lookalikes_of(model: nn.Module) -> dict[str, str]:
+    """Name of every module that looks like a linear and is none -> the reason: it has the sizes of one, or is of its class."""
+    kinds = (nn.Linear, nn.MultiheadAttention)
+
+    def looks(module: Any) -> bool:
+        if isinstance(module, kinds) or is_conv1d(module):
+            return True
+        sizes = (vars(module).get("in_features"), vars(module).get("out_features"))
+        return all(isinstance(size, int) for size in sizes) and not any(isinstance(m, kinds) for m in module.modules())
+
+    found = {name: why_no_linear(module) for name, module in model.named_modules() if looks(module)}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def applied_but_float32(module: nn.Module, fn: Any, names: Collection[str]) -> None:
@@ -72,15 +119,34 @@ def applied_but_float32(module: nn.Module, fn: Any, names: Collection[str]) -> N
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` in the place of the module called ``name``, at every place of the model where that is registered."""
+    """Put ``new`` in the place of the module called ``name``, at every place of the model where that is registered.
+
+    Hooks that were put on the old module run on the new one from then on, and find there the attributes that were given to a
+    linear.
+    """
     old = model.get_submodule(name)
+    _share_hooks(old, new)
+    if isinstance(new, nn.Linear):
+        given = {key: value for key, value in vars(old).items() if not key.startswith("_") and key != "forward"}
+        vars(new).update(given | vars(new))
     for parent in model.modules():
         for child, module in parent.named_children():
             if module is old:
                 setattr(parent, child, new)
-                if getattr(parent, "activation_relu_or_gelu", 0):
-                    # torch's encoder layer would go on reading the weights of its linears in a fused float kernel
-                    parent.activation_relu_or_gelu = 0  # type: ignore[assignment]
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    without_fast_path(parent)
+
+
+def _share_hooks(old: Any, new: Any) -> None:
+    """Let ``new`` have the very dictionaries of hooks that ``old`` has, since the handles that remove hooks know these.
+
+    Hooks that run before a state is loaded stay behind: each refers to the module that it was made for.
+    """
+    for key in vars(nn.Module()):
+        if "hook" in key and key != "_load_state_dict_pre_hooks":
+            vars(new)[key] = vars(old)[key]
+    if "_hf_hook" in vars(old) and "_hf_hook" not in vars(new):
+        sys.modules["accelerate.hooks"].add_hook_to_module(new, old._hf_hook)
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -160,12 +226,21 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While the context is open, the model is in eval mode and computes no gradients; then each module's flag is restored."""
+    """While the context is open, the model is in eval mode and computes no gradients; then each module's flag is restored.
+
+    Nor does ``nn.TransformerEncoder`` make nested tensors of padded ones, which only the fast path of its layers can read. A
+    layer with a hook inside does not take it.
+    """
     flags = {module: module.training for module in model.modules()}
+    nests: list[Any] = [module for module in flags if getattr(module, "use_nested_tensor", False)]
     model.eval()
+    for module in nests:
+        module.use_nested_tensor = False
     try:
         with torch.no_grad():
             yield
     finally:
         for module, flag in flags.items():
             module.training = flag
+        for module in nests:
+            module.use_nested_tensor = True

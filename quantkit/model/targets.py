@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -30,13 +31,16 @@ def matches(name: str, module: nn.Module, pattern: Any) -> bool:
     return fnmatchcase(name, pattern) or pattern in name.split(".") or name.startswith(f"{pattern}.")
 
 
-def check_patterns(patterns: Sequence[Any], linears: Mapping[str, nn.Module], what: str) -> None:
+def check_patterns(
+    patterns: Sequence[Any], linears: Mapping[str, nn.Module], what: str, reasons: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Look for mistakes in a list of patterns.
 
     Args:
         patterns: what the user passed.
         linears: name -> module, of all linears.
         what: the name of the argument, for messages.
+        reasons: name of a module that is no linear -> why, for whoever names one.
 
     Raises:
         TargetError: ``patterns`` is no list, a pattern is of another type, or it matches no linear.
@@ -51,6 +55,7 @@ def check_patterns(patterns: Sequence[Any], linears: Mapping[str, nn.Module], wh
                 str(pattern), [*linears, *{n.rpartition(".")[2] for n in linears}], n=3, cutoff=0.3
             )
             near = f"; close to it: {', '.join(close)}" if close else ""
+            near = f"; {pattern}: {reasons[pattern]}" if isinstance(pattern, str) and pattern in reasons else near
             raise TargetError(f"{what}=[{pattern!r}] matches none of the {len(linears)} linear layers of the model{near}")
 
 

@@ -14,7 +14,7 @@ from quantkit.core.errors import MethodError, ModelError
 from quantkit.core.progress import Progress
 from quantkit.core.scheme import Scheme
 from quantkit.layers.linear import W8A8Linear
-from quantkit.model.modules import linears_of
+from quantkit.model.modules import linears_of, lookalikes_of
 from quantkit.model.targets import check_patterns
 from quantkit.ops.table import why_simulated
 
@@ -105,12 +105,13 @@ def linears_to_choose_from(model: nn.Module, request: Request) -> dict[str, nn.M
         ModelError: there is none.
         TargetError: a pattern of ``ignore`` or ``targets`` matches none.
     """
-    linears = linears_of(model)
+    linears, lookalikes = linears_of(model), lookalikes_of(model)
     if not linears:
+        but = "".join(f"; {name}: {reason}" for name, reason in list(lookalikes.items())[:3])
         raise ModelError(
-            f"{type(model).__name__} has no linear to quantize: quantkit replaces nn.Linear and transformers' Conv1D"
+            f"{type(model).__name__} has no linear to quantize: quantkit replaces nn.Linear and transformers' Conv1D{but}"
         )
-    check_patterns(request.ignore, linears, "ignore")
+    check_patterns(request.ignore, linears | {name: model.get_submodule(name) for name in lookalikes}, "ignore")
     if request.targets is not None:
-        check_patterns(request.targets, linears, "targets")
+        check_patterns(request.targets, linears, "targets", lookalikes)
     return linears

@@ -15,7 +15,7 @@ from quantkit.core.facts import check_exact
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Kept, Site
 from quantkit.discovery.discover import discover
-from quantkit.model.modules import weight_of
+from quantkit.model.modules import lookalikes_of, weight_of
 from quantkit.model.targets import chosen
 from quantkit.pipeline.check import Request
 from quantkit.pipeline.data import Data
@@ -28,7 +28,7 @@ class Found:
     Attributes:
         linears: all of them, by name.
         sites: those of which at least one linear is quantized.
-        kept: name of a linear -> why it stays in floating point.
+        kept: name of a linear, or of what looks like one -> why it stays in floating point.
         statistics: of each site, if any were asked for.
     """
 
@@ -49,7 +49,7 @@ def find_sites(model: nn.Module, request: Request, data: Data, linears: dict[str
     discovery = discover(model, data.piece, carriers=orders)
     if Kept.NEVER_RAN in discovery.kept.values():
         discovery = discover(model, data.first, carriers=orders)  # more tokens reach more experts
-    kept = chosen(linears, discovery.kept, request.ignore, request.targets)
+    kept = lookalikes_of(model) | chosen(linears, discovery.kept, request.ignore, request.targets)
     placed = {name for site in discovery.sites for name in site.linears}
     # Heads and routers have no site unless something else reads their input; targets= may still ask for them.
     alone = [Site(n, (n,), (n,), weight_of(linears[n]).shape[1]) for n in linears if n not in placed and n not in kept]

@@ -43,16 +43,21 @@ def _played(model: nn.Module, folds: Sequence[Fold], reorders: Sequence[Reorder]
     """The relative change of the model's output, and whether it includes the orders."""
     wanted = outputs_of(model, piece)
     noise = relative_error(wanted, outputs_of(model, piece))
+    played = [PlayedFold(f.site, f.rows, f.scale, f.shift) for f in folds]
+    moved = [PlayedOrder(r.site.linears, r.inverse, r.sources) for r in reorders]
+
+    def error_with(orders: Sequence[PlayedOrder]) -> float:
+        with reordered_by_hooks(model, orders), folded_by_hooks(model, played):
+            return relative_error(wanted, outputs_of(model, piece))
+
     old = store_norms(model, folds)
     try:
         tolerance = tolerance_for(wanted, noise, model)
-        with folded_by_hooks(model, [PlayedFold(f.site, f.rows, f.scale, f.shift) for f in folds]):
-            with reordered_by_hooks(model, [PlayedOrder(r.site.linears, r.inverse, r.sources) for r in reorders]):
-                error = relative_error(wanted, outputs_of(model, piece))
-            ordered = error <= tolerance
-            if not ordered and reorders:
-                log.warning("the orders of %d sites cannot be folded, and are brought about at run time", len(reorders))
-                error = relative_error(wanted, outputs_of(model, piece))
+        error = error_with(moved)
+        ordered = error <= tolerance
+        if not ordered and moved:
+            log.warning("the orders of %d sites cannot be folded, and are brought about at run time", len(moved))
+            error = error_with([])
     finally:
         restore_norms(model, old)
     if error > tolerance:

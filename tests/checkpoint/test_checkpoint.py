@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers import MLP, assert_same, gpt2, llama, mlp, normal, outputs, state, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -50,7 +51,16 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 # ---- the same comes back
 
 
-@pytest.mark.parametrize("build", [llama, lambda: llama(tie_word_embeddings=True), gpt2], ids=["llama", "tied", "gpt2"])
+def falcon() -> Any:
+    """Linears of a class of their own, which can only be tried when they have weights."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+
+
+BUILDS = {"llama": llama, "tied": lambda: llama(tie_word_embeddings=True), "gpt2": gpt2, "falcon": falcon}
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_transformers_models(build: Callable[[], Any], tmp_path: Path) -> None:
     model = quantized(build(), "smoothquant")
     model.generation_config.max_new_tokens = 7

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from families import VOCAB, WIDTH, NanoGPT, tokens
-from helpers import assert_same, state
+from helpers import assert_same, llama, refused, state
 from nets import Gated
 from randomised import randomise, rotated
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import quantkit
 from quantkit import MethodError
@@ -62,3 +63,35 @@ def test_stream_read_or_written_from_outside(how: str, reason: str) -> None:
     with pytest.raises(MethodError, match=reason):
         rotated(model, tokens())
     assert_same(state(model), before)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+COMPUTED = {
+    "parametrized": lambda m: parametrize.register_parametrization(m, "weight", Doubled()),
+    "pruned": lambda m: prune.l1_unstructured(m, "weight", 0.3),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_nothing_is_written_to_an_embedding_whose_weight_is_computed(kind: str) -> None:
+    model = llama()
+    COMPUTED[kind](model.model.embed_tokens)
+    with refused(model, MethodError, "holds its own weight"):
+        quantkit.quantize(model, "rotate", scheme=None)
+
+
+def test_hooks_on_an_embedding_are_behind_its_rotation() -> None:
+    model = NanoGPT()
+    randomise(model, False)
+    model.wte.register_forward_hook(lambda m, args, y: 3 * y)
+    wanted = outputs_of(model, tokens())
+    rotated(model, tokens())
+    assert relative_error(wanted, outputs_of(model, tokens())) < 1e-5
+    model = NanoGPT()
+    model.wte.register_forward_hook(lambda m, args, y: y * torch.linspace(1, 2, y.shape[-1]))
+    with refused(model, MethodError, "does not rotate"):
+        rotated(model, tokens())

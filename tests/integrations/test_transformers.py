@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -92,6 +94,20 @@ def test_saved_by_quantize_opens_in_transformers(tmp_path: Path) -> None:
     model = quantkit.quantize(llama(), "smoothquant", calibration=[TOKENS], progress=False)
     model.save_pretrained(tmp_path)
     assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_linears_of_another_class_are_known_to_their_checkpoint_only(tmp_path: Path) -> None:
+    """Falcon's: without weights they cannot be tried, so they are not rounded while a model is loaded, which is said."""
+    config = FalconConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, bos_token_id=1, eos_token_id=2
+    )
+    model = FalconForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "float")
+    quantkit.quantize(model, "rtn")
+    model.save_pretrained(tmp_path / "int8")
+    assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "int8")), logits(model))
+    with pytest.raises(quantkit.ModelError, match="FalconLinear has a forward of its own, and no weight to try it with"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=QuantKitConfig("rtn"))
 
 
 class Remote(LlamaForCausalLM):

@@ -28,7 +28,7 @@ from quantkit.calibrators.learned.rounding import RoundRows, round_activation, r
 from quantkit.calibrators.noise import best_clip
 from quantkit.core.formats import PerTensor, Quantized
 from quantkit.core.transform import Transform
-from quantkit.model.modules import weight_of
+from quantkit.model.modules import replace_module, weight_of
 
 LEAST_CLIP = 0.1
 """No grid may end below this fraction of the largest weight in its row."""
@@ -69,7 +69,7 @@ class Block:
             for full in view.linears:
                 inner = full.removeprefix(f"{name}.")
                 linear = LearnedLinear(full, self.quantized.get_submodule(inner), site, clips and not view.fold_only)
-                self.quantized.set_submodule(inner, linear)
+                replace_module(self.quantized, inner, linear)
                 self.linears.append(linear)
         # Some modules of torch have a fused path that reads weights of their children without calling these. A module with a
         # hook does not take it.

@@ -47,7 +47,7 @@ from quantkit.core.weights import round_weight
 from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import unfuse
-from quantkit.model.modules import is_conv1d, linears_of, replace_module, weight_of
+from quantkit.model.modules import is_conv1d, linears_of, lookalikes_of, replace_module, weight_of
 from quantkit.model.targets import IGNORED, asked_in_float32, matches
 from quantkit.pipeline.account import HEAD_OR_TIED, account, say
 from quantkit.pipeline.quantize import quantize
@@ -236,7 +236,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
                 "config.json does not say which layers quantkit quantized: open the model with quantkit.load()"
             )
         unfuse(model, only=records)
-        linears = linears_of(model)
+        linears = linears_of(model, untried=True)
         for name, record in records.items():
             if name not in linears:
                 raise CheckpointError(f"config.json has an INT8 layer {name!r}, and the model has no such linear")
@@ -255,7 +255,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"a threshold goes with activations that have symmetric scales, and not with {config.scheme!r}: take 'w8a8', "
                 "or method='rtn'"
             )
-        linears = linears_of(model)
+        linears, lookalikes = linears_of(model), lookalikes_of(model)
         for pattern in config.ignore:
             if not any(matches(name, linear, pattern) for name, linear in linears.items()):
                 log.warning("ignore: %r matches no linear of the model", pattern)
@@ -269,10 +269,10 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._kept[name] = IGNORED
             else:
                 self._replace(model, name, linear, scheme, dtype, threshold)
-        if len(self._kept) == len(linears):
-            raise ModelError(
-                "no linear is left to quantize: all are output heads, tied, ignored, or of classes with a forward of their own"
-            )
+        if self._kept.keys() == linears.keys():
+            others = "".join(f"; {name}: {reason}" for name, reason in list(lookalikes.items())[:1])
+            raise ModelError(f"no linear is left to quantize: all are output heads, tied, or ignored{others}")
+        self._kept |= lookalikes
 
     def _replace(self, model: Any, name: str, linear: Any, scheme: Scheme, dtype: torch.dtype, threshold: float) -> None:
         k, n = linear.weight.shape if is_conv1d(linear) else linear.weight.shape[::-1]
