@@ -160,6 +160,7 @@ def test_what_comes_back(scheme: str, tmp_path: Path) -> None:
     assert [layer.name for layer in quantkit.report(again).layers] == [
         name for name, m in again.named_modules() if isinstance(m, W8A8Linear)
     ] + ["lm_head"]
+    assert [(r.name, r.reason) for r in quantkit.report(again).others] == [("model.embed_tokens", "embedding")]
     native = quantkit.load(quantkit.save(again, tmp_path / "native"))
     assert_same(outputs(native), outputs(again))
     twice = quantkit.load(quantkit.export(again, tmp_path / "twice"))
