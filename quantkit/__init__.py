@@ -56,6 +56,7 @@ from quantkit.integrations.compressed.folder import compressed_tensors_as_int8
 from quantkit.integrations.folders import load, save
 from quantkit.integrations.transformers.register import prepare_for_saving as _prepare_for_saving
 from quantkit.integrations.transformers.register import register_with_transformers
+from quantkit.layers.adapted import watch_adapters as _watch_adapters
 from quantkit.layers.linear import W8A8Linear
 from quantkit.ops.table import Backend, backends, register_backend, use_backend, why_simulated
 from quantkit.pipeline.plans import convert, plan
@@ -74,6 +75,7 @@ __all__ = [
 ]  # fmt: skip
 
 _LISTENERS.append(_prepare_for_saving)
+_watch_adapters()
 __path__.append(f"{__path__[0]}/_old")  # modules that have moved since the last version
 
 

@@ -1,4 +1,4 @@
-"""Linears that stay in floating point unless the user asks for them: tied ones, output heads, routers, and those never seen."""
+"""Linears that stay in floating point by default: adapters, tied ones, output heads, routers, and those never seen."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from quantkit.core.sites import Kept
 from quantkit.discovery.probe import Trace
+from quantkit.model.adapters import Adapters
 from quantkit.model.modules import weight_of
 from quantkit.model.ties import owners_of_memory
 
@@ -17,11 +18,17 @@ ROUTER_NAMES = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
 
 
 def kept_in_float(
-    model: nn.Module, linears: Mapping[str, nn.Module], reference: Trace, routers: set[str], heads: set[str]
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    reference: Trace,
+    adapters: Adapters,
+    routers: set[str],
+    heads: set[str],
 ) -> dict[str, Kept]:
     """Name of a linear that stays in floating point -> the reason.
 
     Args:
+        adapters: of the model.
         reference: a pass of the probe.
         routers: names of linears whose output ended in a top-k choice in this pass.
         heads: names of linears that alone write an output of the model.
@@ -30,7 +37,9 @@ def kept_in_float(
     head = getattr(model, "get_output_embeddings", lambda: None)()
     kept = {}
     for name, linear in linears.items():
-        if len(owners.get(weight_of(linear).data_ptr(), ())) > 1:
+        if name in adapters.parts:
+            kept[name] = Kept.ADAPTER
+        elif len(owners.get(weight_of(linear).data_ptr(), ())) > 1:
             kept[name] = Kept.TIED
         elif linear is head or name in heads:
             kept[name] = Kept.HEAD
