@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from quantkit.core.errors import ModelError
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.adapters import has_adapter
+from quantkit.model.modules import is_conv1d
 
 READ_ONLY = (
     "the weight of an INT8 layer cannot be written to, as merging an adapter does, or starting one from a part of the weight. "
@@ -95,12 +96,17 @@ def watch_adapters() -> None:
 
 def _registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """A hook of torch: ``child`` becomes ``parent``'s child called ``name``."""
-    if type(child) not in (W8A8Linear, AdaptedLinear):
+    int8 = type(child) in (W8A8Linear, AdaptedLinear)
+    if child is None or not (int8 or name == "base_layer"):
         return
-    adapted = has_adapter(parent)
-    if adapted and name == "original_module" and name not in parent._modules:
+    adapted, anew = has_adapter(parent), name not in parent._modules
+    if int8 and adapted and anew and name == "original_module":
         raise ModelError(
             "modules_to_save names an INT8 layer, and a copy of it has nothing to train: leave the layer in floating point by "
             "ignore=[...] of quantkit.quantize(), or put an adapter around it"
         )
-    child.__class__ = AdaptedLinear if adapted else W8A8Linear
+    if int8:
+        child.__class__ = AdaptedLinear if adapted else W8A8Linear
+    for module in parent.modules() if adapted and not anew and name == "base_layer" else ():
+        if isinstance(getattr(module, "fan_in_fan_out", None), bool):
+            setattr(module, "fan_in_fan_out", is_conv1d(child))  # noqa: B010 - whether the weight of the base is transposed

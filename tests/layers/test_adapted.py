@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import assert_same
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import quantkit
 from quantkit import ModelError, W8A8Linear
@@ -158,3 +159,16 @@ def test_a_state_dict_still_loads_under_an_adapter() -> None:
     for assign in (False, True):
         other.load_state_dict(model.state_dict(), assign=assign)
         assert_same(other(X), model(X))
+
+
+def test_an_adapter_knows_whether_its_base_is_transposed() -> None:
+    model = nn.Sequential(nn.LayerNorm(32), Conv1D(32, 32)).eval()
+    dora = peft.LoraConfig(r=2, use_dora=True, fan_in_fan_out=True, target_modules=["1"])
+    tuner: Any = peft.get_peft_model(model, dora).base_model.model[1]
+    transposed = lambda: {m.fan_in_fan_out for m in tuner.modules() if hasattr(m, "fan_in_fan_out")}  # noqa: E731
+    float_ = tuner.base_layer
+    assert transposed() == {True}
+    tuner.base_layer = W8A8Linear(32, 32)
+    assert transposed() == {False}
+    tuner.base_layer = float_
+    assert transposed() == {True}

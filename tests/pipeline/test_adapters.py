@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import quantkit
 from quantkit import MethodError, W8A8Linear
@@ -114,8 +114,6 @@ def test_targets_do_not_reach_adapters() -> None:
 
 
 def test_an_adapter_on_experts_keeps_them_together() -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
     config = MixtralConfig(
         vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         num_local_experts=2,
@@ -126,6 +124,24 @@ def test_an_adapter_on_experts_keeps_them_together() -> None:
     wanted = logits(model)
     quantized(model)
     assert sqnr_db(wanted, logits(model)) > 30
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_on_a_transposed_linear_learns_that_it_is_not_transposed_any_more(dora: bool) -> None:
+    """Its square layers would take the transposed weight without a word: DoRA for its norm, and all others when merged."""
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=64, n_layer=1, n_head=4, n_positions=32)).eval()
+    lora = peft.LoraConfig(
+        r=4, use_dora=dora, init_lora_weights=False, fan_in_fan_out=True, target_modules=["attn.c_proj", "c_fc"]
+    )
+    model = peft.get_peft_model(base, lora).eval()
+    wanted = logits(model)
+    quantized(model)
+    assert sqnr_db(wanted, logits(model)) > 30
+    for tuner in model.modules():
+        if isinstance(getattr(tuner, "base_layer", None), W8A8Linear):
+            tuner.base_layer = tuner.base_layer.to_float()
+    assert sqnr_db(wanted, logits(model.merge_and_unload())) > 30
 
 
 def test_rotating_what_adapters_read_is_refused() -> None:
