@@ -57,6 +57,7 @@ from quantkit.integrations.folders import load, save
 from quantkit.integrations.transformers.register import count_parameters as _count_parameters
 from quantkit.integrations.transformers.register import prepare_for_saving as _prepare_for_saving
 from quantkit.integrations.transformers.register import register_with_transformers
+from quantkit.layers.adapted import watch_adapters as _watch_adapters
 from quantkit.layers.linear import W8A8Linear
 from quantkit.ops.table import Backend, backends, register_backend, use_backend, why_simulated
 from quantkit.pipeline.plans import convert, plan
@@ -74,7 +75,7 @@ __all__ = [
     "verify_equivalence", "why_simulated",
 ]  # fmt: skip
 
-_LISTENERS.extend([_prepare_for_saving, _count_parameters])
+_LISTENERS.extend([_prepare_for_saving, _count_parameters, _watch_adapters])
 __path__.append(f"{__path__[0]}/_old")  # modules that have moved since the last version
 
 

@@ -154,13 +154,19 @@ class Operand:
         scale = self.scale * self.multipliers
         return self.codes.float() * scale.repeat_interleave(torch.tensor(self.groups, device=scale.device), dim=1)
 
+    def matrix(self) -> Tensor:
+        """``[N, K]`` float32: by what the input is multiplied if it is not rounded, with all that is done to it."""
+        return self._of_input(self.dequantized(), self.outlier_weight)
+
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """``[M, N]`` to ``[M, K]``: the gradient of the input as if nothing were rounded (straight through)."""
-        inner = self.rewrite.transposed(gradient.float() @ self.dequantized())
-        if self.rewrite.outliers is not None:
-            assert self.outlier_weight is not None
-            inner = inner.index_add(1, self.rewrite.outliers, gradient.float() @ self.outlier_weight.float())
-        return inner.to(gradient.dtype)
+        given, side = gradient.float(), self.outlier_weight
+        return self._of_input(given @ self.dequantized(), None if side is None else given @ side.float()).to(gradient.dtype)
+
+    def _of_input(self, inner: Tensor, side: Tensor | None) -> Tensor:
+        """``[M, K]`` in the channels of the input, of ``inner [M, K]`` and ``side [M, n]`` in those of the rewritten one."""
+        inner, outliers = self.rewrite.transposed(inner), self.rewrite.outliers
+        return inner if outliers is None or side is None else inner.index_add(1, outliers, side.float())
 
     def check_sums(self) -> None:
         """Raises MethodError where sums over groups, times their multipliers, may leave int32. Looks at all codes."""

@@ -141,6 +141,7 @@ class Site:
 class Kept(StrEnum):
     """Why discovery leaves a linear in floating point. A member is also its sentence, for reports and JSON."""
 
+    ADAPTER = "part of an adapter"
     TIED = "its weight is tied to another module"
     READ = "other code of the model reads its weight"
     HEAD = "output head"

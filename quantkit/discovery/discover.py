@@ -18,6 +18,7 @@ from quantkit.discovery.probe import Probe, TopKWatch, Trace, norms_of
 from quantkit.discovery.prober import Prober
 from quantkit.discovery.readers import read_by_others
 from quantkit.discovery.rehearsal import arriving_shifts, rehearse
+from quantkit.model.adapters import Adapters
 from quantkit.model.modules import linears_of
 
 
@@ -35,21 +36,36 @@ def discover(model: nn.Module, batch: Any, *, carriers: bool = False) -> Discove
     Raises:
         CalibrationError: ``batch`` is of another type.
     """
-    linears, norms = linears_of(model), norms_of(model)
+    linears, norms, adapters = linears_of(model), norms_of(model), Adapters.of(model)
     probe = Probe(model, linears, norms, batch)
     watch = TopKWatch()
     reference = probe.run({}, watch=watch)
     prober = Prober(probe, reference)
 
     origins, heads = prober.origins()
-    kept = kept_in_float(model, linears, reference, Seen(watch.routers, heads, read_by_others(probe, reference)))
+    seen = Seen(watch.routers, heads, read_by_others(probe, reference), set(adapters.parts))
+    kept = kept_in_float(model, linears, reference, seen)
     sites = join(linears, reference, origins, kept)
-    sites = [_with_parameters(site, linears, norms, reference) for site in sites]
+    sites = [_with_parameters(_apart_from(adapters, site), linears, norms, reference) for site in sites]
     sites = _rehearsed(model, batch, sites)
     sites = _with_proven_shifts(model, batch, sites, linears)
     if carriers:
-        sites = _with_carriers(prober, sites, kept)
+        sites = [_apart_from(adapters, site) for site in _with_carriers(prober, sites, kept)]
     return Discovery(sites=tuple(sites), kept=kept)
+
+
+def _apart_from(adapters: Adapters, site: Site) -> Site:
+    """``site`` without a producer or carriers that an adapter is in the way of.
+
+    What an adapter reads and adds to stays as it is, so that it means the same on the model that it was made for. The probe may
+    see nothing of an adapter, since most of them begin as zero.
+    """
+    written = [name for name, _ in site.carriers.rows] if site.carriers else []
+    if not adapters.reach.isdisjoint([*site.linears, *written]):
+        site = replace(site, carriers=None)
+    if site.producer and not adapters.reach.isdisjoint([*site.linears, site.producer.module]):
+        site = replace(site, producer=None, reason="an adapter is in the way")
+    return site
 
 
 def _with_parameters(site: Site, linears: Mapping[str, nn.Module], norms: Mapping[str, nn.Module], reference: Trace) -> Site:

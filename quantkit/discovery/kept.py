@@ -1,4 +1,5 @@
-"""Linears that stay in floating point: tied ones and those that others read; heads, routers and others unless asked for."""
+"""Linears that stay in floating point: adapters, tied ones and those that others read; heads, routers and others unless asked
+for."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from quantkit.core.sites import Kept
 from quantkit.discovery.probe import Trace
+from quantkit.model.adapters import Adapters
 from quantkit.model.modules import weight_of
 from quantkit.model.targets import asked_in_float32
 from quantkit.model.ties import owners_of_memory
@@ -19,17 +21,19 @@ ROUTER_NAMES = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
 
 
 class Seen(NamedTuple):
-    """Names of linears that the probe has seen in a part of their own.
+    """Names of linears that were seen in a part of their own.
 
     Attributes:
         routers: their output ended in a top-k choice.
         heads: they alone write an output of the model.
         read: their weight or bias is read by something else.
+        adapters: they are a part of an adapter.
     """
 
     routers: set[str]
     heads: set[str]
     read: set[str]
+    adapters: set[str]
 
 
 def kept_in_float(model: nn.Module, linears: Mapping[str, nn.Module], reference: Trace, seen: Seen) -> dict[str, Kept]:
@@ -39,7 +43,9 @@ def kept_in_float(model: nn.Module, linears: Mapping[str, nn.Module], reference:
     float32 = asked_in_float32(model, linears)
     kept = {}
     for name, linear in linears.items():
-        if len(owners.get(weight_of(linear).data_ptr(), ())) > 1:
+        if name in seen.adapters:
+            kept[name] = Kept.ADAPTER
+        elif len(owners.get(weight_of(linear).data_ptr(), ())) > 1:
             kept[name] = Kept.TIED
         elif name in seen.read:
             kept[name] = Kept.READ

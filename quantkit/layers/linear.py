@@ -280,7 +280,7 @@ class W8A8Linear(nn.Linear):
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The ``nn.Linear`` that computes the same but for the rounding of activations, in ``dtype`` (default: float32)."""
         operand = self.operand
-        weight = operand.input_gradient(torch.eye(self.out_features, dtype=torch.float32, device=operand.device))
+        weight = operand.matrix()
         linear = nn.Linear(self.in_features, self.out_features, bias=operand.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight.to(dtype or torch.float32), requires_grad=False)
         if operand.bias is not None:

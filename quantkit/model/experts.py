@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.model.adapters import Adapters
 from quantkit.model.modules import linears_of, replace_module, weight_of
 
 log = logging.getLogger("quantkit")
@@ -123,9 +124,10 @@ def unfuse(model: nn.Module, *, only: Collection[str] | None = None) -> list[tup
         Pairs of the name and the original module, for :func:`put_back`.
     """
     replaced: list[tuple[str, nn.Module]] = []
+    adapted = Adapters.of(model).reach
     try:
         for name, module in list(model.named_modules()):
-            if not is_fused(module):
+            if not is_fused(module) or name in adapted:  # an adapter would look for the parameters of the original
                 continue
             if only is not None and not any(linear.startswith(f"{name}.") for linear in only):
                 continue

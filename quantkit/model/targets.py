@@ -79,12 +79,12 @@ def chosen(
         kept: the defaults, from :func:`quantkit.discover`.
         ignore: what matches one of these patterns stays in floating point.
         targets: if given, what matches none of these patterns stays in floating point, and what matches one does not, even if
-            it is in ``kept``; except for linears that share a weight with another module, whose weight is read by others, or
-            that never ran, which cannot be quantized.
+            it is in ``kept``; except for parts of adapters, which stay trainable, and for linears that share a weight with
+            another module, whose weight is read by others, or that never ran, which cannot be quantized.
     """
     float_: dict[str, str] = dict(kept)
     for name, module in linears.items():
-        if targets is not None and kept.get(name) not in (Kept.TIED, Kept.READ, Kept.NEVER_RAN):
+        if targets is not None and kept.get(name) not in (Kept.ADAPTER, Kept.TIED, Kept.READ, Kept.NEVER_RAN):
             if any(matches(name, module, pattern) for pattern in targets):
                 float_.pop(name, None)
             else:

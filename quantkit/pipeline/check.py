@@ -14,6 +14,7 @@ from quantkit.core.errors import MethodError, ModelError
 from quantkit.core.progress import Progress
 from quantkit.core.scheme import Scheme
 from quantkit.layers.linear import W8A8Linear
+from quantkit.model.adapters import Adapters
 from quantkit.model.modules import linears_of, lookalikes_of
 from quantkit.model.targets import check_patterns
 from quantkit.ops.table import why_simulated
@@ -71,6 +72,11 @@ class Request:
 def check(model: Any, request: Request) -> None:
     """Raises a QuantkitError for a model or a request that cannot work, and warns of formats that nothing runs."""
     check_model(model)
+    if request.rotates_model and (reach := Adapters.of(model).reach):
+        raise MethodError(
+            f"rotate rewrites what adapters read and write, such as {min(reach)!r}: merge them first (merge_and_unload of "
+            "PEFT), or attach them to the quantized model"
+        )
     scheme = request.scheme
     rounder = next((c.name for c in request.calibrators if c.stage == Stage.ROUND), None)
     if scheme is None and rounder:

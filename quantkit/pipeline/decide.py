@@ -22,6 +22,7 @@ from quantkit.core.report import Report
 from quantkit.core.scheme import Scheme
 from quantkit.core.spaces import SpaceRotation
 from quantkit.core.transform import Transform
+from quantkit.model.adapters import Adapters
 from quantkit.pipeline.answers import answer_of, progress_of
 from quantkit.pipeline.check import Request
 from quantkit.pipeline.data import Data
@@ -77,7 +78,7 @@ def decide(
         request.scheme.name if request.scheme else None,
         request.seed,
         data.source,
-        rewrites=list(said),
+        rewrites=[*said, *Adapters.of(model).said],
         calibration_sha256=data.digest.hexdigest() if data.kinds else None,
         recipe=_recipe(request),
     )

@@ -27,6 +27,7 @@ from quantkit import CheckpointError, LLMInt8, ModelError, Plan, Rotation, Schem
 from quantkit.integrations.compressed.export import on_grid
 from quantkit.integrations.compressed.layout import parse
 from quantkit.model.modules import call, replace_module, tensors_in
+from quantkit.ops.cpu.backend import has_integer_product
 
 SCHEMES = ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym"]
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "llmcompressor"
@@ -438,7 +439,10 @@ def test_checkpoints_of_llmcompressor(name: str) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         got = nn.Module.float(model)(ids).logits
     products = {e.key: e.count for e in profile.key_averages()}
-    assert products["aten::_int_mm"] == len(layers)
+    if has_integer_product():  # without, float32 multiplies the codes
+        assert products["aten::_int_mm"] == len(layers)
+    else:
+        assert products["aten::mm"] >= len(layers)
     ours = computed_by(fake_quant, FIXTURES / name, torch.float32)
     assert_close(got, ours(ids).logits, noise=1e-5)
     # The last gap is the rule alone: 127 steps to the largest magnitude of a token, or 127.5.
