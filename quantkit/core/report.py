@@ -92,7 +92,7 @@ class Report:
         seed: seed of everything that was drawn at random.
         calibration: where the calibration data came from, in words.
         equivalence: relative error of the output of the folded model, still in floating point, against that of the original
-            model, on one batch; None where nothing was folded.
+            model, on one batch; 0 where nothing could be folded, None where nothing was to be.
         layers: one record for each linear.
         rewrites: what was done to the model as a whole, besides its linears: a rotation before, and attention after them.
         recipe: all arguments that decided the result, for :meth:`quantkit.Recipe.from_dict`; None in reports of older versions,

@@ -11,7 +11,6 @@ from torch import nn
 
 from quantkit.core.sites import Kept
 from quantkit.discovery.probe import Trace
-from quantkit.model.adapters import Adapters
 from quantkit.model.modules import weight_of
 from quantkit.model.targets import asked_in_float32
 from quantkit.model.ties import owners_of_memory

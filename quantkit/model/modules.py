@@ -43,17 +43,17 @@ def why_no_linear(module: nn.Module) -> str | None:
         return f"{kind.__module__}.{kind.__qualname__} is no nn.Linear"
     computed = [name for name in ("weight", "bias") if name not in module._parameters]
     if computed:
-        return f"{kind.__name__}: its {' and '.join(computed)} is no parameter, but computed from others"
+        return f"{kind.__name__} whose {' and '.join(computed)} is no parameter, but computed from others"
     more = [*module._parameters.keys() - {"weight", "bias"}, *module._buffers, *module._modules]
     if more:
         return f"{kind.__name__} has {', '.join(sorted(more))} beside weight and bias"
     weight = module.weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return f"{kind.__name__}: its weight is a {type(weight).__name__} of {weight.dtype}, which is nothing to round"
+        return f"{kind.__name__} whose weight is a {type(weight).__name__} of {weight.dtype}, which is nothing to round"
     if kind.__call__ is not nn.Module.__call__:
         return f"{kind.__name__} has a __call__ of its own"
     if _has_own_forward(module):
-        return f"{kind.__name__}: a forward was put on this module, and may compute something else"
+        return f"{kind.__name__} with a forward put on the module, which may compute something else"
     return None if kind.forward is nn.Linear.forward or is_conv1d(module) else fault_of(module)  # type: ignore[arg-type]
 
 

@@ -78,7 +78,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "linear that computes more": (lambda: Doubled(WIDTH, WIDTH), "Doubled computes something else than x W^T + b"),
     "convolution": (lambda: Channels(WIDTH, WIDTH, 3, padding=1), "convolution"),
     "attention of PyTorch": (lambda: Attention(WIDTH, 2, batch_first=True), "nn.MultiheadAttention "),
-    "parametrization": (parametrized, "ParametrizedLinear: its weight is no parameter, but computed"),
+    "parametrization": (parametrized, "ParametrizedLinear whose weight is no parameter, but computed"),
     "embedding": (lambda: Looked(40, WIDTH), "embedding"),
 }
 

@@ -226,7 +226,7 @@ def test_a_forward_put_on_a_linear_keeps_it_in_float(put: Any) -> None:
         wanted = model(X)
     quantized(model, calibration=DATA)
     assert int8(model) == {"b"}
-    assert "forward was put on" in reasons(model)["a"]
+    assert "a forward put on" in reasons(model)["a"]
     assert model.a.forward is own
     assert torch.equal(model.a.weight, weight)
     assert error(model, wanted) < 0.03
