@@ -11,7 +11,15 @@ from typing import Any
 from torch import nn
 
 from quantkit.checkpoint.files import sha256_of, written_whole
-from quantkit.checkpoint.record import RECORD_FILE, attention_records, cast_buffers, digest_of, layer_records, version_of
+from quantkit.checkpoint.record import (
+    RECORD_FILE,
+    attention_records,
+    cast_buffers,
+    codes_apart,
+    digest_of,
+    layer_records,
+    version_of,
+)
 from quantkit.checkpoint.tensors import Entry, unshared, write_shards
 from quantkit.core.errors import CheckpointError
 from quantkit.core.report import report
@@ -42,7 +50,7 @@ def write_checkpoint(
     record, target = report(model), Path(path)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / RECORD_FILE).is_file())):
         raise CheckpointError(f"{target} exists and is no quantkit checkpoint: choose an empty or a new folder")
-    tensors, tied = unshared(model.state_dict())
+    tensors, tied = unshared(codes_apart(model, model.state_dict()))
     attention, cast = attention_records(model), cast_buffers(model)
     with written_whole(target) as folder:
         files = list(write_shards([Entry.of(name, tensor) for name, tensor in tensors.items()], folder, shard_bytes))

@@ -275,6 +275,9 @@ class W8A8Linear(nn.Linear):
     def _make_room(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Optional buffers that the checkpoint has and a fresh module lacks."""
         self._forget()
+        codes = state.get(f"{prefix}weight")
+        if codes is not None and codes.shape[2:] == (1,):  # as files hold them
+            state[f"{prefix}weight"] = codes.flatten(1)
         for name, buffer in list(self._buffers.items()):
             saved = state.get(prefix + name)
             if saved is not None and (buffer is None or buffer.shape != saved.shape) and not name.startswith("weight"):
