@@ -25,6 +25,12 @@ from quantkit.core.errors import CheckpointError
 from quantkit.core.report import report
 
 
+def check_target(target: Path) -> None:
+    """Raise a CheckpointError if there is something at ``target`` that a checkpoint must not replace."""
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / RECORD_FILE).is_file())):
+        raise CheckpointError(f"{target} exists and is no quantkit checkpoint: choose an empty or a new folder")
+
+
 def write_checkpoint(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -48,8 +54,7 @@ def write_checkpoint(
         CheckpointError: the folder holds something else.
     """
     record, target = report(model), Path(path)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / RECORD_FILE).is_file())):
-        raise CheckpointError(f"{target} exists and is no quantkit checkpoint: choose an empty or a new folder")
+    check_target(target)
     tensors, tied = unshared(codes_apart(model, model.state_dict()))
     attention, cast = attention_records(model), cast_buffers(model)
     with written_whole(target) as folder:
