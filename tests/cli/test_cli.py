@@ -236,7 +236,9 @@ HEADS: dict[str, tuple[Callable[[], Any], str | None]] = {
     "embedding": (lambda: T.LlamaModel(T.LlamaConfig(**TINY, vocab_size=VOCAB)), None),
     "classifier": (lambda: T.BertForSequenceClassification(T.BertConfig(**TINY, vocab_size=VOCAB)), "classifier"),
     "encoder-decoder": (
-        lambda: T.T5ForConditionalGeneration(T.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)),
+        lambda: T.T5ForConditionalGeneration(
+            T.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+        ),
         "lm_head",
     ),
 }  # fmt: skip
