@@ -26,7 +26,7 @@ from quantkit.calibrators.rotate import Rotate
 from quantkit.calibrators.rptq import RPTQ
 from quantkit.calibrators.rtn import RTN
 from quantkit.calibrators.smoothquant import SmoothQuant
-from quantkit.core.errors import MethodError
+from quantkit.core.errors import MethodError, did_you_mean
 from quantkit.core.plugins import plugins
 
 Factory = Callable[[], Calibrator | Sequence[Calibrator]]
@@ -115,7 +115,10 @@ def kind_of(name: str) -> type[Calibrator] | None:
 def _made(name: str) -> Any:
     factory = _methods.get(name) or methods().get(name)  # installed packages are looked through for unknown names only
     if factory is None:
-        raise MethodError(f"method {name!r} is not known: pass one of {', '.join(methods())}, or a calibrator of your own")
+        hint = did_you_mean(name, methods())
+        raise MethodError(
+            f"method {name!r} is not known{hint}: pass one of {', '.join(methods())}, or a calibrator of your own"
+        )
     return factory()
 
 

@@ -88,7 +88,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
     """
     if any(isinstance(m, W8A8Linear) for m in model.modules()):
         raise ModelError("model= is quantized already: pass a fresh floating-point instance")
-    record, stored = checkpoint.record, checkpoint.stored
+    record, stored = checkpoint.record, _two_axes(checkpoint)
     tied, cast = record["tied"], record.get("cast", {})
     taken_apart = unfuse(model, only=record["layers"])
     try:
@@ -116,6 +116,15 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
     model.to(device)
     attach(model, checkpoint.report)
     return model.eval()
+
+
+def _two_axes(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """What the files hold, without the third axis that codes have there."""
+    codes = {f"{name}.weight" for name in checkpoint.record["layers"]}
+    return {
+        name: found._replace(shape=found.shape[:2]) if name in codes and found.shape[2:] == (1,) else found
+        for name, found in checkpoint.stored.items()
+    }
 
 
 def _empty_layers(model: nn.Module, records: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[str, W8A8Linear]:

@@ -8,8 +8,9 @@ presence and type, and every fact of a layer for its sense, before a model is to
 
 Whoever writes a checkpoint may add keys of their own; this file carries them and does not look at them.
 
-Versions: layers of version 2 have no groups of channels, and nothing else is new in version 3. Version 4 is written for models
-whose attention is rounded, so that a quantkit that knows nothing of this refuses them.
+Versions: layers of version 2 have no groups of channels, and nothing else is new in version 3. Version 4 is version 3 for
+models whose attention is rounded, so that a quantkit that knows nothing of this refuses them. Versions 5 and 6 come after 3 and
+4: codes have a third axis in the files, so that whoever knows nothing of quantkit cannot take them for a weight.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantkit.checkpoint.files import read_json
 from quantkit.core.errors import CheckpointError, QuantkitError
@@ -33,9 +34,9 @@ from quantkit.layers.attention import CHILD, AttentionQuantizer, attention_quant
 from quantkit.layers.linear import W8A8Linear
 
 RECORD_FILE = "quantkit.json"
-FORMAT_VERSION = 3
-ATTENTION_VERSION = 4
-READABLE = (2, 3, 4)
+FORMAT_VERSION = 5
+ATTENTION_VERSION = 6
+READABLE = (2, 3, 4, 5, 6)
 LAYER_FACTS = {
     "in_features": int, "out_features": int, "scheme": str, "bias": bool, "rotation_block": int, "threshold": float,
     "outliers": int, "buffers": list, "groups": list,
@@ -89,6 +90,11 @@ def version_of(attention: Mapping[str, Any] | None) -> int:
     return ATTENTION_VERSION if attention else FORMAT_VERSION
 
 
+def rounds_attention(version: int) -> bool:
+    """Whether a model of this format version has :func:`attention_records`."""
+    return version in (4, ATTENTION_VERSION)
+
+
 def upgraded(layers: dict[str, Any], version: int) -> dict[str, Any]:
     """Records of layers that a checkpoint of ``version`` has, as the newest version has them."""
     if version != 2:
@@ -103,11 +109,11 @@ def digest_of(body: dict[str, Any]) -> str:
 
 def _malformed(body: dict[str, Any]) -> str | None:
     """The first key of a record that is missing or holds something of another type than it should, if any."""
-    rounds_attention = body["format_version"] == ATTENTION_VERSION
-    for key in ("files", "layers", "tied", "report", *(["attention"] if rounds_attention else [])):
+    attention = rounds_attention(body["format_version"])
+    for key in ("files", "layers", "tied", "report", *(["attention"] if attention else [])):
         if not isinstance(body.get(key), dict):
             return key
-    if bool(body.get("attention")) != rounds_attention:
+    if bool(body.get("attention")) != attention:
         return "attention"
     if not all(_has(facts, {"sha256": str, "bytes": int}) for facts in body["files"].values()):
         return "files"
@@ -179,6 +185,24 @@ def empty_layer(name: str, record: Any, dtype: torch.dtype) -> W8A8Linear:
         raise CheckpointError(f"layer {name!r}: {error}") from None
     operand = empty_operand(facts, bias=record["bias"], optional=record["buffers"], outliers=record["outliers"], device="meta")
     return W8A8Linear.from_operand(operand, dtype)
+
+
+def codes_apart(model: nn.Module, state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """A state dict of ``model`` as files hold it: codes are ``[N, K, 1]``.
+
+    Codes have the name that a float weight has in the float model, and libraries that load it from a file cast integers to
+    floats and ignore scales. They compare shapes, though.
+
+    Args:
+        model: the model.
+        state: its state dict, which is changed. The third axis is a view.
+        prefix: of the names in ``state``.
+    """
+    for name, module in model.named_modules(remove_duplicate=False):
+        key = f"{prefix}{name}.weight"
+        if isinstance(module, W8A8Linear) and key in state and state[key].dim() == 2:
+            state[key] = state[key].unsqueeze(-1)
+    return state
 
 
 # ---- attention

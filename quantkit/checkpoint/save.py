@@ -11,10 +11,24 @@ from typing import Any
 from torch import nn
 
 from quantkit.checkpoint.files import sha256_of, written_whole
-from quantkit.checkpoint.record import RECORD_FILE, attention_records, cast_buffers, digest_of, layer_records, version_of
+from quantkit.checkpoint.record import (
+    RECORD_FILE,
+    attention_records,
+    cast_buffers,
+    codes_apart,
+    digest_of,
+    layer_records,
+    version_of,
+)
 from quantkit.checkpoint.tensors import Entry, unshared, write_shards
 from quantkit.core.errors import CheckpointError
 from quantkit.core.report import report
+
+
+def check_target(target: Path) -> None:
+    """Raise a CheckpointError if there is something at ``target`` that a checkpoint must not replace."""
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / RECORD_FILE).is_file())):
+        raise CheckpointError(f"{target} exists and is no quantkit checkpoint: choose an empty or a new folder")
 
 
 def write_checkpoint(
@@ -40,9 +54,8 @@ def write_checkpoint(
         CheckpointError: the folder holds something else.
     """
     record, target = report(model), Path(path)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / RECORD_FILE).is_file())):
-        raise CheckpointError(f"{target} exists and is no quantkit checkpoint: choose an empty or a new folder")
-    tensors, tied = unshared(model.state_dict())
+    check_target(target)
+    tensors, tied = unshared(codes_apart(model, model.state_dict()))
     attention, cast = attention_records(model), cast_buffers(model)
     with written_whole(target) as folder:
         files = list(write_shards([Entry.of(name, tensor) for name, tensor in tensors.items()], folder, shard_bytes))

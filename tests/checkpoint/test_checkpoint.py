@@ -348,7 +348,7 @@ STRANGER = {"in_features": 1, "out_features": 1, "scheme": "w8a8", "bias": True,
 STRANGER |= {"threshold": 0.0, "outliers": 0, "buffers": [], "groups": []}
 RECORDS: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     "another format": (put("format", "wrong"), ["not written by quantkit"]),
-    "newer": (put("format_version", 5), ["version 5", "upgrade"]),
+    "newer": (put("format_version", 7), ["version 7", "upgrade"]),
     "older": (put("format_version", 1), ["version 1", "quantize the model again"]),
     "no version": (drop("format_version"), ["version None"]),
     "a list": (lambda body: [body], ["not written by quantkit"]),

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as T
 from helpers import VOCAB, llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 import quantkit
-from quantkit.cli.app import app
+from quantkit.calibrators import methods
+from quantkit.cli.app import app, run
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(VOCAB - 3))]
 TEXT = " ".join(WORDS[3 + i * i % (VOCAB - 3)] for i in range(200))
@@ -51,9 +57,14 @@ def invoke(*arguments: Any, code: int = 0) -> Result:
     return result
 
 
-def shell(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from quantkit.cli.app import run; run()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def shell(*arguments: Any, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; sys.argv[0] = 'quantkit'; from quantkit.cli.app import run; run()",
+        *map(str, arguments),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=os.environ | (env or {}))
 
 
 @pytest.mark.parametrize("command", ["quantize", "export", "eval", "inspect", "demo"])
@@ -198,3 +209,194 @@ def test_recipe(folder: Path, tmp_path: Path) -> None:
         refused = invoke("quantize", *common, "-o", tmp_path / "no", "--recipe", tmp_path / "r.yaml", *extra, code=2)
         assert "--recipe says it all" in " ".join(refused.output.split())
     invoke("quantize", *common, "-o", tmp_path / "no", "--import-calibrators", code=2)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The entry point with arguments: exit code, standard output, standard error."""
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setattr(logging.getLogger("quantkit"), "level", logging.WARNING)
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["quantkit", *map(str, arguments)])
+        monkeypatch.setattr("quantkit.cli.app._places", [])
+        capsys.readouterr()
+        try:
+            run()
+        except SystemExit as end:
+            return int(end.code or 0), *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return call
+
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+HEADS: dict[str, tuple[Callable[[], Any], str | None]] = {
+    "reward": (lambda: T.LlamaForSequenceClassification(T.LlamaConfig(**TINY, vocab_size=VOCAB, num_labels=1)), "score"),
+    "embedding": (lambda: T.LlamaModel(T.LlamaConfig(**TINY, vocab_size=VOCAB)), None),
+    "classifier": (lambda: T.BertForSequenceClassification(T.BertConfig(**TINY, vocab_size=VOCAB)), "classifier"),
+    "encoder-decoder": (
+        lambda: T.T5ForConditionalGeneration(
+            T.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+        ),
+        "lm_head",
+    ),
+}  # fmt: skip
+
+
+def saved(name: str, folder: Path) -> Any:
+    torch.manual_seed(0)
+    model = HEADS[name][0]()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_class_that_a_folder_names_is_made(name: str, folder: Path, command: Callable[..., Any], tmp_path: Path) -> None:
+    model, head = saved(name, tmp_path / "float"), HEADS[name][1]
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "float" / file, tmp_path / "float")
+    options = ["-c", folder / "text.txt", "-m", "rtn", "-o", tmp_path / "int8"]
+    assert command("quantize", tmp_path / "float", *options)[::2] == (0, "")
+    again = quantkit.load(tmp_path / "int8")
+    assert type(again) is type(model)
+    if head is not None:
+        assert torch.equal(again.get_submodule(head).weight, model.get_submodule(head).weight)
+    code, out, _ = command("inspect", tmp_path / "float", "--json")
+    assert (code, bool(json.loads(out)["sites"])) == (0, True)
+    code, _, error = command("eval", tmp_path / "float", "-t", folder / "text.txt")
+    assert (code, error.count("\n")) == (1, 1)
+    assert "no causal language model" in error
+
+
+@pytest.mark.parametrize(
+    ("architectures", "words"),
+    [
+        (["LlamaForSequenceClassification"], ["1 missing", "score.weight"]),
+        (["LlamaModel"], ["1 unexpected", "lm_head.weight"]),
+        (["SomebodysOwnLlama"], ["no model class 'SomebodysOwnLlama'"]),
+        (["PreTrainedTokenizerFast"], ["no model class"]),
+        (None, ["names 0 classes"]),
+        (["LlamaModel", "LlamaForCausalLM"], ["names 2 classes"]),
+    ],
+    ids=str,
+)
+def test_files_of_another_class_are_refused(
+    architectures: list[str] | None, words: list[str], folder: Path, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "float", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text()) | {"architectures": architectures}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    code, out, error = command("quantize", tmp_path / "other", "-o", tmp_path / "no", "-c", folder / "text.txt")
+    assert (code, out, error.count("\n")) == (1, "", 1), error
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "no").exists()
+
+
+WRONG = {
+    "method": (["-m", "smothquant"], ["did you mean 'smoothquant'?"]),
+    "scheme": (["--scheme", "w8a8static"], ["did you mean 'w8a8-static'?"]),
+    "no text": (["-c", "{root}/[nothing].txt"], ["/[nothing].txt"]),
+    "no UTF-8": (["-c", "{root}/bytes"], ["bytes is no text"]),
+    "output": (["-o", "{root}/float"], ["no quantkit checkpoint"]),
+    "recipe": (["--recipe", "{root}/[nothing].yaml"], ["[nothing].yaml"]),
+    "nothing else": ([], ["[missing] does not exist"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_arguments_are_refused_before_the_model_is_looked_at(case: str, folder: Path, command: Callable[..., Any]) -> None:
+    """The model is missing, and that is said only where nothing else is wrong."""
+    (folder / "bytes").write_bytes(b"\xff\xfe\xff")
+    options = [option.format(root=folder) for option in WRONG[case][0]]
+    code, out, error = command("quantize", folder / "[missing]", "-o", folder / "no", *options)
+    assert (code, out, error.count("\n")) == (1, "", 1), error
+    assert all(word in error for word in WRONG[case][1]), error
+
+
+def test_models_that_are_none_in_floating_point(folder: Path, int8: Path, command: Callable[..., Any], tmp_path: Path) -> None:
+    quantkit.export(int8, tmp_path / "exported")
+    quantkit.load(int8).save_pretrained(tmp_path / "pretrained")
+    (tmp_path / "empty").mkdir()
+    pictures = T.ViTConfig(**TINY, image_size=8, patch_size=4)
+    T.ViTForImageClassification(pictures).save_pretrained(tmp_path / "pictures")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text('{"model_type": "[nonsense]"}')
+    for place, words in {
+        int8: "quantized already",
+        tmp_path / "exported": "quantized already",
+        tmp_path / "pretrained": "quantized already",
+        folder / "float" / "config.json": "is a file",
+        tmp_path / "empty": "has no config.json",
+        tmp_path / "damaged": "transformers cannot open it",
+        tmp_path / "pictures": "comes without a tokenizer",
+    }.items():
+        code, out, error = command("quantize", place, "-o", tmp_path / "no", "-c", folder / "text.txt")
+        assert (code, out, error.count("\n")) == (1, "", 1), error
+        assert words in error
+    code, _, error = command("quantize", folder / "float", "-o", tmp_path / "no", "--device", "[cpu]")
+    assert (code, error.count("\n")) == (1, 1)
+    assert "--device [cpu]" in error
+
+
+def test_without_transformers(command: Callable[..., Any], folder: Path, int8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for arguments in (["quantize", folder / "float", "-o", folder / "no"], ["inspect", folder / "float"], ["inspect", int8]):
+        code, out, error = command(*arguments)
+        assert (code, out, error.count("\n")) == (1, "", 1), error
+        assert "pip install 'quantkit-w8a8[transformers]'" in error
+
+
+def test_facts_as_json(folder: Path, command: Callable[..., Any], tmp_path: Path) -> None:
+    T.LlamaForCausalLM.from_pretrained(folder / "float", dtype=torch.bfloat16).save_pretrained(tmp_path / "16")
+    options = ["-m", "rtn", "-c", folder / "text.txt", "--dtype", "auto", "--device", "cpu", "--json"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "float" / name, tmp_path / "16")
+    code, out, error = command("quantize", tmp_path / "16", "-o", tmp_path / "[int8]", *options)
+    assert (code, error) == (0, "")
+    facts = json.loads(out)
+    model = quantkit.load(tmp_path / "[int8]")
+    assert quantkit.Report.from_dict(facts["report"]) == quantkit.report(model)
+    assert (facts["output"], model.lm_head.weight.dtype) == (str(tmp_path / "[int8]"), torch.bfloat16)
+    code, out, _ = command("export", tmp_path / "[int8]", "-o", tmp_path / "[out]")
+    assert "/[out]" in "".join(out.split())
+    code, out, _ = command("export", tmp_path / "[int8]", "-o", tmp_path / "[out]", "--json")
+    assert json.loads(out)["bytes"] == sum(file.stat().st_size for file in (tmp_path / "[out]").iterdir())
+
+
+class Interrupting(quantkit.PerSite):
+    """Ctrl-C while a model is looked at."""
+
+    name, stage = "interrupting", quantkit.Stage.SCALE
+
+    def plan_site(self, site: quantkit.SiteView) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_says_what_was_written(
+    folder: Path, command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "interrupting" not in methods():
+        quantkit.register_method("interrupting", Interrupting)
+    common = ["quantize", folder / "float", "-c", folder / "text.txt", "-o", tmp_path / "out"]
+    assert command(*common, "-m", "interrupting") == (130, "", "interrupted: nothing was written\n")
+    assert not (tmp_path / "out").exists()
+
+    def late(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantkit.cli.app._bytes", late)
+    code, _, error = command(*common, "-m", "rtn")
+    assert (code, error.count("\n")) == (130, 1)
+    assert str(tmp_path / "out" / "quantkit.json") in error
+    assert error.endswith("written, and nothing else\n")
+
+
+def test_values_are_completed_and_bars_need_a_terminal(folder: Path, tmp_path: Path) -> None:
+    words = {"quantkit quantize x -m smo": "smoothquant", "quantkit quantize x --scheme w8a8-static-a": "w8a8-static-asym"}
+    for line, wanted in words.items():
+        env = {"_QUANTKIT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        assert shell(env=env).stdout.split() == [wanted]
+    done = shell("quantize", folder / "float", "-c", folder / "text.txt", "-m", "rtn", "-o", tmp_path / "out")
+    assert done.returncode == 0
+    assert "%|" not in done.stderr

@@ -536,7 +536,7 @@ def test_saved_and_loaded(case: str, tmp_path: Path) -> None:
     assert quantkit.report(loaded) == quantkit.report(model)
     assert quantkit.report(loaded).summary == said
     version = json.loads((tmp_path / "ours" / "quantkit.json").read_text())["format_version"]
-    assert version == (4 if "kv" in scheme else 3)
+    assert version == (6 if "kv" in scheme else 5)
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]["format_version"] == version
     model.save_pretrained(tmp_path / "theirs")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")

@@ -41,7 +41,7 @@ def write_beside(model: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
         config = model.config.to_dict()
         config.pop("_name_or_path", None)
         config["architectures"] = [name]
-        # Plain transformers must not take the integers for weights: this key makes it refuse or warn.
+        # Engines refuse what they do not know; plain transformers only warns, and then finds codes of another shape.
         version = version_of(attention_records(model))
         config["quantization_config"] = {"quant_method": "quantkit", "format_version": version}
         (folder / CONFIG).write_text(json.dumps(config, indent=1, default=str), encoding="utf-8")

@@ -15,25 +15,27 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from quantkit.calibrators import RTN, LLMInt8, resolve
 from quantkit.checkpoint.record import (
-    ATTENTION_VERSION,
     FORMAT_VERSION,
     attention_records,
     check_version,
+    codes_apart,
     empty_layer,
     empty_quantizers,
     layer_records,
+    rounds_attention,
     upgraded,
     version_of,
 )
@@ -110,9 +112,9 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = NAME
         if layers:
             layers = upgraded(layers, format_version)
-        if bool(attention) != (format_version == ATTENTION_VERSION):
+        if bool(attention) != rounds_attention(format_version):
             raise CheckpointError("the model's config.json is damaged: 'attention' does not go with its format version")
-        self.format_version, self.attention = version_of(attention), attention
+        self._read_version, self.format_version, self.attention = format_version, version_of(attention), attention
         self.scheme = Scheme.parse(scheme).name
         self.ignore, self.threshold, self.seed, self.layers = list(ignore), threshold, seed, layers
         self._calibration, self._tokenizer = calibration, tokenizer
@@ -230,18 +232,23 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _expect_int8(self, model: Any) -> None:
         """Put empty INT8 layers where the saved model has them; the files hold their codes."""
-        records = self.quantization_config.layers
+        config, records = self.quantization_config, self.quantization_config.layers
         if not records:
             raise CheckpointError(
                 "config.json does not say which layers quantkit quantized: open the model with quantkit.load()"
             )
+        names = _names_in(model, records)
+        records, attention = _moved(records, *names), _moved(config.attention or {}, *names)
         unfuse(model, only=records)
         linears = linears_of(model, untried=True)
         for name, record in records.items():
             if name not in linears:
                 raise CheckpointError(f"config.json has an INT8 layer {name!r}, and the model has no such linear")
-            replace_module(model, name, empty_layer(name, record, weight_of(linears[name]).dtype))
-        attach_attention(model, empty_quantizers(model, self.quantization_config.attention or {}, records))
+            layer = empty_layer(name, record, weight_of(linears[name]).dtype)
+            if config._read_version >= FORMAT_VERSION:  # the shape of the file, until it has been read
+                layer.weight = layer.weight.unsqueeze(-1)
+            replace_module(model, name, layer)
+        attach_attention(model, empty_quantizers(model, attention, records))
 
     def _expect_float(self, model: Any) -> None:
         """Put INT8 layers in place whose weights arrive in floating point and are rounded then."""
@@ -288,6 +295,9 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
+        for layer in model.modules():
+            if isinstance(layer, W8A8Linear) and layer.weight.dim() == 3:
+                layer.weight = layer.weight.flatten(1)
         if not self.pre_quantized and not config.streams:
             quantize(
                 model, config._calibrators, calibration=config._calibration, tokenizer=config._tokenizer, scheme=config.scheme,
@@ -309,6 +319,11 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
                 say(record)
         mark(model, config)
         return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes, also that of a part of a quantized model, whose layers have other names."""
+        mark(model, copy.copy(self.quantization_config))
+        return codes_apart(model, model.state_dict()), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -340,16 +355,58 @@ def mark(model: Any, config: QuantKitConfig | None = None) -> None:
     layers = layer_records(model)
     if not layers:
         return
-    if config is None:
-        record = report(model)
-        threshold = max(facts["threshold"] for facts in layers.values())
-        config = QuantKitConfig(record.method, record.scheme or "w8a8", threshold=threshold, seed=record.seed, layers=layers)
+    config = config or _config_of(model)
     config.layers, config.attention = layers, attention_records(model) or None
     config.format_version = version_of(config.attention)
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method = True, NAME
     if getattr(model, "hf_quantizer", None) is None:
         model.hf_quantizer = QuantKitQuantizer(config, pre_quantized=True)
+
+
+def mark_parts(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of transformers models that are parts of ``model`` write codes, and not what looks like weights.
+
+    Args:
+        model: a model with a report, of any library.
+    """
+    for part in model.modules():
+        inner = part is not model and isinstance(part, PreTrainedModel) and getattr(part, "hf_quantizer", None) is None
+        if inner and any(isinstance(m, W8A8Linear) for m in part.modules()):
+            part.hf_quantizer = QuantKitQuantizer(_config_of(model), pre_quantized=True)
+
+
+def _config_of(model: nn.Module) -> QuantKitConfig:
+    """The configuration that says what the report of a quantized model says."""
+    record, layers = report(model), layer_records(model)
+    threshold = max(facts["threshold"] for facts in layers.values())
+    return QuantKitConfig(record.method, record.scheme or "w8a8", threshold=threshold, seed=record.seed, layers=layers)
+
+
+def _names_in(model: Any, records: Iterable[str]) -> tuple[str, str]:
+    """What the names in ``config.json`` begin with and those in ``model`` do not, and the other way round.
+
+    They differ where a folder is opened by a class with or without a head (``AutoModel``), and where the text part of a larger
+    model was quantized by itself.
+    """
+    modules, base = dict(model.named_modules()), f"{model.base_model_prefix}."
+    text = model.config.get_text_config(decoder=True)
+    inner = [f"{name}." for name, m in modules.items() if name and getattr(m, "config", None) is text]
+
+    def there(path: list[str]) -> bool:
+        """Whether a linear can be there: experts that are not taken apart yet are two names above theirs."""
+        return any(".".join(path[:n]) in modules for n in range(max(1, len(path) - 2), len(path) + 1))
+
+    for old, new in [("", ""), (base, ""), ("", base), *(("", prefix) for prefix in inner)]:
+        found = _moved(dict.fromkeys(records), old, new)
+        if found and all(there(name.split(".")) for name in found):
+            return old, new
+    return "", ""
+
+
+def _moved(records: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    """The records under names that begin with ``new`` in place of ``old``; without those that do not begin with it."""
+    return {new + name.removeprefix(old): record for name, record in records.items() if name.startswith(old)}
 
 
 def enter_tables() -> None:

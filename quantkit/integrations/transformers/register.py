@@ -12,8 +12,9 @@ import functools
 import sys
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from quantkit.checkpoint.record import codes_apart
 from quantkit.integrations.transformers.files import PIP_HINT
 from quantkit.layers.linear import W8A8Linear
 
@@ -41,18 +42,29 @@ def register_with_transformers() -> None:
 
 
 def prepare_for_saving(model: nn.Module) -> None:
-    """Let ``save_pretrained`` of a model that quantkit just quantized or loaded write what ``from_pretrained`` needs.
+    """Let whoever saves a model that quantkit just quantized or loaded write files that cannot be misread.
 
-    Called with every model that gets a report. Only models of transformers are touched, and where transformers is not imported
-    no model can be one: it is never imported for this.
+    Called with every model that gets a report. ``save_pretrained`` of transformers models writes what ``from_pretrained``
+    needs; in all else that is saved, codes have the shape that they have in quantkit's own files. Where transformers is not
+    imported no model can be one of its models: it is never imported for this.
     """
+    if _shaped not in model._state_dict_hooks.values():
+        model.register_state_dict_post_hook(_shaped)
     modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None or not isinstance(model, modeling.PreTrainedModel):
+    if modeling is None or not any(isinstance(m, modeling.PreTrainedModel) for m in model.modules()):
         return
     register_with_transformers()
-    from quantkit.integrations.transformers.quantizer import mark
+    from quantkit.integrations.transformers.quantizer import mark, mark_parts
 
-    mark(model)
+    if isinstance(model, modeling.PreTrainedModel):
+        mark(model)
+    mark_parts(model)
+
+
+def _shaped(model: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """Codes as files hold them, in the state dict of a larger model and of one whose library saves it in its own way."""
+    if prefix or (hasattr(model, "save_pretrained") and not hasattr(model, "hf_quantizer")):
+        codes_apart(model, state, prefix)
 
 
 def count_parameters(model: nn.Module) -> None:
