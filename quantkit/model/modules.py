@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import dataclasses
 import inspect
@@ -14,6 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import CalibrationError
+from quantkit.model.compiled import is_compiled
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What a weight may be made of to be quantized. Shorter formats are quantized already."""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -32,7 +37,7 @@ def is_linear(module: nn.Module) -> bool:
         return True
     if not isinstance(module, nn.Linear) or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention reads the weight of the latter without calling it
-    if "parametrizations" in module._modules or not module.weight.is_floating_point():
+    if "parametrizations" in module._modules or module.weight.dtype not in FLOATS or module.weight.layout is not torch.strided:
         return False  # what would be written to its weight is recomputed, or it is quantized by someone else
     return type(module).forward is nn.Linear.forward or _multiplies(module)
 
@@ -78,29 +83,59 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         for child, module in parent.named_children():
             if module is old:
                 setattr(parent, child, new)
+                if is_compiled(parent):
+                    parent._initialize()  # type: ignore[operator]  # or it would go on calling the old one
                 if getattr(parent, "activation_relu_or_gelu", 0):
                     # torch's encoder layer would go on reading the weights of its linears in a fused float kernel
                     parent.activation_relu_or_gelu = 0  # type: ignore[assignment]
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Run the model on one batch: a tensor, a mapping of keyword arguments, or a tuple or list of arguments.
+    """Run the model on a copy of one batch: a tensor, a mapping of keyword arguments, or a tuple or list of arguments.
 
-    Models that would return a cache of keys and values are told not to.
+    A batch is run many times, so what the model does to it in place must not last. Models that would return a cache of keys
+    and values are told not to.
 
     Raises:
-        CalibrationError: the batch is of another type.
+        CalibrationError: the batch is of another type, or is not what the forward of the model takes.
     """
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    if isinstance(batch, Tensor):
-        return model(batch, **extra)
-    if isinstance(batch, Mapping):
-        return model(**{**batch, **extra})
-    if isinstance(batch, (tuple, list)):
-        return model(*batch, **extra)
-    raise CalibrationError(
-        f"a calibration batch is a {type(batch).__name__}: pass tensors, dicts of keyword arguments or tuples of arguments"
-    )
+    args, kwargs = arguments(model, batch)
+    return model(*args, **kwargs)
+
+
+def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which ``model`` is called on a copy of ``batch``.
+
+    Raises:
+        CalibrationError: as :func:`call`.
+    """
+    if not isinstance(batch, (Tensor, Mapping, tuple, list)):
+        raise CalibrationError(
+            f"a calibration batch is a {type(batch).__name__}: pass tensors, dicts of keyword arguments or tuples of arguments"
+        )
+    own, signature = _copied(batch), inspect.signature(model.forward)
+    args = () if isinstance(own, Mapping) else (own,) if isinstance(own, Tensor) else tuple(own)
+    kwargs = dict(own) if isinstance(own, Mapping) else {}
+    if "use_cache" in signature.parameters:
+        kwargs["use_cache"] = False
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        holds = f"a dict of {', '.join(map(str, own))}" if isinstance(own, Mapping) else f"{len(args)} arguments"
+        raise CalibrationError(
+            f"a calibration batch is {holds}, and {type(model).__name__}.forward takes ({', '.join(signature.parameters)}): "
+            f"{error}; pass its inputs only, without labels or targets, such as calibration=[x for x, y in loader]"
+        ) from None
+    return args, kwargs
+
+
+def _copied(batch: Any) -> Any:
+    """A copy of a batch, with caches and all else that is in it. Tensors that are one stay one."""
+    clones = {id(tensor): tensor.detach().clone() for tensor in all_tensors(batch)}
+    try:
+        return copy.deepcopy(batch, clones)
+    except Exception:  # noqa: BLE001  it holds an object that cannot be copied, such as a lock
+        return map_tensors(batch, lambda tensor: clones[id(tensor)])
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
