@@ -6,6 +6,7 @@ module is what PyTorch needs besides: buffers that move with the model and are s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.deprecated import renamed
-from quantkit.core.errors import MethodError
+from quantkit.core.errors import MethodError, QuantkitError
 from quantkit.core.facts import FLOAT32, TENSORS, Facts, check_exact
 from quantkit.core.formats import Format, Quantized, groups_fault
 from quantkit.core.numerics import absmax_scale, range_scale
@@ -23,6 +24,9 @@ from quantkit.core.transform import Transform
 from quantkit.model.modules import applied_but_float32, weight_of
 from quantkit.ops.linear import linear, prepare
 from quantkit.ops.table import Prepared, forced
+
+METADATA = "quantkit"
+"""Where the metadata of a ``state_dict()`` says what a layer is."""
 
 
 class W8A8Linear(nn.Linear):
@@ -168,7 +172,6 @@ class W8A8Linear(nn.Linear):
         self._operand: Operand | None = None
         self._prepared: Prepared | None = None
         self._prepared_for: str | None = None
-        self._register_load_state_dict_pre_hook(self._make_room)
 
     # ---- what it holds
 
@@ -272,13 +275,54 @@ class W8A8Linear(nn.Linear):
         self._forget()
         return self
 
-    def _make_room(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Optional buffers that the checkpoint has and a fresh module lacks."""
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # what tensors do not say; torch.save keeps it, and safetensors do not
+            destination._metadata.setdefault(prefix[:-1], {})[METADATA] = self._facts.record(*self._held(self._buffers))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, strict: bool, *rest: Any) -> None:
+        """Takes what belongs to this layer, after a look at whether it does: another layer's would load just as well."""
+        saved = {name: t for name in TENSORS if isinstance(t := state.get(prefix + name), Tensor)}
+        fault = self._foreign(saved, metadata.get(METADATA)) if saved else None
+        if fault:
+            rest[-1].append(
+                f"{prefix[:-1]!r} is quantized, and the state is not that of a layer quantized in the same way: {fault}"
+            )
+            return
+        for name, tensor in saved.items():  # optional ones that a fresh module lacks, or has in another size
+            if (own := self._buffers[name]) is None or own.shape != tensor.shape:
+                setattr(self, name, torch.empty_like(tensor, device=self.weight.device))
+        super()._load_from_state_dict(state, prefix, metadata, strict, *rest)
         self._forget()
-        for name, buffer in list(self._buffers.items()):
-            saved = state.get(prefix + name)
-            if saved is not None and (buffer is None or buffer.shape != saved.shape) and not name.startswith("weight"):
-                setattr(self, name, torch.empty_like(saved, device=self.weight.device))
+
+    def _foreign(self, saved: dict[str, Tensor], record: dict[str, Any] | None) -> str | None:
+        """What speaks against these tensors, which were of a layer with this ``record``, if it is known."""
+        names, outliers = self._held(saved)
+        wanted = self._facts.record(names, outliers)
+        if record is not None and record != wanted:
+            differ = [key for key in wanted if record.get(key) != wanted[key]]
+            return "; ".join(f"its {key} is {record.get(key)!r}, not {wanted[key]!r}" for key in differ)
+        try:
+            room = empty_operand(
+                self._facts, bias="bias" in saved, optional=names, outliers=outliers, device="meta", dtype=torch.float32
+            ).tensors()
+        except QuantkitError as error:
+            return str(error)
+        for name, tensor in saved.items():
+            if name not in room:
+                return f"it has {name}, for which a layer of scheme {self.scheme.name} has no use"
+            if tensor.shape != room[name].shape:
+                return f"size mismatch for {name}: {list(tensor.shape)}, not {list(room[name].shape)}"
+            if tensor.dtype != room[name].dtype and (name in FLOAT32 or not tensor.is_floating_point()):
+                return f"its {name} is {tensor.dtype}, not {room[name].dtype}"
+        lost = [name for name in TENSORS if self._buffers[name] is not None and name not in saved]
+        return f"it has no {' and no '.join(lost)}" if lost else None
+
+    @staticmethod
+    def _held(tensors: Mapping[str, Tensor | None]) -> tuple[list[str], int]:
+        """Names of the tensors that are there, and the number of outlier channels."""
+        outliers = tensors.get("outlier_index")
+        return [name for name in TENSORS if tensors.get(name) is not None], 0 if outliers is None else len(outliers)
 
     def extra_repr(self) -> str:
         operand, facts = self.operand, self._facts
