@@ -28,6 +28,7 @@ from torch import nn
 from quantkit.calibrators import Calibrator
 from quantkit.core.progress import Progress
 from quantkit.core.scheme import Scheme
+from quantkit.model.compiled import eagerly, uncompiled
 from quantkit.pipeline.attention import attention_to_round, decide_attention
 from quantkit.pipeline.check import Request, check, linears_to_choose_from
 from quantkit.pipeline.convert import convert_rotated
@@ -42,6 +43,7 @@ log = logging.getLogger("quantkit")
 M = TypeVar("M", bound=nn.Module)
 
 
+@eagerly()
 @torch.inference_mode(False)  # what is created here must live outside of it
 def quantize(
     model: M,
@@ -80,10 +82,11 @@ def quantize(
         QuantkitError: a subclass that says what is wrong, before the model is changed.
     """
     request = Request.of(method, scheme, ignore=ignore, targets=targets, seed=seed, progress=progress)
-    check(model, request)
-    with experts_apart(model, request.takes_experts_apart), as_it_was(model) as undo:
-        decision = decided(model, request, calibration, tokenizer, undo)
-        report = convert_rotated(model, decision.plan, tokens=decision.tokens, progress=progress)
+    inner = uncompiled(model)
+    check(inner, request)
+    with experts_apart(inner, request.takes_experts_apart), as_it_was(inner) as undo:
+        decision = decided(inner, request, calibration, tokenizer, undo)
+        report = convert_rotated(inner, decision.plan, tokens=decision.tokens, progress=progress)
     log.info(report.summary)
     return model
 
