@@ -21,7 +21,7 @@ from quantkit.model.compiled import eagerly, uncompiled
 from quantkit.model.modules import linears_of
 
 
-@eagerly()
+@eagerly
 def discover(model: nn.Module, batch: Any, *, carriers: bool = False, real: Collection[str] = ()) -> Discovery:
     """Find the sites of ``model`` by running it on a small ``batch``; the model is only watched, never changed.
 

@@ -43,7 +43,7 @@ class Equivalence:
         return f"{verdict}: relative error {self.error:.2e}, allowed {self.tolerance:.1e}, noise floor {self.noise:.1e}"
 
 
-@eagerly()
+@eagerly
 def verify_equivalence(
     model: nn.Module, reference: nn.Module | Sequence[Tensor], batch: Any, *, tolerance: float | None = None
 ) -> Equivalence:

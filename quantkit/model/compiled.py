@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_compiled(module: Any) -> bool:
@@ -22,11 +24,18 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model.get_submodule("_orig_mod") if is_compiled(model) else model
 
 
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """While the context is open, whatever was compiled runs as if it was not, so that modules can be watched and replaced."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+def eagerly(function: F) -> F:
+    """``function(model, ...)``, during which the parts of ``model`` that were compiled run as if they were not.
+
+    So they can be watched and replaced. A model that was not compiled, but compiles functions by itself, goes on doing so.
+    """
+
+    @functools.wraps(function)
+    def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+        parts = model.modules() if isinstance(model, nn.Module) else ()
+        if not any(is_compiled(part) or part._compiled_call_impl is not None for part in parts):
+            return function(model, *args, **kwargs)
+        with torch.compiler.set_stance("force_eager"):
+            return function(model, *args, **kwargs)
+
+    return cast("F", run)

@@ -126,8 +126,10 @@ def linears_to_choose_from(model: nn.Module, request: Request) -> dict[str, nn.M
     check_patterns(request.ignore, linears, "ignore")
     if request.targets is not None:
         check_patterns(request.targets, linears, "targets")
-    for name in linears.keys() - chosen(linears, {}, request.ignore, request.targets).keys():
-        if not all(end.isfinite() for end in weight_of(linears[name]).aminmax()):
+    kept = chosen(linears, {}, request.ignore, request.targets)
+    for name, linear in linears.items():
+        weight = weight_of(linear)
+        if name not in kept and weight.numel() and not all(end.isfinite() for end in weight.aminmax()):
             raise ModelError(
                 f"the weight of layer {name!r} holds NaN or Inf: look at the model, or leave it out with ignore=[{name!r}]"
             )

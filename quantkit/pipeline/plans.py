@@ -26,7 +26,7 @@ log = logging.getLogger("quantkit")
 M = TypeVar("M", bound=nn.Module)
 
 
-@eagerly()
+@eagerly
 @torch.inference_mode(False)
 def plan(
     model: nn.Module,
@@ -59,7 +59,7 @@ def plan(
     return found
 
 
-@eagerly()
+@eagerly
 @torch.inference_mode(False)
 def convert(model: M, plan: ModelPlan, *, progress: Progress = None) -> M:
     """Carry out ``plan``, made for this model or a copy of it with the same weights, in place.

@@ -43,7 +43,7 @@ log = logging.getLogger("quantkit")
 M = TypeVar("M", bound=nn.Module)
 
 
-@eagerly()
+@eagerly
 @torch.inference_mode(False)  # what is created here must live outside of it
 def quantize(
     model: M,
