@@ -100,11 +100,11 @@ class Call:
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Call ``block`` with these arguments and the hidden state ``hidden``, and return the hidden state that it returns.
 
-        Floating-point arguments are cast to the dtype of ``hidden`` first.
+        Floating-point arguments are cast to the dtype of ``hidden`` first. The block gets copies, which it may change in place.
         """
 
         def cast(value: Any) -> Any:
-            return map_tensors(value, lambda t: t.to(hidden.dtype) if t.is_floating_point() else t)
+            return map_tensors(value, lambda t: t.to(hidden.dtype if t.is_floating_point() else t.dtype, copy=True))
 
         args, kwargs = cast(self.args), cast(self.kwargs)
         if isinstance(self.key, int):
@@ -126,7 +126,7 @@ def _first(output: Any) -> Tensor:
 class HiddenStates:
     """The hidden states of all samples between two blocks, by the number of the sample.
 
-    ``states[i] = x`` stores a copy, and ``states[i]`` returns the state on the device. States may change shape and dtype.
+    ``states[i] = x`` stores a copy, and ``states[i]`` returns a copy on the device. States may change shape and dtype.
 
     Args:
         place: where they are kept; files are deleted with the object.
@@ -153,7 +153,7 @@ class HiddenStates:
             self.tensors[index] = x.to(self.device if self.place == "device" else "cpu", copy=True)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.tensors[index].to(self.device)
+        return self.tensors[index].to(self.device, copy=True)
 
 
 def record_calls(
@@ -176,7 +176,7 @@ def record_calls(
     device = next(model.get_submodule(blocks[0]).parameters()).device
     states = HiddenStates(place, device)
     calls: list[list[Call]] = []
-    seen: list[tuple[Call, Tensor]] = []
+    seen: list[Call] = []
     returned: list[Tensor] = []
     shared = _Shared()
 
@@ -185,9 +185,11 @@ def record_calls(
         index = len(seen)
         if index and (len(returned) < index or not torch.equal(returned[-1], hidden)):
             raise MethodError(f"block {blocks[index]!r} does not read what {blocks[index - 1]!r} returned: they are no chain")
+        if not index:
+            states[len(calls)] = hidden  # now, since the block may change it in place
         rest = tuple(None if i == key else a for i, a in enumerate(args))
         others = {k: v for k, v in kwargs.items() if k != key}
-        seen.append((Call(map_tensors(rest, shared), map_tensors(others, shared), key), hidden))
+        seen.append(Call(map_tensors(rest, shared), map_tensors(others, shared), key))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         returned.append(_first(output))
@@ -198,12 +200,11 @@ def record_calls(
             module = model.get_submodule(name)
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
-        for index, sample in enumerate(samples):
+        for sample in samples:
             call(model, sample)
             if len(seen) != len(blocks):
                 raise MethodError(f"{len(seen)} of {len(blocks)} blocks ran: every block has to run once, in order")
-            states[index] = seen[0][1]
-            calls.append([c for c, _ in seen])
+            calls.append(list(seen))
             shared.grows = False
             seen.clear()
             returned.clear()
@@ -211,7 +212,7 @@ def record_calls(
 
 
 class _Shared:
-    """Replaces equal tensors by one. Masks and positions are mostly the same in all blocks and samples.
+    """Replaces equal tensors by one copy. Masks and positions are mostly the same in all blocks and samples.
 
     Attributes:
         grows: whether tensors that are new are remembered. Those of the first sample are enough.
@@ -223,11 +224,12 @@ class _Shared:
 
     def __call__(self, t: Tensor) -> Tensor:
         for known in self._tensors:
-            if known is t or (known.shape == t.shape and known.dtype == t.dtype and torch.equal(known, t)):
+            if known.shape == t.shape and known.dtype == t.dtype and torch.equal(known, t):
                 return known
+        own = t.clone()
         if self.grows:
-            self._tensors.append(t)
-        return t
+            self._tensors.append(own)
+        return own
 
 
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor]:

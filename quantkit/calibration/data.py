@@ -8,6 +8,7 @@ another device than the model.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.core.errors import CalibrationError
+from quantkit.core.errors import CalibrationError, QuantkitError
 from quantkit.core.progress import Progress, counted
 from quantkit.model.modules import all_tensors, call, evaluating, map_tensors, tensors_in
 
@@ -163,6 +164,11 @@ def _continue(model: nn.Module, ids: Tensor, length: int, random: torch.Generato
         result = model(input_ids=step, past_key_values=cache, use_cache=True)
         cache = getattr(result, "past_key_values", None)
         probabilities = result.logits[:, -1].float().softmax(-1).cpu()
+        if not bool(probabilities.isfinite().all()):
+            raise CalibrationError(
+                f"{type(model).__name__} cannot sample its own calibration data, since its logits are NaN or Inf: look at its "
+                "weights and its dtype, or pass calibration=[...]"
+            )
         chosen = torch.multinomial(probabilities, 1, generator=random).to(ids.device)
         ids = torch.cat([ids, chosen], 1)
         step = chosen if cache is not None else ids
@@ -177,8 +183,11 @@ def _is_encoder_decoder(model: Any) -> bool:
 def probe_batch(model: nn.Module, batch: Any, tokens: int = 16) -> Any:
     """A small piece of a calibration batch for probing: one sample, and at most ``tokens`` of its tokens.
 
-    Only integer tensors and masks of the same length are cut along the sequence. A model that does not accept the
-    piece gets the whole batch.
+    Only integer tensors and masks of the same length are cut along the sequence, where the fewest tokens are masked. A model
+    that does not accept the piece gets the whole batch.
+
+    Raises:
+        CalibrationError: the model does not accept that either.
     """
     tensors = all_tensors(batch)
     samples = next((len(t) for t in tensors if t.dim()), None)
@@ -186,18 +195,70 @@ def probe_batch(model: nn.Module, batch: Any, tokens: int = 16) -> Any:
     length = ids[0].shape[1] if ids else None
     # plain features [rows, channels]: rows are the tokens
     rows = 1 if ids or any(t.dim() > 2 for t in tensors) else tokens
+    place = _least_masked(_masks(model, batch), ids[0].shape, tokens) if ids else (0, 0)
 
     def cut(t: Tensor) -> Tensor:
-        if not t.dim() or len(t) != samples:
+        if place is None or not t.dim() or len(t) != samples:
             return t
-        t = t[:rows]
-        return t[:, :tokens] if t.dim() == 2 and t.shape[1] == length else t
+        row, start = place
+        t = t[row : row + rows]
+        return t[:, start : start + tokens] if t.dim() == 2 and t.shape[1] == length else t
 
-    piece = map_tensors(batch, cut)
     try:
+        piece = map_tensors(batch, cut)
         with evaluating(model):
             list(tensors_in(call(model, piece)))
     except Exception as error:  # noqa: BLE001  whatever a model may raise on a cut input, the whole batch is the answer
         log.debug("probing with the whole first batch, since a piece of it fails: %s", error)
-        return batch
+        return _runs(model, batch)
     return piece
+
+
+def _runs(model: nn.Module, batch: Any) -> Any:
+    """``batch``, if the model runs on it."""
+    try:
+        with evaluating(model):
+            call(model, batch)
+    except (QuantkitError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"{type(model).__name__} does not run on the first calibration batch: {type(error).__name__}: {error}"
+        ) from error
+    return batch
+
+
+def _masks(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """The masks in a batch, by the names of the arguments of the model."""
+    if isinstance(batch, Tensor):
+        return {}
+    named = batch if isinstance(batch, Mapping) else dict(zip(inspect.signature(model.forward).parameters, batch, strict=False))
+    return {name: t for name, t in named.items() if "mask" in str(name) and isinstance(t, Tensor)}
+
+
+def _kept(name: str, mask: Tensor) -> Tensor:
+    """Which tokens a mask of this name leaves, in one of three conventions."""
+    if mask.dtype == torch.bool and "padding" in name:
+        return ~mask  # as nn.MultiheadAttention has it
+    return mask >= 0 if (mask < 0).any() else mask != 0  # what is negative is added to scores
+
+
+def _least_masked(masks: Mapping[str, Tensor], shape: torch.Size, tokens: int) -> tuple[int, int] | None:
+    """The sample, and the place where its piece begins, of which the fewest tokens are masked, for ids of this ``shape``.
+
+    None if all are masked in some mask, or a mask has more dimensions and says who may read whom.
+    """
+    width = min(tokens, shape[1])
+    fewest = torch.full((shape[0], shape[1] - width + 1), width)
+    for name, mask in masks.items():
+        if mask.dim() > 2 and mask.shape[-1] == shape[1] > tokens:
+            return None
+        if mask.shape != shape:
+            continue
+        count = torch.nn.functional.pad(_kept(name, mask).cpu().long().cumsum(1), (1, 0))
+        fewest = torch.minimum(fewest, count[:, width:] - count[:, : count.shape[1] - width])
+    best = int(fewest.max())
+    if best == 0:
+        return None
+    row, start = (fewest == best).nonzero()[0].tolist()
+    return row, start

@@ -65,8 +65,12 @@ def observe(
         for batch in tracked(batches, "calibrating", progress, "batch"):
             if digest is not None:
                 _hash(digest, batch)
-            call(model, batch)
             count += 1
+            try:
+                call(model, batch)
+            except Exception as error:
+                error.add_note(f"in calibration batch {count}")
+                raise
             bad = next((name for name, ok in observer.finite.items() if not ok), None)
             if bad is not None:
                 raise CalibrationError(
@@ -110,6 +114,7 @@ class _Observer:
 def _hash(digest: Any, batch: Any) -> None:
     for tensor in all_tensors(batch):
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        here = tensor.detach().cpu().contiguous()  # has a name, since memory_of() does not keep its tensor alive
+        dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+        here = dense.cpu().contiguous()  # has a name, since memory_of() does not keep its tensor alive
         if here.numel():
             digest.update(memory_of(here))

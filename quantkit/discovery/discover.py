@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,16 +19,20 @@ from quantkit.discovery.prober import Prober
 from quantkit.discovery.readers import read_by_others
 from quantkit.discovery.rehearsal import arriving_shifts, rehearse
 from quantkit.model.adapters import Adapters
+from quantkit.model.compiled import eagerly, uncompiled
 from quantkit.model.modules import linears_of
 
 
-def discover(model: nn.Module, batch: Any, *, carriers: bool = False) -> Discovery:
+@eagerly
+def discover(model: nn.Module, batch: Any, *, carriers: bool = False, real: Collection[str] = ()) -> Discovery:
     """Find the sites of ``model`` by running it on a small ``batch``; the model is only watched, never changed.
 
     Args:
         model: any module, in any dtype, with its weights in memory.
         batch: a tensor, a dict of keyword arguments or a tuple of arguments, with at least two tokens.
         carriers: also find out for each site which rows can be reordered in place of its channels. This takes more passes.
+        real: names of linears that compute what they do, since the model does not run with made-up values in their places.
+            Nothing is found out about them.
 
     Returns:
         The sites, and the linears that are kept in floating point with the reason for each.
@@ -36,7 +40,9 @@ def discover(model: nn.Module, batch: Any, *, carriers: bool = False) -> Discove
     Raises:
         CalibrationError: ``batch`` is of another type.
     """
-    linears, norms, adapters = linears_of(model), norms_of(model), Adapters.of(model)
+    model = uncompiled(model)
+    linears = {name: m for name, m in linears_of(model).items() if name not in real}
+    norms, adapters = norms_of(model), Adapters.of(model)
     probe = Probe(model, linears, norms, batch)
     watch = TopKWatch()
     reference = probe.run({}, watch=watch)
@@ -52,6 +58,16 @@ def discover(model: nn.Module, batch: Any, *, carriers: bool = False) -> Discove
     if carriers:
         sites = [_apart_from(adapters, site) for site in _with_carriers(prober, sites, kept)]
     return Discovery(sites=tuple(sites), kept=kept)
+
+
+def runs(model: nn.Module, batch: Any, real: Collection[str]) -> bool:
+    """Whether the model runs while all linears but those called ``real`` put out made-up values."""
+    linears = {name: linear for name, linear in linears_of(model).items() if name not in real}
+    try:
+        Probe(model, linears, {}, batch).run({})
+    except Exception:  # noqa: BLE001  the model may raise anything
+        return False
+    return True
 
 
 def _apart_from(adapters: Adapters, site: Site) -> Site:

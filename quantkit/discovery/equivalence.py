@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import EquivalenceError
+from quantkit.model.compiled import eagerly, uncompiled
 from quantkit.model.modules import call, evaluating, tensors_in
 
 
@@ -42,6 +43,7 @@ class Equivalence:
         return f"{verdict}: relative error {self.error:.2e}, allowed {self.tolerance:.1e}, noise floor {self.noise:.1e}"
 
 
+@eagerly
 def verify_equivalence(
     model: nn.Module, reference: nn.Module | Sequence[Tensor], batch: Any, *, tolerance: float | None = None
 ) -> Equivalence:
@@ -59,9 +61,11 @@ def verify_equivalence(
     Raises:
         EquivalenceError: the reference returns no floating-point tensor.
     """
+    model = uncompiled(model)
     if isinstance(reference, nn.Module):
-        wanted = outputs_of(reference, batch)
-        noise = relative_error(wanted, outputs_of(reference, batch))
+        original = uncompiled(reference)
+        wanted = outputs_of(original, batch)
+        noise = relative_error(wanted, outputs_of(original, batch))
     else:
         wanted = list(reference)
         noise = 0.0

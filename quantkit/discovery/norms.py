@@ -45,8 +45,9 @@ class Replay:
 
     def output(self, changed: Mapping[str, Tensor]) -> Tensor:
         """What the norm puts out with some of its parameters changed."""
+        args, kwargs = map_tensors((self.args, self.kwargs), Tensor.clone)  # some norms change their input in place
         with torch.no_grad():
-            output: Tensor = torch.func.functional_call(self.norm, self.own | dict(changed), self.args, self.kwargs)
+            output: Tensor = torch.func.functional_call(self.norm, self.own | dict(changed), args, kwargs)
         return output
 
     def gives(self, changed: Mapping[str, Tensor], wanted: Tensor) -> bool:

@@ -101,7 +101,7 @@ class Probe:
                 stack.callback(handle.remove)
             if watch is not None:
                 stack.enter_context(watch)
-            trace.outputs = list(tensors_in(call(self.model, self.batch)))
+            trace.outputs = [t.detach() for t in tensors_in(call(self.model, self.batch))]
         return trace
 
     def _stand_in(self, name: str, linear: nn.Module, trace: Trace, change: Callable[[str, Tensor], Tensor]) -> Any:
@@ -191,7 +191,8 @@ def norms_of(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         parameters = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
-        if parameters and all(p.dim() == 1 for p in parameters) and not any(module.children()):
+        plain = next(module.children(), None) is None and not isinstance(module, torch.jit.ScriptModule)  # that takes no hooks
+        if plain and parameters and all(p.dim() == 1 for p in parameters):
             found[name] = module
     return found
 

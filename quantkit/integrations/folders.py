@@ -18,6 +18,7 @@ from quantkit.checkpoint.record import RECORD_FILE
 from quantkit.checkpoint.save import write_checkpoint
 from quantkit.integrations.compressed.folder import is_compressed, open_compressed
 from quantkit.integrations.transformers.files import empty_model, recorded_class, write_beside
+from quantkit.model.compiled import uncompiled
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = None, shard_bytes: int = 4 * 2**30) -> Path:
@@ -40,6 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = Non
         ModelError: quantkit has not quantized the model.
         CheckpointError: the folder holds something else.
     """
+    model = uncompiled(model)
     return write_checkpoint(model, path, shard_bytes=shard_bytes, beside=lambda folder: write_beside(model, folder, tokenizer))
 
 
@@ -73,7 +75,8 @@ def load(
         return open_compressed(folder, model, device)
     checkpoint = open_checkpoint(folder, verify=verify)
     name = recorded_class(checkpoint)
-    return fill(empty_model(folder, name) if model is None else model, checkpoint, device)
+    filled = fill(empty_model(folder, name) if model is None else uncompiled(model), checkpoint, device)
+    return filled if model is None else model
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:

@@ -6,7 +6,7 @@ module is what PyTorch needs besides: buffers that move with the model and are s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.deprecated import renamed
-from quantkit.core.errors import MethodError
+from quantkit.core.errors import MethodError, QuantkitError
 from quantkit.core.facts import FLOAT32, TENSORS, Facts, check_exact
 from quantkit.core.formats import Format, Quantized, groups_fault
 from quantkit.core.numerics import absmax_scale, range_scale
@@ -27,6 +27,8 @@ from quantkit.ops.table import Prepared, forced
 
 PLACEHOLDER = "placeholder"
 """The name of a parameter without elements, see :func:`placeholder`."""
+METADATA = "quantkit"
+"""Where the metadata of a ``state_dict()`` says what a layer is."""
 
 
 def placeholder(dtype: torch.dtype | None, device: torch.device) -> nn.Parameter:
@@ -192,7 +194,6 @@ class W8A8Linear(nn.Linear):
         self._operand: Operand | None = None
         self._prepared: Prepared | None = None
         self._prepared_for: str | None = None
-        self._register_load_state_dict_pre_hook(self._make_room)
 
     # ---- what it holds
 
@@ -305,21 +306,59 @@ class W8A8Linear(nn.Linear):
         """The placeholder. Without recursion nothing: whoever asks so, as accelerate, looks it up in a state dict."""
         return super().named_parameters(prefix, recurse, remove_duplicate) if recurse else iter(())
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[prefix + PLACEHOLDER]
+        if hasattr(destination, "_metadata"):  # what tensors do not say; torch.save keeps it, and safetensors do not
+            destination._metadata.setdefault(prefix[:-1], {})[METADATA] = self._facts.record(*self._held(self._buffers))
 
-    def _make_room(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Optional buffers that the checkpoint has and a fresh module lacks, and the placeholder, which no checkpoint has."""
-        self._forget()
-        state[prefix + PLACEHOLDER] = self.placeholder
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, strict: bool, *rest: Any) -> None:
+        """Takes what belongs to this layer, after a look at whether it does: another layer's would load just as well."""
         codes = state.get(f"{prefix}weight")
         if codes is not None and codes.shape[2:] == (1,):  # as files hold them
             state[f"{prefix}weight"] = codes.flatten(1)
-        for name, buffer in list(self._buffers.items()):
-            saved = state.get(prefix + name)
-            if saved is not None and (buffer is None or buffer.shape != saved.shape) and not name.startswith("weight"):
-                setattr(self, name, torch.empty_like(saved, device=self.weight.device))
+        saved = {name: t for name in TENSORS if isinstance(t := state.get(prefix + name), Tensor)}
+        fault = self._foreign(saved, metadata.get(METADATA)) if saved else None
+        if fault:
+            rest[-1].append(
+                f"{prefix[:-1]!r} is quantized, and the state is not that of a layer quantized in the same way: {fault}"
+            )
+            return
+        for name, tensor in saved.items():  # optional ones that a fresh module lacks, or has in another size
+            if (own := self._buffers[name]) is None or own.shape != tensor.shape:
+                setattr(self, name, torch.empty_like(tensor, device=self.weight.device))
+        state[prefix + PLACEHOLDER] = self.placeholder  # which no state has
+        super()._load_from_state_dict(state, prefix, metadata, strict, *rest)
+        self._forget()
+
+    def _foreign(self, saved: dict[str, Tensor], record: dict[str, Any] | None) -> str | None:
+        """What speaks against these tensors, which were of a layer with this ``record``, if it is known."""
+        names, outliers = self._held(saved)
+        wanted = self._facts.record(names, outliers)
+        if record is not None and record != wanted:
+            differ = [key for key in wanted if record.get(key) != wanted[key]]
+            return "; ".join(f"its {key} is {record.get(key)!r}, not {wanted[key]!r}" for key in differ)
+        try:
+            room = empty_operand(
+                self._facts, bias="bias" in saved, optional=names, outliers=outliers, device="meta", dtype=torch.float32
+            ).tensors()
+        except QuantkitError as error:
+            return str(error)
+        for name, tensor in saved.items():
+            if name not in room:
+                return f"it has {name}, for which a layer of scheme {self.scheme.name} has no use"
+            if tensor.shape != room[name].shape:
+                return f"size mismatch for {name}: {list(tensor.shape)}, not {list(room[name].shape)}"
+            if tensor.dtype != room[name].dtype and (name in FLOAT32 or not tensor.is_floating_point()):
+                return f"its {name} is {tensor.dtype}, not {room[name].dtype}"
+        lost = [name for name in TENSORS if self._buffers[name] is not None and name not in saved]
+        return f"it has no {' and no '.join(lost)}" if lost else None
+
+    @staticmethod
+    def _held(tensors: Mapping[str, Tensor | None]) -> tuple[list[str], int]:
+        """Names of the tensors that are there, and the number of outlier channels."""
+        outliers = tensors.get("outlier_index")
+        return [name for name in TENSORS if tensors.get(name) is not None], 0 if outliers is None else len(outliers)
 
     def extra_repr(self) -> str:
         operand, facts = self.operand, self._facts

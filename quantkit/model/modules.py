@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import dataclasses
 import inspect
@@ -14,8 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.errors import CalibrationError
+from quantkit.model.compiled import is_compiled
 from quantkit.model.nested import without_fast_path
 from quantkit.model.trial import fault_of
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What a weight may be made of to be quantized. Shorter formats are quantized already."""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -48,8 +53,9 @@ def why_no_linear(module: nn.Module) -> str | None:
     if more:
         return f"{kind.__name__} has {', '.join(sorted(more))} beside weight and bias"
     weight = module.weight
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return f"{kind.__name__} whose weight is a {type(weight).__name__} of {weight.dtype}, which is nothing to round"
+    if type(weight) is not nn.Parameter or weight.dtype not in FLOATS or weight.layout is not torch.strided:
+        how = f"{type(weight).__name__} of {weight.dtype}" + ("" if weight.layout is torch.strided else f", {weight.layout}")
+        return f"{kind.__name__} whose weight is a {how}, which is nothing to round"
     if kind.__call__ is not nn.Module.__call__:
         return f"{kind.__name__} has a __call__ of its own"
     if _has_own_forward(module):
@@ -133,6 +139,8 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         for child, module in parent.named_children():
             if module is old:
                 setattr(parent, child, new)
+                if is_compiled(parent):
+                    parent._initialize()  # type: ignore[operator]  # or it would go on calling the old one
                 if isinstance(parent, nn.TransformerEncoderLayer):
                     without_fast_path(parent)
 
@@ -150,23 +158,51 @@ def _share_hooks(old: Any, new: Any) -> None:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Run the model on one batch: a tensor, a mapping of keyword arguments, or a tuple or list of arguments.
+    """Run the model on a copy of one batch: a tensor, a mapping of keyword arguments, or a tuple or list of arguments.
 
-    Models that would return a cache of keys and values are told not to.
+    A batch is run many times, so what the model does to it in place must not last. Models that would return a cache of keys
+    and values are told not to.
 
     Raises:
-        CalibrationError: the batch is of another type.
+        CalibrationError: the batch is of another type, or is not what the forward of the model takes.
     """
-    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    if isinstance(batch, Tensor):
-        return model(batch, **extra)
-    if isinstance(batch, Mapping):
-        return model(**{**batch, **extra})
-    if isinstance(batch, (tuple, list)):
-        return model(*batch, **extra)
-    raise CalibrationError(
-        f"a calibration batch is a {type(batch).__name__}: pass tensors, dicts of keyword arguments or tuples of arguments"
-    )
+    args, kwargs = arguments(model, batch)
+    return model(*args, **kwargs)
+
+
+def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which ``model`` is called on a copy of ``batch``.
+
+    Raises:
+        CalibrationError: as :func:`call`.
+    """
+    if not isinstance(batch, (Tensor, Mapping, tuple, list)):
+        raise CalibrationError(
+            f"a calibration batch is a {type(batch).__name__}: pass tensors, dicts of keyword arguments or tuples of arguments"
+        )
+    own, signature = _copied(batch), inspect.signature(model.forward)
+    args = () if isinstance(own, Mapping) else (own,) if isinstance(own, Tensor) else tuple(own)
+    kwargs = dict(own) if isinstance(own, Mapping) else {}
+    if "use_cache" in signature.parameters:
+        kwargs["use_cache"] = False
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        holds = f"a dict of {', '.join(map(str, own))}" if isinstance(own, Mapping) else f"{len(args)} arguments"
+        raise CalibrationError(
+            f"a calibration batch is {holds}, and {type(model).__name__}.forward takes ({', '.join(signature.parameters)}): "
+            f"{error}; pass its inputs only, without labels or targets, such as calibration=[x for x, y in loader]"
+        ) from None
+    return args, kwargs
+
+
+def _copied(batch: Any) -> Any:
+    """A copy of a batch, with caches and all else that is in it. Tensors that are one stay one."""
+    clones = {id(tensor): tensor.detach().clone() for tensor in all_tensors(batch)}
+    try:
+        return copy.deepcopy(batch, clones)
+    except Exception:  # noqa: BLE001  it holds an object that cannot be copied, such as a lock
+        return map_tensors(batch, lambda tensor: clones[id(tensor)])
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

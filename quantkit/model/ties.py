@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
@@ -10,6 +11,6 @@ def owners_of_memory(model: nn.Module) -> dict[int, set[str]]:
     owners: dict[int, set[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            if parameter.numel():
+            if parameter.numel() and parameter.layout == torch.strided:  # others are not in one piece of memory
                 owners.setdefault(parameter.data_ptr(), set()).add(name)
     return owners

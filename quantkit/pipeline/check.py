@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from quantkit.calibrators import Calibrator, Stage, resolve
 from quantkit.core.errors import MethodError, ModelError
@@ -15,8 +16,8 @@ from quantkit.core.progress import Progress
 from quantkit.core.scheme import Scheme
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.adapters import Adapters
-from quantkit.model.modules import linears_of, lookalikes_of
-from quantkit.model.targets import check_patterns
+from quantkit.model.modules import linears_of, lookalikes_of, weight_of
+from quantkit.model.targets import check_patterns, chosen
 from quantkit.ops.table import why_simulated
 
 log = logging.getLogger("quantkit")
@@ -93,10 +94,22 @@ def check_model(model: Any) -> None:
         raise ModelError(
             f"model is a {type(model).__name__}: pass a torch.nn.Module, or use quantkit.load(path) for a checkpoint"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"model is a {type(model).__name__}, whose code is fixed: quantize the nn.Module that was scripted or traced"
+        )
     if getattr(model, BROKEN, False):
         raise ModelError("an earlier conversion of this model was interrupted half way: load the model again")
     if any(isinstance(module, W8A8Linear) for module in model.modules()):
         raise ModelError("the model is quantized already: load the floating-point model again to quantize it in another way")
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        if plain and isinstance(weight, Tensor) and str(weight.dtype).startswith("torch.float8"):
+            raise ModelError(
+                f"layer {name!r} has a weight of {weight.dtype}, which PyTorch does not multiply: the model was quantized "
+                "before; load it in bfloat16 or float32"
+            )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ModelError(
@@ -108,7 +121,7 @@ def linears_to_choose_from(model: nn.Module, request: Request) -> dict[str, nn.M
     """All linears of the model by name.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or a weight is not finite.
         TargetError: a pattern of ``ignore`` or ``targets`` matches none.
     """
     linears, lookalikes = linears_of(model), lookalikes_of(model)
@@ -120,4 +133,11 @@ def linears_to_choose_from(model: nn.Module, request: Request) -> dict[str, nn.M
     check_patterns(request.ignore, linears | {name: model.get_submodule(name) for name in lookalikes}, "ignore")
     if request.targets is not None:
         check_patterns(request.targets, linears, "targets", lookalikes)
+    kept = chosen(linears, {}, request.ignore, request.targets)
+    for name, linear in linears.items():
+        weight = weight_of(linear)
+        if name not in kept and weight.numel() and not all(end.isfinite() for end in weight.aminmax()):
+            raise ModelError(
+                f"the weight of layer {name!r} holds NaN or Inf: look at the model, or leave it out with ignore=[{name!r}]"
+            )
     return linears

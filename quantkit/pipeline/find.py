@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 from quantkit.calibration.observe import SiteStatistics, observe
 from quantkit.calibration.statistics import TokenSample
 from quantkit.calibrators import Stage
-from quantkit.core.errors import CalibrationError, ModelError
+from quantkit.core.errors import CalibrationError, ModelError, QuantkitError
 from quantkit.core.facts import check_exact
 from quantkit.core.scheme import Scheme
-from quantkit.core.sites import Kept, Site
-from quantkit.discovery.discover import discover
+from quantkit.core.sites import Discovery, Kept, Site
+from quantkit.discovery.discover import discover, runs
 from quantkit.model.modules import lookalikes_of, weight_of
-from quantkit.model.targets import chosen
+from quantkit.model.targets import chosen, matches
 from quantkit.pipeline.check import Request
 from quantkit.pipeline.data import Data
 
@@ -46,9 +48,10 @@ def find_sites(model: nn.Module, request: Request, data: Data, linears: dict[str
         CalibrationError: no token reached a layer, or one was not finite.
     """
     orders = request.scheme is not None and any(c.stage == Stage.PARTITION for c in request.calibrators)
-    discovery = discover(model, data.piece, carriers=orders)
+    ignored = [n for n, module in linears.items() if any(matches(n, module, pattern) for pattern in request.ignore)]
+    discovery = discovered(model, data.piece, linears, ignored, carriers=orders)
     if Kept.NEVER_RAN in discovery.kept.values():
-        discovery = discover(model, data.first, carriers=orders)  # more tokens reach more experts
+        discovery = discovered(model, data.first, linears, ignored, carriers=orders)  # more tokens reach more experts
     kept = lookalikes_of(model) | chosen(linears, discovery.kept, request.ignore, request.targets)
     placed = {name for site in discovery.sites for name in site.linears}
     # Heads and routers have no site unless something else reads their input; targets= may still ask for them.
@@ -68,6 +71,29 @@ def find_sites(model: nn.Module, request: Request, data: Data, linears: dict[str
             f"no calibration token reached a layer to quantize ({', '.join(unreached)}): pass more data, or other targets="
         )
     return Found(linears, sites, {**kept, **unreached}, statistics)
+
+
+def discovered(
+    model: nn.Module, batch: Any, linears: Mapping[str, nn.Module], ignored: Sequence[str], *, carriers: bool
+) -> Discovery:
+    """What :func:`discover` finds. If the model does not run with made-up outputs of all linears, ``ignored`` ones keep theirs.
+
+    Raises:
+        ModelError: it does not run with that either; names a linear that is the cause.
+    """
+    for real in dict.fromkeys(((), tuple(ignored))):
+        try:
+            return discover(model, batch, carriers=carriers, real=real)
+        except (QuantkitError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001  the model may raise anything
+            failed = error
+    cause = next((name for name in linears if name not in ignored and runs(model, batch, [name, *ignored])), None)
+    raise ModelError(
+        f"{type(model).__name__} does not run while its linears put out made-up values, by which quantkit finds out how it is "
+        f"connected ({type(failed).__name__}: {failed})"
+        + (f"; it runs if {cause!r} computes what it does: pass ignore={[*ignored, cause]}" if cause else "")
+    ) from failed
 
 
 def check_found(

@@ -15,6 +15,7 @@ from quantkit.calibrators import Calibrator
 from quantkit.core.plan import ModelPlan
 from quantkit.core.progress import Progress
 from quantkit.core.scheme import Scheme
+from quantkit.model.compiled import eagerly, uncompiled
 from quantkit.pipeline.account import say
 from quantkit.pipeline.check import Request, check
 from quantkit.pipeline.convert import carry_out
@@ -24,6 +25,7 @@ from quantkit.pipeline.restore import as_it_was, experts_apart
 M = TypeVar("M", bound=nn.Module)
 
 
+@eagerly
 @torch.inference_mode(False)
 def plan(
     model: nn.Module,
@@ -48,6 +50,7 @@ def plan(
         QuantkitError: as :func:`quantkit.quantize`.
     """
     request = Request.of(method, scheme, ignore=ignore, targets=targets, seed=seed, progress=progress)
+    model = uncompiled(model)
     check(model, request)
     with experts_apart(model, request.takes_experts_apart), as_it_was(model) as undo:
         found = decided(model, request, calibration, tokenizer, undo).plan
@@ -55,6 +58,7 @@ def plan(
     return found
 
 
+@eagerly
 @torch.inference_mode(False)
 def convert(model: M, plan: ModelPlan, *, progress: Progress = None) -> M:
     """Carry out ``plan``, made for this model or a copy of it with the same weights, in place.
@@ -70,5 +74,5 @@ def convert(model: M, plan: ModelPlan, *, progress: Progress = None) -> M:
     Raises:
         ModelError: the model is quantized already, or has other layers than those of the plan; it is not changed.
     """
-    say(carry_out(model, plan, progress))
+    say(carry_out(uncompiled(model), plan, progress))
     return model

@@ -30,6 +30,7 @@ from quantkit.calibrators import Calibrator
 from quantkit.core.progress import Progress
 from quantkit.core.report import attach
 from quantkit.core.scheme import Scheme
+from quantkit.model.compiled import eagerly, uncompiled
 from quantkit.pipeline.account import say
 from quantkit.pipeline.attention import attention_to_round, decide_attention
 from quantkit.pipeline.check import Request, check, linears_to_choose_from
@@ -45,6 +46,7 @@ from quantkit.pipeline.verify import hear, verified
 M = TypeVar("M", bound=nn.Module)
 
 
+@eagerly
 @torch.inference_mode(False)  # what is created here must live outside of it
 def quantize(
     model: M,
@@ -89,14 +91,15 @@ def quantize(
             floating point, unless the message says that it is too large for that.
     """
     request = Request.of(method, scheme, ignore=ignore, targets=targets, seed=seed, progress=progress)
-    check(model, request)
-    with experts_apart(model, request.takes_experts_apart), as_it_was(model) as undo:
-        decision = decided(model, request, calibration, tokenizer, undo, listen=verify)
-        kept = undo if verify and can_be_kept(model) else None
-        report = convert_rotated(model, decision.plan, tokens=decision.tokens, progress=progress, undo=kept)
+    inner = uncompiled(model)
+    check(inner, request)
+    with experts_apart(inner, request.takes_experts_apart), as_it_was(inner) as undo:
+        decision = decided(inner, request, calibration, tokenizer, undo, listen=verify)
+        kept = undo if verify and can_be_kept(inner) else None
+        report = convert_rotated(inner, decision.plan, tokens=decision.tokens, progress=progress, undo=kept)
         if decision.heard is not None:
-            report.verification = verified(model, decision.heard, report, kept)
-        attach(model, report)
+            report.verification = verified(inner, decision.heard, report, kept)
+        attach(inner, report)
     say(report)
     return model
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import VOCAB, Fixed, Odd, assert_same, llama, mlp, normal, quantized, refused, tokens
+from torch import Tensor, nn
 
 import quantkit
 from quantkit import (
@@ -16,6 +19,7 @@ from quantkit import (
     Stage,
     Transform,
 )
+from quantkit.calibration.data import probe_batch
 
 
 class Vocabulary:
@@ -102,3 +106,77 @@ def test_a_model_that_samples_nothing() -> None:
     with refused(model, CalibrationError, "LlamaModel", "missing"):
         quantized(model, calibration=None)
     quantized(llama(), calibration=[tokens()])
+
+
+def padded(hidden: slice, rows: slice = slice(None), **masks: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Four samples of 40 ids, with padding in some of the ``rows``, and ``masks`` made of what is kept."""
+    ids, kept = tokens(4, 40), torch.ones(4, 40, dtype=torch.int64)
+    ids[rows, hidden], kept[rows, hidden] = 0, 0
+    return {"input_ids": ids} | {name: mask(kept) for name, mask in masks.items()}
+
+
+PADDED: dict[str, dict[str, Tensor]] = {
+    "right": padded(slice(8, None), attention_mask=Tensor.long),
+    "left": padded(slice(None, 30), attention_mask=Tensor.long),
+    "left, as floats": padded(slice(None, 30), attention_mask=Tensor.float),
+    "left, as truth values": padded(slice(None, 30), attention_mask=Tensor.bool),
+    "all of the first sample": padded(slice(None), slice(0, 1), attention_mask=Tensor.long),
+    "all but the last sample": padded(slice(None), slice(0, 3), attention_mask=Tensor.long),
+    "in the middle": padded(slice(2, 34), attention_mask=Tensor.long),
+}
+
+
+@pytest.mark.parametrize("case", PADDED)
+def test_padding_costs_no_folds(case: str, tmp_path: Path) -> None:
+    """A model is probed with tokens that it reads, and comes out as it would without padding."""
+    model = quantized(llama(), calibration=[PADDED[case]])
+    layers = quantkit.report(model).layers
+    assert all(layer.folded_into for layer in layers if layer.kind == "int8"), [layer.reason for layer in layers]
+    assert (quantkit.export(model, tmp_path / "out") / "config.json").is_file()
+
+
+class Masked(nn.Module):
+    """Counts the tokens of a batch that are masked, by all conventions."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        return input_ids.float()
+
+
+@pytest.mark.parametrize("tokens_", [1, 16, 40, 64])
+@pytest.mark.parametrize(
+    ("mask", "name"),
+    [
+        (lambda kept: kept == 0, "key_padding_mask"),
+        (lambda kept: torch.where(kept == 0, -torch.inf, 0.0), "key_padding_mask"),
+        (lambda kept: kept, "attention_mask"),
+        (lambda kept: torch.where(kept == 0, -1e9, 0.0), "decoder_attention_mask"),
+    ],
+)
+def test_the_piece_is_what_masks_leave(name: str, mask: Callable[[Tensor], Tensor], tokens_: int) -> None:
+    batch = padded(slice(None, 30), **{name: mask})
+    batch["input_ids"][2], batch["input_ids"][2, :8] = 7, 0  # the sample with most tokens
+    kept = (batch["input_ids"] != 0).long()
+    batch[name] = mask(kept)
+    for given in (batch, (batch["input_ids"], batch[name])) if name == "attention_mask" else (batch,):
+        piece = probe_batch(Masked(), given, tokens_)
+        ids = piece["input_ids"] if isinstance(piece, dict) else piece[0]
+        assert ids.shape == (1, min(tokens_, 40))
+        assert int((ids != 0).sum()) == min(tokens_, 32)
+
+
+def test_masks_that_leave_nothing_or_say_more() -> None:
+    """Then the batch stays whole: all of it is masked somewhere, or a mask says who may read whom."""
+    for batch in (
+        padded(slice(None), attention_mask=Tensor.long),
+        padded(slice(None, 20), attention_mask=Tensor.long, decoder_attention_mask=torch.zeros_like),
+        padded(slice(None, 30), attention_mask=lambda kept: kept[:, None, None, :].bool()),
+    ):
+        assert_same(probe_batch(Masked(), batch), batch)
+    plain = padded(slice(0, 0), attention_mask=Tensor.long)
+    assert_same(probe_batch(Masked(), plain), {name: tensor[:1, :16] for name, tensor in plain.items()})

@@ -42,6 +42,7 @@ from quantkit.integrations.folders import load
 from quantkit.integrations.transformers.files import CONFIG, GENERATION_CONFIG, class_name
 from quantkit.layers.attention import attention_quantizers
 from quantkit.layers.linear import W8A8Linear
+from quantkit.model.compiled import uncompiled
 from quantkit.model.modules import is_conv1d, is_linear, linears_of
 
 log = logging.getLogger("quantkit")
@@ -97,6 +98,7 @@ def export(
         raise CheckpointError(f"{target} exists and is no export of quantkit's: choose an empty or a new folder")
     if not isinstance(model, nn.Module):
         model, extra = _opened(Path(model), target)
+    model = uncompiled(model)
     record = report(model)
     biased = _check(model, record, outliers == "drop", rewrites == "undo")
     config, generation = _configuration(model, record), getattr(model, "generation_config", None)
