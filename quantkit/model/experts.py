@@ -190,11 +190,11 @@ def _computes_the_same(stand_in: Experts, fused: Any) -> bool:
     random = torch.Generator().manual_seed(0)
     weight, tokens, each = fused.down_proj, 16, min(2, stand_in.num_experts)
     hidden = weight.shape[2] if fused.is_transposed else weight.shape[1]
-    x = torch.randn(tokens, hidden, generator=random).to(weight)
-    index = torch.stack([torch.randperm(stand_in.num_experts, generator=random)[:each] for _ in range(tokens)]).to(
-        weight.device
-    )
-    share = torch.rand(tokens, each, generator=random).to(weight)
+    x = torch.randn(tokens, hidden, generator=random, dtype=torch.float32, device="cpu").to(weight)
+    index = torch.stack(
+        [torch.randperm(stand_in.num_experts, generator=random, dtype=torch.int64, device="cpu")[:each] for _ in range(tokens)]
+    ).to(weight.device)
+    share = torch.rand(tokens, each, generator=random, dtype=torch.float32, device="cpu").to(weight)
     try:
         wanted, got = fused(x, index, share), stand_in(x, index, share)
     except (TypeError, ValueError, RuntimeError, IndexError):

@@ -40,7 +40,7 @@ def is_linear(module: nn.Module) -> bool:
 def _multiplies(module: nn.Linear) -> bool:
     if any(module.children()) or module.weight.is_meta:
         return False
-    x = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(module.weight)
+    x = torch.linspace(-1, 1, 2 * module.in_features, dtype=torch.float32, device="cpu").view(2, -1).to(module.weight)
     with torch.no_grad():
         wanted, got = nn.functional.linear(x, module.weight, module.bias), type(module).forward(module, x)
     return isinstance(got, Tensor) and got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-2, atol=1e-4)
