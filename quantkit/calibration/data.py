@@ -112,7 +112,7 @@ def packed_text(texts: Iterable[str], tokenizer: Any, *, length: int = TEXT_LENG
         tokens += tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(tokens) < 2:
         raise CalibrationError("the calibration texts hold fewer than two tokens: pass more text")
-    ids = torch.tensor(tokens, device=device)
+    ids = torch.tensor(tokens, device=device, dtype=torch.int64)
     whole = len(ids) // length
     return list(ids[: whole * length].view(whole, 1, length)) if whole else [ids[None]]
 
@@ -152,7 +152,9 @@ def self_sampled(
     starts = range(0, sequences, batch)
     with evaluating(model), counted(len(starts) * (length - 1), "sampling", progress, "tok") as advance:
         for start in starts:
-            ids = torch.randint(0, vocabulary, (min(batch, sequences - start), 1), generator=random).to(device)
+            ids = torch.randint(
+                0, vocabulary, (min(batch, sequences - start), 1), generator=random, dtype=torch.int64, device="cpu"
+            ).to(device)
             out.append(_continue(model, ids, length, random, advance))
     return out
 
@@ -249,7 +251,7 @@ def _least_masked(masks: Mapping[str, Tensor], shape: torch.Size, tokens: int) -
     None if all are masked in some mask, or a mask has more dimensions and says who may read whom.
     """
     width = min(tokens, shape[1])
-    fewest = torch.full((shape[0], shape[1] - width + 1), width)
+    fewest = torch.full((shape[0], shape[1] - width + 1), width, dtype=torch.int64, device="cpu")
     for name, mask in masks.items():
         if mask.dim() > 2 and mask.shape[-1] == shape[1] > tokens:
             return None

@@ -48,8 +48,8 @@ class Range:
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
-        self.low = torch.full((channels,), float("inf"), device=device)
-        self.high = torch.full((channels,), float("-inf"), device=device)
+        self.low = torch.full((channels,), float("inf"), device=device, dtype=torch.float32)
+        self.high = torch.full((channels,), float("-inf"), device=device, dtype=torch.float32)
 
     @property
     def absmax(self) -> Tensor:
@@ -95,9 +95,9 @@ class TokenSample:
     size, extremes = 256, 64
 
     def __init__(self, channels: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
-        self.common = torch.empty(0, channels, device=device)
-        self.keys = torch.empty(0, dtype=torch.float64)
-        self.rare = torch.empty(0, channels, device=device)
+        self.common = torch.empty(0, channels, device=device, dtype=torch.float32)
+        self.keys = torch.empty(0, dtype=torch.float64, device="cpu")
+        self.rare = torch.empty(0, channels, device=device, dtype=torch.float32)
         self.seen = 0
         self._random = torch.Generator().manual_seed(seed)
 
@@ -105,7 +105,7 @@ class TokenSample:
         self.seen += len(x)
         order = x.abs().amax(1).argsort(descending=True, stable=True)
         rare, rest = x[order[: self.extremes]], order[self.extremes :]
-        keys = torch.rand(len(rest), generator=self._random, dtype=torch.float64)
+        keys = torch.rand(len(rest), generator=self._random, dtype=torch.float64, device="cpu")
         keep = keys.argsort()[: self.size]  # no other token of this batch could stay, so no other is copied
         self._take_rare(rare)
         self._take_common(x[rest[keep.to(x.device)]], keys[keep])
@@ -122,7 +122,7 @@ class TokenSample:
         both = torch.cat([self.rare.to(tokens.dtype), tokens.to(self.rare.device)])
         order = both.abs().amax(1).argsort(descending=True, stable=True)
         self.rare, dropped = both[order[: self.extremes]], both[order[self.extremes :]]
-        self._take_common(dropped, torch.rand(len(dropped), generator=self._random, dtype=torch.float64))
+        self._take_common(dropped, torch.rand(len(dropped), generator=self._random, dtype=torch.float64, device="cpu"))
 
     def _take_common(self, tokens: Tensor, keys: Tensor) -> None:
         keys = torch.cat([self.keys, keys])
@@ -134,7 +134,12 @@ class TokenSample:
         """The sampled tokens ``[n, K]`` float32, and how many tokens of the data each stands for, ``[n]`` float32, ``seen`` in
         sum."""
         each = (self.seen - len(self.rare)) / max(len(self.common), 1)
-        weights = torch.cat([torch.ones(len(self.rare)), torch.full((len(self.common),), each)])
+        weights = torch.cat(
+            [
+                torch.ones(len(self.rare), dtype=torch.float32, device="cpu"),
+                torch.full((len(self.common),), each, dtype=torch.float32, device="cpu"),
+            ]
+        )
         return torch.cat([self.rare, self.common]).float(), weights.to(self.rare.device)
 
     def after(self, transform: Transform) -> TokenSample:
@@ -144,4 +149,9 @@ class TokenSample:
         return out
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"common": self.common, "rare": self.rare, "keys": self.keys, "seen": torch.tensor(self.seen)}
+        return {
+            "common": self.common,
+            "rare": self.rare,
+            "keys": self.keys,
+            "seen": torch.tensor(self.seen, dtype=torch.int64, device="cpu"),
+        }

@@ -52,14 +52,14 @@ class Hessian:
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
-        self.moment = torch.zeros(channels, channels, device=device)
+        self.moment = torch.zeros(channels, channels, device=device, dtype=torch.float32)
         # In float32 on mps, which has no float64.
         self.total = torch.zeros(channels, dtype=torch.float64 if self.moment.device.type != "mps" else None, device=device)
         self.count = self.seen = 0
         self.held = TokenSample(channels, device, seed)
 
     def update(self, x: Tensor) -> None:
-        held = (torch.arange(self.seen, self.seen + len(x), device=x.device) % HELD) == HELD - 1
+        held = (torch.arange(self.seen, self.seen + len(x), device=x.device, dtype=torch.int64) % HELD) == HELD - 1
         self.seen += len(x)
         if bool(held.any()):
             self.held.update(x[held])
@@ -91,7 +91,12 @@ class Hessian:
 
     def tensors(self) -> dict[str, Tensor]:
         held = {f"held_{name}": tensor for name, tensor in self.held.tensors().items()}
-        return {"moment": self.moment, "total": self.total, "count": torch.tensor(self.count), **held}
+        return {
+            "moment": self.moment,
+            "total": self.total,
+            "count": torch.tensor(self.count, dtype=torch.int64, device="cpu"),
+            **held,
+        }
 
 
 @dataclass(frozen=True)
@@ -256,7 +261,7 @@ def inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tenso
 
 def spread(values: Tensor, groups: tuple[int, ...]) -> Tensor:
     """``values [N, G]``, one for each group of columns, repeated for each column: ``[N, K]``. ``groups`` are the sizes."""
-    return values.repeat_interleave(torch.tensor(groups, device=values.device), dim=1)
+    return values.repeat_interleave(torch.tensor(groups, device=values.device, dtype=torch.int64), dim=1)
 
 
 def of_columns(scale: Tensor, own: Quantized, channels: int) -> Tensor:
@@ -283,7 +288,7 @@ def round_columns(weight: Tensor, absmax: Tensor, factor: Tensor, order: Tensor,
     codes = torch.empty(channels, rows, dtype=torch.int8, device=weight.device)
     for first in range(0, channels, BLOCK):
         last = min(first + BLOCK, channels)
-        errors = torch.empty(last - first, rows, device=weight.device)
+        errors = torch.empty(last - first, rows, device=weight.device, dtype=torch.float32)
         for i in range(first, last):
             j = order[i]
             codes[i] = encode(left[i], grids[:, j], bits)

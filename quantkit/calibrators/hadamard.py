@@ -83,5 +83,5 @@ class Hadamard(PerSite):
         signs = None
         if self.seed is not None:
             random = torch.Generator().manual_seed(self.seed + zlib.crc32(site.name.encode()))
-            signs = (torch.randint(0, 2, (k,), generator=random) * 2.0 - 1).to(site.device)
+            signs = (torch.randint(0, 2, (k,), generator=random, dtype=torch.int64, device="cpu") * 2.0 - 1).to(site.device)
         return Rotation(block, signs)

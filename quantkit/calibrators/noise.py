@@ -21,7 +21,7 @@ ROWS = 512
 
 def sampled_rows(weight: Tensor) -> Tensor:
     """At most :data:`ROWS` rows of ``weight [N, K]``, evenly spaced."""
-    return weight[torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=weight.device).long()]
+    return weight[torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=weight.device, dtype=torch.float32).long()]
 
 
 def noise(x: Tensor, counts: Tensor, w: Tensor, scheme: Scheme, rotation: Rotation | None = None) -> float:

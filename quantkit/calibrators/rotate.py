@@ -132,7 +132,7 @@ def _order(model: nn.Module, batch: Any, stream: ResidualStream, kept: Collectio
             hook = model.get_submodule(readers[0]).register_forward_pre_hook(watch(norm), with_kwargs=True)
             stack.callback(hook.remove)
         call(model, batch)
-    total = torch.zeros(stream.width, dtype=torch.float64)
+    total = torch.zeros(stream.width, dtype=torch.float64, device="cpu")
     for norm, seen in energy.items():
         weight = torch.cat([weight_of(model.get_submodule(name)) for name in behind[norm]]).double()
         if norm in stream.gains:

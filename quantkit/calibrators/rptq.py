@@ -102,10 +102,10 @@ class RPTQ(PerSite):
             own, sizes = self._clusters(*ranges, self.clusters // spans, symmetric, site.name, block)
             order.append(own + first)
             groups += [size * block for size in sizes]
-        permutation = (torch.cat(order)[:, None] * block + torch.arange(block)).flatten()
+        permutation = (torch.cat(order)[:, None] * block + torch.arange(block, dtype=torch.int64, device="cpu")).flatten()
         if len(groups) == 1:
             return Transform(), {"clusters": 1}
-        natural = torch.equal(permutation, torch.arange(k))
+        natural = torch.equal(permutation, torch.arange(k, dtype=torch.int64, device="cpu"))
         return (
             Transform(permutation=None if natural else permutation.to(site.device), groups=tuple(groups)),
             {"clusters": len(groups)},
@@ -115,9 +115,13 @@ class RPTQ(PerSite):
         low, high = low.clamp_max(0).cpu(), high.clamp_min(0).cpu()
         if self.by == "tiles":  # which sorts channels by a single range
             low, high = low.amin(0), high.amax(0)
-        order, sizes = self._clusters(low, high, torch.ones(low.shape[-1]), self.head_clusters, symmetric, name)
+        order, sizes = self._clusters(
+            low, high, torch.ones(low.shape[-1], dtype=torch.float32, device="cpu"), self.head_clusters, symmetric, name
+        )
         label = torch.empty_like(order)
-        label[order] = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        label[order] = torch.arange(len(sizes), dtype=torch.int64, device="cpu").repeat_interleave(
+            torch.tensor(sizes, dtype=torch.int64, device="cpu")
+        )
         return label
 
     def _clusters(
@@ -142,7 +146,7 @@ class RPTQ(PerSite):
         points, live = points_of(low, high)
         count = min(count, len(points[live].unique(dim=0)))
         if count <= 1:
-            return torch.arange(len(points)), [len(points)]
+            return torch.arange(len(points), dtype=torch.int64, device="cpu"), [len(points)]
         if self.by == "kmeans":
             random = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
             return by_kmeans(low, high, count, random)
@@ -199,15 +203,15 @@ def by_kmeans(low: Tensor, high: Tensor, count: int, random: torch.Generator) ->
     """
     points, live = points_of(low, high)
     points = points[live].double()
-    best = (float("inf"), torch.zeros(len(points), dtype=torch.long))
+    best = (float("inf"), torch.zeros(len(points), dtype=torch.long, device="cpu"))
     for _ in range(STARTS):
         best = min(best, _kmeans(points, count, random), key=lambda found: found[0])
-    label = torch.zeros(len(live), dtype=torch.long)
+    label = torch.zeros(len(live), dtype=torch.long, device="cpu")
     label[live] = best[1]
     used = best[1].unique()
     width = torch.stack([(high - low)[..., live & (label == c)].max() for c in used])
-    rank = torch.full((count,), len(used) - 1)
-    rank[used[width.argsort(descending=True, stable=True)]] = torch.arange(len(used))
+    rank = torch.full((count,), len(used) - 1, dtype=torch.int64, device="cpu")
+    rank[used[width.argsort(descending=True, stable=True)]] = torch.arange(len(used), dtype=torch.int64, device="cpu")
     label = torch.where(live, rank[label], len(used) - 1)
     return label.argsort(stable=True), torch.bincount(label, minlength=len(used)).tolist()
 
@@ -218,7 +222,7 @@ def _kmeans(points: Tensor, count: int, random: torch.Generator) -> tuple[float,
     Returns:
         The sum of squared distances of points from their centres, and the cluster of each point, ``[n]`` int64.
     """
-    centers = points[torch.randint(len(points), (1,), generator=random)]
+    centers = points[torch.randint(len(points), (1,), generator=random, dtype=torch.int64, device="cpu")]
     while len(centers) < count:
         far = torch.cdist(points, centers).amin(1).square()
         if not bool(far.sum() > 0):
@@ -274,12 +278,12 @@ def _cut(low: Tensor, high: Tensor, weight: Tensor, count: int, tile: int) -> tu
 
     Arguments are those of :func:`by_tiles`, sorted. Returns the least noise of at most ``count`` groups, and their sizes.
     """
-    starts = torch.arange(0, len(low), tile)
+    starts = torch.arange(0, len(low), tile, dtype=torch.int64, device="cpu")
     ends = (starts + tile).clamp_max(len(low))
     n = len(starts)
     tops = torch.stack([part.max() for part in high.split(tile)]).expand(n, n)
     bottoms = torch.stack([part.min() for part in low.split(tile)]).expand(n, n)
-    later = torch.ones(n, n, dtype=torch.bool).triu()
+    later = torch.ones(n, n, dtype=torch.bool, device="cpu").triu()
     top, bottom = tops.where(later, 0.0).cummax(1).values, bottoms.where(later, 0.0).cummin(1).values
     # noise[i, j] is that of one group of tiles i to j.
     total = torch.cat([weight.new_zeros(1), weight.cumsum(0)])
@@ -287,7 +291,7 @@ def _cut(low: Tensor, high: Tensor, weight: Tensor, count: int, tile: int) -> tu
     least, origins = noise[0], []
     for _ in range(min(count, n) - 1):
         # With one group more: tiles up to i - 1 as before, and then tiles i to j in the new group.
-        longer = torch.cat([torch.full((1, n), float("inf"), dtype=noise.dtype), least[:-1, None] + noise[1:]])
+        longer = torch.cat([torch.full((1, n), float("inf"), dtype=noise.dtype, device="cpu"), least[:-1, None] + noise[1:]])
         value, origin = longer.min(0)
         better = value < least
         origins.append(torch.where(better, origin, -1))

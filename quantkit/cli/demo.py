@@ -99,12 +99,14 @@ def outlier_twin(model: nn.Module, *, share: float = 0.007, low: float = 30.0, h
     """
     twin = copy.deepcopy(model)
     random = torch.Generator().manual_seed(seed)
-    for site in quantkit.discover(twin, torch.arange(16)[None]).sites:
+    for site in quantkit.discover(twin, torch.arange(16, dtype=torch.int64, device="cpu")[None]).sites:
         if site.producer is None or site.producer.kind != "norm":
             continue
         count = max(1, round(share * site.channels))
-        channels = torch.randperm(site.channels, generator=random)[:count]
-        factor = torch.exp(torch.rand(count, generator=random) * math.log(high / low) + math.log(low))
+        channels = torch.randperm(site.channels, generator=random, dtype=torch.int64, device="cpu")[:count]
+        factor = torch.exp(
+            torch.rand(count, generator=random, dtype=torch.float32, device="cpu") * math.log(high / low) + math.log(low)
+        )
         with torch.no_grad():
             norm: Any = twin.get_submodule(site.producer.module)
             norm.weight[channels] *= factor

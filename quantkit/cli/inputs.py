@@ -22,7 +22,7 @@ def text_of(file: Path) -> str:
 def device_called(name: str) -> torch.device:
     """The device of this name, which is there."""
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, dtype=torch.float32, device=name).device
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         raise ModelError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
@@ -51,4 +51,5 @@ def example_for(net: Any) -> Any:
     vocabulary = getattr(net.config, "vocab_size", None)
     if vocabulary is None:
         raise CalibrationError(f"{type(net).__name__} reads no text: use quantkit.discover(model, batch) in Python")
-    return batch_of(net, torch.randint(vocabulary, (1, 16), generator=torch.Generator().manual_seed(0)))
+    random = torch.Generator().manual_seed(0)
+    return batch_of(net, torch.randint(vocabulary, (1, 16), generator=random, dtype=torch.int64, device="cpu"))

@@ -152,7 +152,9 @@ class Operand:
         if self.multipliers is None:
             return self.codes.float() * self.scale
         scale = self.scale * self.multipliers
-        return self.codes.float() * scale.repeat_interleave(torch.tensor(self.groups, device=scale.device), dim=1)
+        return self.codes.float() * scale.repeat_interleave(
+            torch.tensor(self.groups, device=scale.device, dtype=torch.int64), dim=1
+        )
 
     def matrix(self) -> Tensor:
         """``[N, K]`` float32: by what the input is multiplied if it is not rounded, with all that is done to it."""

@@ -47,7 +47,7 @@ class Rotation:
 
     def factors(self, k: int) -> Tensor:
         """``[k]`` float64: what k channels are multiplied by ahead of the additions: the signs over ``sqrt(block)``."""
-        signs = torch.ones(k) if self.signs is None else self.signs
+        signs = torch.ones(k, dtype=torch.float32, device="cpu") if self.signs is None else self.signs
         return signs.double() / math.sqrt(self.block)
 
     def apply(self, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def hadamard(n: int) -> Tensor:
 
     It is symmetric and its own inverse, and it is what :class:`Rotation` multiplies each block by.
     """
-    h = torch.ones(1, 1, dtype=torch.float64)
+    h = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while len(h) < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return h / n**0.5
@@ -113,7 +113,11 @@ class BlockRotation:
     def apply(self, x: Tensor) -> Tensor:
         """``x R`` for ``x [..., n * width]``, every block of ``width`` channels by itself; float64, whatever ``x`` is."""
         random = torch.Generator().manual_seed(self.seed)
-        signs = (torch.randint(0, 2, (self.width,), generator=random) * 2.0 - 1).double().to(x.device)
+        signs = (
+            (torch.randint(0, 2, (self.width,), generator=random, dtype=torch.int64, device="cpu") * 2.0 - 1)
+            .double()
+            .to(x.device)
+        )
         axis = torch.full_like(signs, self.width**-0.5)
         normal = self._mix(axis * signs) - axis
         normal = normal / normal.norm().clamp_min(1e-300)  # all signs alike may leave nothing to reflect

@@ -85,14 +85,14 @@ class Carriers:
             from n on stay where they are. None if this order cannot be brought about: because a channel would leave its
             run of ``span``, or because two channels that are fed by one row would need different rows.
         """
-        here = torch.arange(len(permutation), device=permutation.device)
+        here = torch.arange(len(permutation), device=permutation.device, dtype=torch.int64)
         if bool((permutation // self.span != here // self.span).any()):
             return None
         sources: dict[str, Tensor] = {}
         for name, rows in self.rows:
             rows = rows.to(permutation.device)
             source = sources.get(name, rows.new_empty(0))
-            more = torch.arange(len(source), int(rows.max()) + 1, device=rows.device)
+            more = torch.arange(len(source), int(rows.max()) + 1, device=rows.device, dtype=torch.int64)
             source = torch.cat([source, more])
             source[rows] = rows[permutation]
             if not torch.equal(source[rows], rows[permutation]):

@@ -1,10 +1,20 @@
-"""Telling ``torch.compile`` how to treat a function, without importing the compiler."""
+"""Who else may stand between a call and its result: compilers, tracers, transforms. Imports no compiler."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, TypeVar
 
+from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch.compiler import is_dynamo_compiling
+
+from quantkit.core.errors import BackendError
+
+T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -16,3 +26,39 @@ def constant_while_tracing(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the attribute that Dynamo looks for
     return function
+
+
+def in_memory(x: Tensor) -> bool:
+    """Whether code may read ``x`` and write results by their addresses, as C and Triton do, and be right.
+
+    Not where ``x`` is of a subclass, such as a fake tensor, and not where operators are recorded or replaced: by
+    ``torch.compile``, a dispatch mode, or ``torch.jit.trace``. There, an operator has to do it, that PyTorch sees as one.
+    Transforms of ``torch.func`` are not looked for, see :func:`in_transform`.
+    """
+    # in this order for Dynamo, which cannot trace the calls into C
+    return not is_dynamo_compiling() and type(x) is Tensor and not _len_torch_dispatch_stack() and _get_tracing_state() is None
+
+
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is at work (``grad``, ``vmap``, ``jvp`` and those made of them)."""
+    return not is_dynamo_compiling() and peek_interpreter_stack() is not None
+
+
+def apart(weight: Tensor, function: Callable[..., T], *args: Any) -> T:
+    """What ``function`` makes of ``weight`` and other tensors for later calls too, as if nothing stood around it.
+
+    Modes, transforms and tracers belong to a thread, so where there are any, another thread does it. A weight that is itself
+    of theirs, such as a fake tensor, is left to them.
+
+    Raises:
+        BackendError: a transform of ``torch.func`` has taken the weight.
+    """
+    if is_dynamo_compiling() or type(weight) is not Tensor or (in_memory(weight) and not in_transform()):
+        return function(*args)
+    if is_functorch_wrapped_tensor(weight):
+        raise BackendError(
+            "torch.func cannot transform the weight of an INT8 layer, which is made of integers: leave its buffers out of what "
+            "functional_call or stack_module_state passes on, and transform the input only"
+        )
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(copy_context().run, function, *args).result()

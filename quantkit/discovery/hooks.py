@@ -87,7 +87,7 @@ def reordered_by_hooks(model: nn.Module, orders: Sequence[PlayedOrder]) -> Itera
 
 def _reorder_output(source: Tensor) -> Any:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        whole = torch.arange(output.shape[-1], device=output.device)
+        whole = torch.arange(output.shape[-1], device=output.device, dtype=torch.int64)
         whole[: len(source)] = source.to(output.device)
         return output[..., whole]
 

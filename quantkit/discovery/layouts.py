@@ -36,12 +36,12 @@ def fused_layouts(rows: int, channels: int) -> Iterator[Tensor]:
         picked = rows // parts
         counts = (1,) if parts > 32 else dict.fromkeys(h for h in (*range(1, MOST_HEADS + 1), picked) if picked % h == 0)
         for heads in counts:
-            grid = torch.arange(rows).view(heads, parts, picked // heads)
+            grid = torch.arange(rows, dtype=torch.int64, device="cpu").view(heads, parts, picked // heads)
             for part in dict.fromkeys((parts - 1, 0, 1)) if parts <= 4 else (parts - 1,):
                 yield grid[:, part].reshape(-1)
         if rows <= channels:  # no query, but keys with values, or not fused at all, and then all rows were asked before
             return
     for heads in (h for h in range(1, MOST_HEADS + 1) if rows % h == 0 and channels % h == 0):
-        grid = torch.arange(rows).view(heads, rows // heads)
+        grid = torch.arange(rows, dtype=torch.int64, device="cpu").view(heads, rows // heads)
         for unequal in (grid[:, -channels // heads :], grid[:, : channels // heads]):
             yield unequal.reshape(-1)

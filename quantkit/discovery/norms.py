@@ -65,7 +65,7 @@ def with_absorb_rules(producer: Producer, norm: nn.Module, reference: Trace) -> 
     channels = replay.plain.shape[-1]
     names = [name for name, p in replay.own.items() if p.numel() == channels]
     random = torch.Generator().manual_seed(1)
-    c = torch.rand(channels, generator=random).to(replay.plain) + 0.5
+    c = torch.rand(channels, generator=random, dtype=torch.float32, device="cpu").to(replay.plain) + 0.5
     for choice in itertools.product(RULES, repeat=len(names)) if names else ():
         rules = dict(zip(names, choice, strict=True))
         if replay.gives({name: absorb(replay.own[name], c, rule) for name, rule in rules.items()}, replay.plain * c):
@@ -88,7 +88,7 @@ def gain_of(name: str, norm: nn.Module, width: int, reference: Trace) -> Gain:
     if any(p.numel() != width for p in own.values()):
         raise unclear
     random = torch.Generator().manual_seed(4)
-    moves = {key: torch.rand(width, generator=random).to(p) + 0.5 for key, p in own.items()}
+    moves = {key: torch.rand(width, generator=random, dtype=torch.float32, device="cpu").to(p) + 0.5 for key, p in own.items()}
     added = [key for key, move in moves.items() if replay.gives({key: own[key] + move}, plain + move)]
     scaling = [key for key in own if key not in added]
     if len(added) > 1 or len(scaling) > 1:

@@ -96,7 +96,12 @@ class _Shuffler:
 
     def _changed(self, names: Sequence[str], sites: list[Site]) -> set[str]:
         """Names of the sites whose inputs change if the rows of these linears are shuffled."""
-        trace = self.probe.run({}, orders={name: torch.randperm(self._rows(name), generator=self.random) for name in names})
+        trace = self.probe.run(
+            {},
+            orders={
+                name: torch.randperm(self._rows(name), generator=self.random, dtype=torch.int64, device="cpu") for name in names
+            },
+        )
         return {site.name for site in sites if not all(self._agrees(trace, name) for name in site.linears)}
 
     def _agrees(self, trace: Trace, name: str, order: Tensor | None = None) -> bool:
@@ -113,8 +118,10 @@ class _Shuffler:
     def _random_order(self, carriers: Carriers, channels: int) -> Tensor:
         """A random permutation of channels within runs; runs that are fed by the same rows are permuted alike."""
         _, rows = carriers.rows[0]
-        keys = torch.rand(int(rows.max()) + 1, generator=self.random)[rows].view(-1, carriers.span)
-        starts = torch.arange(0, channels, carriers.span)[:, None]
+        keys = torch.rand(int(rows.max()) + 1, generator=self.random, dtype=torch.float32, device="cpu")[rows].view(
+            -1, carriers.span
+        )
+        starts = torch.arange(0, channels, carriers.span, dtype=torch.int64, device="cpu")[:, None]
         return (keys.argsort(dim=1, stable=True) + starts).flatten()
 
     def _wrong(self, trials: list[Trial]) -> set[str]:
@@ -127,7 +134,9 @@ class _Shuffler:
             for name, source in (carriers.sources(order) or {}).items():
                 if name in sources:  # two sites would reorder one linear
                     return {site.name} | self._wrong([trial for trial in trials if trial[0] is not site])
-                sources[name] = torch.cat([source, torch.arange(len(source), self._rows(name))])
+                sources[name] = torch.cat(
+                    [source, torch.arange(len(source), self._rows(name), dtype=torch.int64, device="cpu")]
+                )
             orders |= dict.fromkeys(site.linears, order)
         trace = self.probe.run({}, orders=sources)
         wrong = {site.name for site, _, _ in trials if not all(self._agrees(trace, n, orders[n]) for n in site.linears)}
@@ -164,7 +173,7 @@ def _candidates(site: Site, feeders: Sequence[str], rows: Callable[[str], int]) 
         yield Carriers(alone, k)
     parts = {name: rows(name) // k for name in feeders}
     if feeders and all(rows(name) % k == 0 for name in feeders):
-        channels = torch.arange(k)
+        channels = torch.arange(k, dtype=torch.int64, device="cpu")
         yield Carriers(tuple((name, channels + i * k) for name in feeders for i in range(parts[name])), k)
         if max(parts.values()) > 1:
             yield Carriers(tuple((name, channels * n + i) for name, n in parts.items() for i in range(n)), k)

@@ -128,8 +128,8 @@ class Probe:
         known = self._made_up.get((name, index))
         if known is None or known.shape != shape:
             random = torch.Generator().manual_seed(zlib.crc32(f"{name}/{index}".encode()))
-            size = torch.exp2(torch.rand(shape, generator=random) * 6 - 3)
-            sign = torch.randint(0, 2, shape, generator=random).float() * 2 - 1
+            size = torch.exp2(torch.rand(shape, generator=random, dtype=torch.float32, device="cpu") * 6 - 3)
+            sign = torch.randint(0, 2, shape, generator=random, dtype=torch.int64, device="cpu").float() * 2 - 1
             if len(flat := sign.view(-1, shape[-1])) > 1:
                 flat[0], flat[1] = 1.0, -1.0
             known = (size * sign).to(like.dtype).to(like.device)

@@ -141,7 +141,9 @@ class Prober:
         """2 or 8 for every row, whose squares, 4 and 64, have no exponent in common with them modulo 2."""
         multipliers = {}
         for name in peers:
-            c = 2.0 ** (1 + 2 * torch.randint(0, 2, (self.rows[name],), generator=self.random).float())
+            c = 2.0 ** (
+                1 + 2 * torch.randint(0, 2, (self.rows[name],), generator=self.random, dtype=torch.int64, device="cpu").float()
+            )
             multipliers[name] = c if rows is None else torch.where(_is_in(rows, len(c)), c, 1.0)
         return multipliers
 
@@ -165,7 +167,7 @@ class Prober:
         factors: Tensor | None = None
         for a, b in zip(before, after, strict=True):
             same = torch.equal(a, b)
-            factor = torch.ones(a.shape[-1], dtype=torch.float64) if same else powers_of_two(a, b, self.noise)
+            factor = torch.ones(a.shape[-1], dtype=torch.float64, device="cpu") if same else powers_of_two(a, b, self.noise)
             if factor is None or (factors is not None and not torch.equal(factors, factor)):
                 return None
             factors = factor
@@ -180,11 +182,11 @@ class Prober:
         starts = list(itertools.accumulate((self.rows[name] for name in peers), initial=1))
         digits = next(d for d in itertools.count(1) if 4**d >= starts[-1])
         powers = {name: 1 if bool((factor.log2().long() % 2).any()) else 2 for name, factor in scaled.items()}
-        numbers = {name: torch.zeros(len(factor), dtype=torch.long) for name, factor in scaled.items()}
+        numbers = {name: torch.zeros(len(factor), dtype=torch.long, device="cpu") for name, factor in scaled.items()}
         for digit in range(digits):
             multipliers = {}
             for name, start in zip(peers, starts, strict=False):
-                value = torch.arange(start, start + self.rows[name]) // 4**digit % 4
+                value = torch.arange(start, start + self.rows[name], dtype=torch.int64, device="cpu") // 4**digit % 4
                 if rows is not None:
                     value = torch.where(_is_in(rows, len(value)), value, 0)
                 multipliers[name] = 2.0 ** value.float()
@@ -235,7 +237,7 @@ class Prober:
 
         Tokens are compared, and not channels, because single channels may be masked or biased behind the head.
         """
-        trace = self.probe.run({name: torch.zeros(self.rows[name])})
+        trace = self.probe.run({name: torch.zeros(self.rows[name], dtype=torch.float32, device="cpu")})
         for before, after in zip(self.reference.outputs, trace.outputs, strict=True):
             tokens = after.reshape(-1, after.shape[-1]) if after.dim() else after.reshape(1, 1)
             constant = tokens[:1] if len(tokens) > 1 else tokens[:1, :1]
@@ -246,6 +248,6 @@ class Prober:
 
 def _is_in(rows: Tensor, n: int) -> Tensor:
     """``[n]`` bool, true at ``rows``."""
-    mask = torch.zeros(n, dtype=torch.bool)
+    mask = torch.zeros(n, dtype=torch.bool, device="cpu")
     mask[rows] = True
     return mask

@@ -60,16 +60,21 @@ def _random_scale(site: Site, random: torch.Generator) -> PlayedFold:
     """Scales of 1/4, 1/2, 1, 2 or 4, drawn anew for every row of the producer."""
     assert site.producer is not None
     rows = site.producer.rows
-    c = torch.ones(int(rows.max()) + 1)
-    c[rows] = torch.exp2(torch.randint(-2, 3, (len(c),), generator=random).float())[rows]
-    return PlayedFold(site, (c, torch.zeros_like(c)), c[rows] ** -site.producer.power, torch.zeros(len(rows)))
+    c = torch.ones(int(rows.max()) + 1, dtype=torch.float32, device="cpu")
+    c[rows] = torch.exp2(torch.randint(-2, 3, (len(c),), generator=random, dtype=torch.int64, device="cpu").float())[rows]
+    return PlayedFold(
+        site,
+        (c, torch.zeros_like(c)),
+        c[rows] ** -site.producer.power,
+        torch.zeros(len(rows), dtype=torch.float32, device="cpu"),
+    )
 
 
 def _shift(site: Site, d: Tensor) -> PlayedFold:
     """``d`` is taken from the producer's rows, and added to the channels that they feed."""
     assert site.producer is not None
     rows = site.producer.rows
-    return PlayedFold(site, (torch.ones_like(d), d), torch.ones(len(rows)), d[rows])
+    return PlayedFold(site, (torch.ones_like(d), d), torch.ones(len(rows), dtype=torch.float32, device="cpu"), d[rows])
 
 
 def arriving_shifts(model: nn.Module, batch: Any, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -91,11 +96,11 @@ def arriving_shifts(model: nn.Module, batch: Any, sites: Sequence[Site]) -> dict
     for site in sites:
         assert site.producer is not None
         rows = site.producer.rows
-        size = torch.zeros(int(rows.max()) + 1)
+        size = torch.zeros(int(rows.max()) + 1, dtype=torch.float32, device="cpu")
         for x in plain[site.name]:
             size.scatter_reduce_(0, rows, _largest(x).cpu(), "amax")
-        sign = 2.0 * torch.randint(0, 2, (len(size),), generator=random) - 1
-        shifts[site.name] = (1 + torch.rand(len(size), generator=random)) * sign * size
+        sign = 2.0 * torch.randint(0, 2, (len(size),), generator=random, dtype=torch.int64, device="cpu") - 1
+        shifts[site.name] = (1 + torch.rand(len(size), generator=random, dtype=torch.float32, device="cpu")) * sign * size
     shifted = _inputs(model, batch, sites, [_shift(site, shifts[site.name]) for site in sites])
 
     def arrives(site: Site) -> bool:

@@ -94,7 +94,7 @@ class _Search:
         rows = {n: self.width for n, m in self.probe.linears.items() if weight_of(m).shape[0] == self.width}
         places = peers_of(self.probe.model, rows)
         random = torch.Generator().manual_seed(3)
-        directions = torch.randn(1 + len(places), self.width, generator=random, dtype=torch.float64)
+        directions = torch.randn(1 + len(places), self.width, generator=random, dtype=torch.float64, device="cpu")
         _, before = self._run({})
 
         def arriving(added: Mapping[str, Tensor]) -> dict[tuple[str, int, int], set[int]]:
@@ -120,7 +120,7 @@ class _Search:
         """Name of a linear -> name of the norm that it reads, once nothing else reads a norm that has to lose its gain."""
         rows = {name: reference.norm_widths[name] for name in gains}
         origins, _ = Prober(self.probe.probe, reference, rows).origins()
-        plain = torch.arange(self.width)
+        plain = torch.arange(self.width, dtype=torch.int64, device="cpu")
         norm_of = {n: origin.module for n, origin in origins.items() if origin.power == 1 and torch.equal(origin.rows, plain)}
         for name, gain in gains.items():
             if name not in norm_of.values() and not is_neutral(self.probe.norms[name], gain):
@@ -177,7 +177,7 @@ class _Search:
         """Whether a module gives the same for a scaled and rotated input, if its weight is rewritten to match."""
         module = self.probe.model.get_submodule(name)
         random = torch.Generator().manual_seed(5)
-        scale = (torch.rand(self.width, generator=random, dtype=torch.float64) + 0.5).to(x.device)
+        scale = (torch.rand(self.width, generator=random, dtype=torch.float64, device="cpu") + 0.5).to(x.device)
         own = {key: precise(p.detach()) for key, p in module.named_parameters()}
         x = precise(x)
         scale = scale.to(x)
@@ -195,9 +195,16 @@ class _Search:
         """
         if not routers:
             return {}
-        numbers = dict(zip(gains, torch.linspace(1.5, 3.0, len(gains)).tolist(), strict=True))
+        numbers = dict(
+            zip(gains, torch.linspace(1.5, 3.0, len(gains), dtype=torch.float32, device="cpu").tolist(), strict=True)
+        )
         _, before = self._run({})
-        _, after = self._run({}, multipliers={name: torch.full((self.width,), number) for name, number in numbers.items()})
+        _, after = self._run(
+            {},
+            multipliers={
+                name: torch.full((self.width,), number, dtype=torch.float32, device="cpu") for name, number in numbers.items()
+            },
+        )
         found = {}
         for router in routers:
             ratio = float(after[router, 0, 0].double().norm() / before[router, 0, 0].double().norm())
@@ -212,7 +219,7 @@ def _adding(name: str, direction: Tensor) -> Callable[[Tensor], Tensor]:
 
     def edit(y: Tensor) -> Tensor:
         random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        size = torch.randn(y.shape[:-1], generator=random, dtype=torch.float64)[..., None]
+        size = torch.randn(y.shape[:-1], generator=random, dtype=torch.float64, device="cpu")[..., None]
         return (y.double() + (4 * size * direction).to(y.device)).to(y)
 
     return edit

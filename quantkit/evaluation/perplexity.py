@@ -22,7 +22,7 @@ from quantkit.model.modules import call, evaluating
 
 def windows_of(tokenizer: Any, text: str, length: int, count: int) -> Tensor:
     """The first ``count`` non-overlapping windows ``[count, length]`` of a text, without special tokens."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64, device="cpu")
     count = min(count, len(ids) // length)
     if not count:
         raise CalibrationError(f"the text has {len(ids)} tokens, fewer than one window of {length}")

@@ -48,7 +48,11 @@ def draw(before: nn.Module, after: nn.Module, window: Tensor, path: Path, *, tit
     for index, (panel, values) in enumerate(panels.items()):
         axes: Any = figure.add_subplot(2, 2, index + 1, projection="3d")
         rows = values.abs()[: min(len(values), 96)].numpy()
-        y, x = torch.meshgrid(torch.arange(rows.shape[0]), torch.arange(rows.shape[1]), indexing="ij")
+        y, x = torch.meshgrid(
+            torch.arange(rows.shape[0], dtype=torch.int64, device="cpu"),
+            torch.arange(rows.shape[1], dtype=torch.int64, device="cpu"),
+            indexing="ij",
+        )
         axes.plot_surface(
             x.numpy(), y.numpy(), rows, cmap="viridis", rcount=96, ccount=rows.shape[1], linewidth=0, antialiased=False
         )

@@ -69,7 +69,9 @@ class AttentionQuantizer(nn.Module):
             if clusters > 1:
                 self.register_buffer(label, torch.zeros(heads.size(label), dtype=torch.int64, device=device))
             if scheme.is_static:
-                self.register_buffer(f"{what}_range", torch.zeros(2, heads.size(what)[0], clusters, device=device))
+                self.register_buffer(
+                    f"{what}_range", torch.zeros(2, heads.size(what)[0], clusters, device=device, dtype=torch.float32)
+                )
 
     def forward(
         self,

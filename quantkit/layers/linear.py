@@ -20,6 +20,7 @@ from quantkit.core.formats import Format, Quantized, groups_fault
 from quantkit.core.numerics import absmax_scale, range_scale
 from quantkit.core.operand import Operand, empty_operand, weight_tensors
 from quantkit.core.scheme import Scheme
+from quantkit.core.tracing import apart
 from quantkit.core.transform import Transform
 from quantkit.model.modules import applied_but_float32, weight_of
 from quantkit.ops.linear import linear, prepare
@@ -192,8 +193,7 @@ class W8A8Linear(nn.Linear):
         dtype = dtype if operand.bias is None else operand.bias.dtype
         self.register_parameter(PLACEHOLDER, placeholder(dtype, operand.device))
         self._operand: Operand | None = None
-        self._prepared: Prepared | None = None
-        self._prepared_for: str | None = None
+        self._prepared: tuple[Prepared, str | None] | None = None  # with the backend that was asked for
 
     # ---- what it holds
 
@@ -201,8 +201,11 @@ class W8A8Linear(nn.Linear):
     def operand(self) -> Operand:
         """The buffers and what they mean, as one value. Made again when a buffer was replaced."""
         known = self._operand
-        if known is None or known.stored is not self._buffers["weight"]:
-            self._operand = known = Operand.of(self._facts, self._buffers)
+        weight: Any = self._buffers["weight"]
+        if known is None or known.stored is not weight:
+            known = apart(weight, Operand.of, self._facts, self._buffers)
+            if type(weight) is Tensor:  # no fake one, which stands here for a while
+                self._operand = known
         return known
 
     @property
@@ -263,10 +266,12 @@ class W8A8Linear(nn.Linear):
         """The operand as the backend of its device runs it, made at first use."""
         # not self.weight: Module.__getattr__ costs a microsecond, of which a token has few
         known, asked = self._prepared, forced()
-        if known is None or known.operand.stored is not self._buffers["weight"] or self._prepared_for != asked:
-            known = prepare(self.operand)
-            self._prepared, self._prepared_for = known, asked
-        return known
+        if known is None or known[1] != asked or known[0].operand.stored is not self._buffers["weight"]:
+            weight: Any = self._buffers["weight"]
+            known = apart(weight, prepare, self.operand), asked
+            if type(weight) is Tensor:
+                self._prepared = known  # at once: other threads may be here, with another backend
+        return known[0]
 
     packed = renamed("W8A8Linear.packed", "prepared")
 

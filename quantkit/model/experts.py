@@ -212,11 +212,11 @@ def _computes_the_same(stand_in: Experts, fused: Any) -> bool:
     is_sorted = isinstance(stand_in, SortedExperts)
     weight, tokens, each = fused.down_proj, 16 * (stand_in.num_experts if is_sorted else 1), min(2, stand_in.num_experts)
     hidden = weight.shape[2] if _fact(fused, "is_transposed") else weight.shape[1]
-    x = torch.randn(tokens, hidden, generator=random).to(weight)
-    index = torch.stack([torch.randperm(stand_in.num_experts, generator=random)[:each] for _ in range(tokens)]).to(
-        weight.device
-    )
-    share = torch.rand(tokens, each, generator=random).to(weight)
+    x = torch.randn(tokens, hidden, generator=random, dtype=torch.float32, device="cpu").to(weight)
+    index = torch.stack(
+        [torch.randperm(stand_in.num_experts, generator=random, dtype=torch.int64, device="cpu")[:each] for _ in range(tokens)]
+    ).to(weight.device)
+    share = torch.rand(tokens, each, generator=random, dtype=torch.float32, device="cpu").to(weight)
     try:
         args = (x,) if is_sorted else (x, index, share)
         wanted, got = fused(*args), stand_in(*args)

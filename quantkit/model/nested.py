@@ -28,7 +28,7 @@ def _run_padded(inner: Any, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return output
     lengths = [len(sequence) for sequence in src.unbind()]
     padded = src.to_padded_tensor(0.0)
-    places = torch.arange(padded.shape[1], device=padded.device)
-    mask = places >= torch.tensor(lengths, device=padded.device)[:, None]
+    places = torch.arange(padded.shape[1], dtype=torch.int64, device=padded.device)
+    mask = places >= torch.tensor(lengths, dtype=torch.int64, device=padded.device)[:, None]
     output = inner(padded, *args, **kwargs | {"src_key_padding_mask": mask})
     return torch.nested.as_nested_tensor([y[:n] for y, n in zip(output, lengths, strict=True)], layout=src.layout)

@@ -47,15 +47,16 @@ def _trials(module: nn.Linear) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]
     random = torch.Generator().manual_seed(5)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random).to(weight)
+        return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(weight)
 
     x = normal(2, k)
     yield x, weight, bias
     sizes = [size for size in SIZES if 8 * size < torch.finfo(weight.dtype).max]
     yield torch.cat([x * size for size in sizes]), weight, None if bias is None else torch.zeros_like(bias)
-    powers = torch.exp2(torch.randint(-3, 4, (k,), generator=random).float()) * (
-        2.0 * torch.randint(0, 2, (k,), generator=random) - 1
+    exponents, signs = (
+        torch.randint(low, high, (k,), generator=random, dtype=torch.int64, device="cpu") for low, high in ((-3, 4), (0, 2))
     )
+    powers = torch.exp2(exponents.float()) * (2.0 * signs.float() - 1)
     other = (weight + normal(n, 1) * normal(1, k) / k**0.5) * powers.to(weight)
     yield x / powers.to(weight), other, None if bias is None else normal(n)
 

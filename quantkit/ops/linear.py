@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
+from torch.jit._trace import is_tracing
 
 from quantkit.core.operand import Operand
 from quantkit.ops.table import Prepared, choose
@@ -22,17 +26,40 @@ def prepare(operand: Operand) -> Prepared:
 
 def linear(prepared: Prepared, x: Tensor) -> Tensor:
     """``[M, N]`` of ``x [M, K]``. Gradients flow to ``x`` as if nothing were rounded (straight through)."""
-    if torch.is_grad_enabled() and x.requires_grad:
+    # not in_transform(): a call costs a tenth of a microsecond
+    if (not is_dynamo_compiling() and peek_interpreter_stack() is not None) or forward_ad._current_level >= 0:
+        return _Transformed.apply(x, prepared)
+    if x.requires_grad and torch.is_grad_enabled() and not is_tracing():  # which records no functions of autograd
         return _StraightThrough.apply(x, prepared)
     return prepared.run(x)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, prepared: Prepared) -> Tensor:
-        ctx.operand = prepared.operand
+    def forward(x: Tensor, prepared: Prepared) -> Tensor:
         return prepared.run(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Prepared], output: Tensor) -> None:
+        ctx.operand = inputs[1].operand
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.operand.input_gradient(gradient), None
+
+
+class _Transformed(_StraightThrough):
+    """The same with rules for ``torch.func``. Dynamo takes no function that has them."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        operand = ctx.operand
+        whole = torch.eye(operand.out_features, dtype=torch.float32, device=operand.device)
+        return (tangent.float() @ operand.input_gradient(whole).t()).to(tangent.dtype)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, prepared: Prepared) -> tuple[Tensor, int]:
+        x = x.movedim(in_dims[0], 0)
+        if prepared.operand.rewrite.threshold is not None:  # for which it matters what else is in a batch
+            return torch.stack([linear(prepared, batch) for batch in x]), 0
+        return linear(prepared, x.flatten(0, 1)).unflatten(0, x.shape[:2]), 0

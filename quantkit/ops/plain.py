@@ -65,7 +65,7 @@ class PlainPrepared:
             multipliers, count = scale[:, 1:], len(operand.groups)
             if not operand.input_groups:  # the groups are those of the weight alone
                 multipliers, zero = (
-                    scale.new_ones(len(q), count),
+                    scale.new_ones(q.shape[0], count),
                     None if zero is None else zero.expand(*zero.shape[:-1], count),
                 )
             acc, zero = self.group_sum(q, multipliers, zero), None

@@ -28,7 +28,7 @@ def quantize_rows(
         point ``[M, 1]`` (``[M, G]``) int32, or None when symmetric.
     """
     if not x.shape[1]:
-        return x.to(torch.int8), x.new_ones(len(x), 1, dtype=torch.float32), None
+        return x.to(torch.int8), x.new_ones(x.shape[0], 1, dtype=torch.float32), None
     if not groups:
         if symmetric:
             absmax = largest_in_groups(x, (x.shape[1],))
@@ -68,7 +68,7 @@ def quantize_static(
         scale = with_multipliers(scale, shares)
     own = group_scales(scale) if groups else scale
     q = codes_of(x, own, zero, groups or (x.shape[1],), bits).masked_fill(~finite, 0)
-    return q, poisoned(scale.expand(len(x), -1), finite)
+    return q, poisoned(scale.expand(x.shape[0], -1), finite)
 
 
 def codes_of(x: Tensor, scale: Tensor, zero: Tensor | None, groups: tuple[int, ...], bits: int) -> Tensor:
@@ -155,11 +155,11 @@ def group_sum(
         multipliers, row_multipliers: ``[M, G]`` and ``[N, G]``, whole numbers, of tokens and of rows of the weight.
         zero, weight_sum: ``[M, G]`` (or ``[G]``) and ``[G, N]`` int32, for asymmetric activations.
     """
-    acc = torch.zeros(len(multipliers), len(row_multipliers), dtype=torch.int32, device=multipliers.device)
-    both = multipliers.to(torch.int32).split(1, dim=1), row_multipliers.to(torch.int32).t()
+    terms = []
+    both = multipliers.to(torch.int32).split(1, dim=1), row_multipliers.to(torch.int32).unbind(1)
     for g, (product, multiplier, row_multiplier) in enumerate(zip(products, *both, strict=True)):
         if zero is not None:
             assert weight_sum is not None
             product = product - zero[..., g : g + 1] * weight_sum[g]
-        acc += product * multiplier * row_multiplier
-    return acc
+        terms.append(product * multiplier * row_multiplier)
+    return sum(terms[1:], terms[0])  # not in place, which tensors of other libraries and transforms do not follow

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -61,8 +62,10 @@ class Backend(Protocol):
 log = logging.getLogger("quantkit")
 _BACKENDS: list[Backend] = [CPU(), GPU(), Plain()]
 _loaded: set[str] = set()
-_forced: list[str] = []
 _said: set[str] = set()
+_forced: ContextVar[str | None] = ContextVar("forced backend", default=None)
+_in_use: list[str] = []
+"""Names that are forced anywhere in this process. Compiled code is guarded by it, which it cannot be by a context variable."""
 
 
 def table() -> list[Backend]:
@@ -120,12 +123,13 @@ def choose(operand: Operand) -> Backend:
     Raises:
         BackendError: the forced backend cannot run it.
     """
-    if not _forced:
+    name = forced()
+    if name is None:
         chosen = next(b for b in table() if b.why_not(operand, operand.device) is None)
         if operand.device.type != "meta":
             _explain(chosen, operand)
         return chosen
-    backend = next(b for b in table() if b.name == _forced[-1])
+    backend = next(b for b in table() if b.name == name)
     reason = backend.why_not(operand, operand.device)
     if reason:
         raise BackendError(f"backend {backend.name!r} cannot run on {operand.device}: {reason}")
@@ -175,21 +179,30 @@ def why_simulated(what: Operand | Scheme | str) -> str | None:
 
 
 def forced() -> str | None:
-    """The backend that :func:`use_backend` asks for now."""
-    return _forced[-1] if _forced else None
+    """The backend that :func:`use_backend` asks for here."""
+    return _forced_here(*_in_use) if _in_use else None
+
+
+@constant_while_tracing
+def _forced_here(*_: str) -> str | None:
+    return _forced.get()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend for every layer, as ``"reference"`` in tests.
 
+    It counts in the thread, or the asynchronous task, that asks for it, and in no other.
+
     Raises:
         BackendError: no backend has that name.
     """
     if name not in {b.name for b in table()}:
         raise BackendError(f"backend {name!r} is not known: there are {', '.join(b.name for b in table())}")
-    _forced.append(name)
+    before = _forced.set(name)
+    _in_use.append(name)
     try:
         yield
     finally:
-        _forced.pop()
+        _in_use.remove(name)
+        _forced.reset(before)

@@ -275,7 +275,7 @@ def quantized(linear: Any, plan: SitePlan, own: LinearPlan, leftover: Any, rows:
 
 def reordered(operand: Operand, source: Tensor) -> Operand:
     """``operand`` with the output rows ``source [n]`` int64 in the place of its first n."""
-    order = torch.arange(operand.out_features, device=operand.device)
+    order = torch.arange(operand.out_features, device=operand.device, dtype=torch.int64)
     order[: len(source)] = source.to(order.device)
     return operand.rows(order)
 

@@ -186,7 +186,11 @@ def _to_untie(model: nn.Module, stream: ResidualStream) -> list[str]:
         if name not in stream.readers or not together <= embeddings:
             raise MethodError(f"{name!r} shares its weight with {', '.join(sorted(together))}, and cannot be rotated with it")
         norm = stream.readers[name]
-        factor, shift = (torch.ones(1), None) if norm is None else values_of(model.get_submodule(norm), stream.gains[norm])
+        factor, shift = (
+            (torch.ones(1, dtype=torch.float32, device="cpu"), None)
+            if norm is None
+            else values_of(model.get_submodule(norm), stream.gains[norm])
+        )
         absorbs_bias = shift is not None and _bias(model, name) is not None and bool(shift.any())
         if not bool((factor == 1).all()) or absorbs_bias:
             found.append(name)

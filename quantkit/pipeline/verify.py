@@ -188,7 +188,8 @@ def _noise(model: nn.Module, levels: Mapping[str, float], seed: int) -> Iterator
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             y = output.float()
             size = y.pow(2).mean().sqrt() * 10 ** (-level / 20)
-            return (y + size * torch.randn(y.shape, generator=random, dtype=torch.float32).to(y.device)).to(output.dtype)
+            noise = torch.randn(y.shape, generator=random, dtype=torch.float32, device="cpu")
+            return (y + size * noise.to(y.device)).to(output.dtype)
 
         return hook
 

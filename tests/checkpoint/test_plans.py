@@ -42,8 +42,8 @@ def batches(name: str) -> list[Any]:
 
 
 def bits(model: nn.Module) -> dict[str, Any]:
-    """What two quantized models must have in common; only signal-to-noise ratios take data, which a plan has not."""
-    report = quantkit.report(model).to_dict()
+    """What two quantized models must have in common; signal-to-noise ratios and runs take data, which a plan has not."""
+    report = quantkit.report(model).to_dict() | {"verification": None}
     for layer in report["layers"]:
         layer.pop("sqnr_db", None)
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}

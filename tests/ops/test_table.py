@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from quantkit.ops import table
 from quantkit.ops.cpu import backend as cpu
 from quantkit.ops.linear import linear, prepare
 from quantkit.ops.plain import Plain, PlainPrepared
-from quantkit.ops.table import choose, use_backend
+from quantkit.ops.table import choose, forced, use_backend
 
 SCHEMES = ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym", "w8a8-pertensor", "w4a4", "w4a16"]
 STEPS = [
@@ -185,6 +188,33 @@ def test_a_backend_makes_a_format_real() -> None:
     quantkit.register_backend(Doubling(simulates=None))
     assert quantkit.why_simulated("w4a8") is None
     assert quantkit.why_simulated(operand(16, 8, "w4a8")) is None
+
+
+def test_a_forced_backend_is_that_of_one_context() -> None:
+    """Not of other threads, and not of other tasks of one thread."""
+
+    async def task(name: str | None) -> str | None:
+        with use_backend(name) if name else contextlib.nullcontext():
+            await asyncio.sleep(0)
+            return forced()
+
+    async def tasks() -> list[str | None]:
+        return await asyncio.gather(*map(task, ("cpu", None, "reference")))
+
+    assert asyncio.run(tasks()) == ["cpu", None, "reference"]
+    with use_backend("reference"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(forced).result() is None
+        assert forced() == "reference"
+    assert forced() is None
+
+
+def test_compiled_code_follows_a_forced_backend() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: x + {None: 0, "cpu": 1, "reference": 2}[forced()], backend="eager", fullgraph=True)
+    for name, wanted in (("cpu", 1), ("reference", 2), ("cpu", 1)):
+        with use_backend(name):
+            assert compiled(torch.zeros(1)) == wanted
+        assert compiled(torch.zeros(1)) == 0
 
 
 # ---- what falls back

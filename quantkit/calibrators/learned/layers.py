@@ -180,9 +180,9 @@ class LearnedSite:
         self.last: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
         if view.site.producer is not None:
             rows = int(view.site.producer.rows.max()) + 1
-            self.log_scale = torch.zeros(rows, device=view.device, requires_grad=True)
+            self.log_scale = torch.zeros(rows, device=view.device, requires_grad=True, dtype=torch.float32)
             if shifts and view.site.producer.bias is not None:
-                self.row_shift = torch.zeros(rows, device=view.device, requires_grad=True)
+                self.row_shift = torch.zeros(rows, device=view.device, requires_grad=True, dtype=torch.float32)
                 low, high = self.row_ends()
                 self.half_range = (high - low) / 2
 
@@ -288,7 +288,7 @@ class LearnedLinear(nn.Module):
         self.steps: Tensor | None = None
         if clips:
             shape = (1, 1) if isinstance(site.view.scheme.weight.granularity, PerTensor) else (len(self.weight), 1)
-            self.steps = torch.zeros(shape, device=self.weight.device, requires_grad=True)
+            self.steps = torch.zeros(shape, device=self.weight.device, requires_grad=True, dtype=torch.float32)
 
     def clip(self) -> Tensor:
         """The clipping as :attr:`quantkit.calibrators.base.Plan.clips` has it: ``[N, 1]``, where the grid of each row ends, as

@@ -227,7 +227,7 @@ class Samples:
         self, optimizer: torch.optim.Optimizer, decay: torch.optim.lr_scheduler.LRScheduler, random: torch.Generator
     ) -> None:
         """Take one step of the optimizer for each training sample, in random order; stop at a loss that is not finite."""
-        for position in torch.randperm(len(self.train), generator=random).tolist():
+        for position in torch.randperm(len(self.train), generator=random, dtype=torch.int64, device="cpu").tolist():
             optimizer.zero_grad(set_to_none=True)
             error = self.loss(self.train[position])
             if not error.requires_grad:

@@ -18,7 +18,7 @@ from quantkit.core.formats import Float, Quantized
 from quantkit.core.groups import with_multipliers
 from quantkit.core.operand import Operand
 from quantkit.core.rewrite import Rewrite
-from quantkit.core.tracing import constant_while_tracing
+from quantkit.core.tracing import constant_while_tracing, in_memory
 from quantkit.ops.gpu import devices
 from quantkit.ops.gpu.layout import BLOCK, padded, padded_side
 from quantkit.ops.gpu.packing import alignment, narrow, places_of
@@ -64,7 +64,7 @@ class GPUPrepared(PlainPrepared):
         if x.dtype not in DTYPES or not self.codes.numel():
             return super().run(x)
         ops = kernels()  # also under torch.compile: it registers the operators
-        if torch.compiler.is_compiling():
+        if not in_memory(x):
             ops = torch.ops.quantkit
         if self.vector and x.shape[0] == 1:
             return ops.gemv(x, self.codes, self.scale, self.bits, operand.bias, self.pre_scale)
@@ -104,8 +104,8 @@ class GPU(Plain):
             width = 16 * len(group_of)
             codes = codes.new_zeros(len(codes), width).index_copy_(1, places, codes)
             if order is not None or width > k:
-                channels = torch.arange(k, device=codes.device) if order is None else order
-                order = torch.full((width,), -1, device=codes.device).index_copy_(0, places, channels)
+                channels = torch.arange(k, device=codes.device, dtype=torch.int64) if order is None else order
+                order = torch.full((width,), -1, device=codes.device, dtype=torch.int64).index_copy_(0, places, channels)
         elif padded(k) != k:
             codes = F.pad(codes, (0, padded(k) - k))
         sums, pre_scale = row_sums(operand.codes, operand.groups), factors_of(rewrite)

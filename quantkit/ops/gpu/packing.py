@@ -52,7 +52,10 @@ def places_of(
     widths = [-(-size // align) * align for size in groups]
     starts = [0, *itertools.accumulate(widths)]
     of_steps = [number for number, width in enumerate(widths) for _ in range(width // 16)]
-    places = [torch.arange(start, start + size) for start, size in zip(starts[:-1], groups, strict=True)]
+    places = [
+        torch.arange(start, start + size, dtype=torch.int64, device="cpu")
+        for start, size in zip(starts[:-1], groups, strict=True)
+    ]
     if channels is not None:
         pairs = starts[-1] <= IN_PAIRS
         places = [spread(*part, pairs=pairs) for part in zip(places, channels.cpu().split(groups), strict=True)]

@@ -106,10 +106,13 @@ class Operands:
 
     def __init__(self, device: torch.device, m: int, n: int, k: int) -> None:
         self.copies = max(2, min(64, -(-COLD_BYTES // (n * k))))
-        self.x = torch.randn(m, k, device=device).bfloat16()
+        self.x = torch.randn(m, k, device=device, dtype=torch.float32).bfloat16()
         self.q = self._codes(m, k)
         self.w = [self._codes(n, k) for _ in range(self.copies)]
-        self.sx, self.sw = torch.rand(m, 1, device=device) / k, torch.rand(n, device=device) / 127
+        self.sx, self.sw = (
+            torch.rand(m, 1, device=device, dtype=torch.float32) / k,
+            torch.rand(n, device=device, dtype=torch.float32) / 127,
+        )
 
     def _codes(self, *shape: int) -> Tensor:
         return torch.randint(-127, 128, shape, device=self.x.device, dtype=torch.int8)

@@ -201,8 +201,12 @@ def list_columns(marks: Tensor, early: bool) -> Tensor:
 @functools.cache
 def hadamard_16(block: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """``[16, 16]``, the part of a Hadamard matrix that :data:`MMA_BITS` make up: bits beyond ``block`` stay as they are."""
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     for bit in reversed(MMA_BITS):
-        one = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) if 1 << bit < block else torch.eye(2)
+        one = (
+            torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32, device="cpu")
+            if 1 << bit < block
+            else torch.eye(2, dtype=torch.float32, device="cpu")
+        )
         matrix = torch.kron(matrix, one)
     return matrix.to(device, dtype)
