@@ -45,7 +45,7 @@ from quantkit.core.errors import (
 from quantkit.core.plan import Codes, ModelPlan
 from quantkit.core.progress import Progress
 from quantkit.core.report import LISTENERS as _LISTENERS
-from quantkit.core.report import LayerRecord, Report, report
+from quantkit.core.report import LayerRecord, Report, Verification, report
 from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Carriers, Discovery, Producer, Site
@@ -69,8 +69,8 @@ __all__ = [
     "Equivalence", "EquivalenceError", "GPTQ", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError", "ModelError",
     "ModelPlan", "OmniQuant", "PerSite", "Plan", "PluginError", "Producer", "Progress", "QuantkitError", "RPTQ", "RTN",
     "Range", "Recipe", "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage",
-    "Statistic", "TargetError", "TokenSample", "Transform", "View", "W8A8Linear", "__version__", "backends",
-    "compressed_tensors_as_int8", "convert", "discover", "export", "load", "load_plan", "plan", "quantize",
+    "Statistic", "TargetError", "TokenSample", "Transform", "Verification", "View", "W8A8Linear", "__version__",
+    "backends", "compressed_tensors_as_int8", "convert", "discover", "export", "load", "load_plan", "plan", "quantize",
     "register_backend", "register_method", "register_with_transformers", "report", "save", "save_plan", "use_backend",
     "verify_equivalence", "why_simulated",
 ]  # fmt: skip
