@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from torch import nn
@@ -14,6 +14,7 @@ from quantkit.discovery.prober import Origin
 from quantkit.model.modules import weight_of
 
 MIXES = "no module writes these channels one by one"
+UNEQUAL = "another linear reads these channels in vectors of another length"
 
 
 def join(
@@ -28,11 +29,11 @@ def join(
         kept: linears that stay in floating point; a site of such linears alone is left out.
     """
     sites = []
-    for names in _sharing_input(reference, origins):
+    for names, alone in _of_one_width(_sharing_input(reference, origins), linears):
         if all(name in kept for name in names):
             continue
         first_of_tensor = {tuple(reference.identities[name]): name for name in reversed(names)}
-        producer, reason = _common_producer(names, linears, reference, origins, kept)
+        producer, reason = _common_producer(names, linears, reference, origins, kept) if alone else (None, UNEQUAL)
         sites.append(
             Site(
                 name=names[0],
@@ -65,6 +66,19 @@ def _sharing_input(reference: Trace, origins: Mapping[str, Origin]) -> list[list
     for name in reference.inputs:
         members.setdefault(root(name), []).append(name)
     return list(members.values())
+
+
+def _of_one_width(sets: list[list[str]], linears: Mapping[str, nn.Module]) -> Iterator[tuple[list[str], bool]]:
+    """The sets, taken apart into linears with equally many input channels, and whether there was nothing to take apart.
+
+    One tensor may be read in whole by one linear and head by head by another, which have no channels in common.
+    """
+    for names in sets:
+        widths: dict[int, list[str]] = {}
+        for name in names:
+            widths.setdefault(weight_of(linears[name]).shape[1], []).append(name)
+        for some in widths.values():
+            yield some, len(widths) == 1
 
 
 def _common_producer(

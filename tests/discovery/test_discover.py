@@ -331,3 +331,26 @@ def test_half_precision_finds_the_same() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         model = Attention(4, 2, fused="grouped", gated=True).to(dtype)
         assert producers(model, X.to(dtype)) == {"qkv": "norm", "gate": "norm", "o": "qkv"}
+
+
+@pytest.mark.parametrize("scheme", [None, "w8a8", "w8a8-static-asym"])
+def test_readers_of_unequal_width_share_no_site(scheme: str | None) -> None:
+    """One linear reads a tensor whole and another head by head, by one address and many numbers of channels."""
+
+    def whole_and_heads(m: Any, x: Tensor) -> Tensor:
+        y = m.norm(x)
+        heads = m.by_head(y.view(*y.shape[:-1], 2, WIDTH // 2)).flatten(-2)
+        return m.out(m.b((m.a(y) + heads).relu()).tanh())
+
+    def build() -> Net:
+        return Net(whole_and_heads, by_head=nn.Linear(WIDTH // 2, INNER // 2))
+
+    found = sites(build())
+    assert found["a"] is not found["by_head"]
+    assert found["a"].producer is found["by_head"].producer is None
+    assert (found["a"].channels, found["by_head"].channels) == (WIDTH, WIDTH // 2)
+    check_preserved(build())
+    for method in ("smoothquant", "best", quantkit.RPTQ(4)):
+        if not (scheme is None and method == "best"):
+            model = quantkit.quantize(build(), method, scheme=scheme, calibration=[X], progress=False)
+            assert quantkit.report(model).verification is not None
