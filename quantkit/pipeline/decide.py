@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibration.observe import observe
+from quantkit.calibration.observe import SiteStatistics, observe
 from quantkit.calibration.statistics import Range, TokenSample
 from quantkit.calibrators import Calibrator, SiteView, Stage, View
 from quantkit.calibrators.base import rotation_ahead
@@ -38,11 +38,14 @@ class Decision:
 
     plan: ModelPlan
     views: Mapping[str, SiteView]
+    few: Mapping[str, SiteStatistics]
     heard: Heard | None = None
 
     def tokens(self, site: str) -> Tensor | None:
         """Sampled tokens ``[n, K]`` float32 of a site; None if none were collected."""
-        view = self.views[site]
+        view, few = self.views[site], self.few.get(site, {}).get(TokenSample)
+        if isinstance(few, TokenSample):
+            return few.weighted()[0]
         return view.sampled()[0] if view.has(TokenSample) else None
 
 
@@ -83,7 +86,7 @@ def decide(
         recipe=_recipe(request),
     )
     plan = ModelPlan(request.scheme, rotations, tuple(sites), found.kept, {}, report)
-    return Decision(plan, {view.name: view for view in views})
+    return Decision(plan, {view.name: view for view in views}, found.few)
 
 
 def _view(site: Any, found: Found, scheme: Scheme | None, rotations: Sequence[SpaceRotation]) -> SiteView:

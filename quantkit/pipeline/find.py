@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,12 +32,14 @@ class Found:
         sites: those of which at least one linear is quantized.
         kept: name of a linear, or of what looks like one -> why it stays in floating point.
         statistics: of each site, if any were asked for.
+        few: a few tokens of each site, if none were.
     """
 
     linears: Mapping[str, nn.Module]
     sites: Sequence[Site]
     kept: Mapping[str, str]
     statistics: Mapping[str, SiteStatistics]
+    few: Mapping[str, SiteStatistics] = field(default_factory=dict)
 
 
 def find_sites(model: nn.Module, request: Request, data: Data, linears: dict[str, nn.Module]) -> Found:
@@ -58,9 +60,9 @@ def find_sites(model: nn.Module, request: Request, data: Data, linears: dict[str
     alone = [Site(n, (n,), (n,), weight_of(linears[n]).shape[1]) for n in linears if n not in placed and n not in kept]
     sites = [site for site in (*discovery.sites, *alone) if not all(name in kept for name in site.linears)]
     check_found(linears, kept, sites, request.scheme)
-    if not data.kinds:  # a few tokens for the report
+    if not data.kinds:  # a few tokens for the report, which no calibrator has asked for
         few = {} if request.scheme is None else observe(model, [data.piece], sites, [TokenSample], progress=False)
-        return Found(linears, sites, kept, few)
+        return Found(linears, sites, kept, {}, few)
     statistics = observe(
         model, data.batches, sites, list(data.kinds), seed=request.seed, progress=request.progress, digest=data.digest
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,8 +140,10 @@ def _refusals(path: str | os.PathLike[str]) -> Iterator[None]:
         from transformers.utils import logging
     except ImportError as error:
         raise ModelError(f"{path} is a model of transformers: {PIP_HINT} ({error})") from None
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
+    if not sys.stderr.isatty():  # its bars do not ask
+        logging.disable_progress_bar()
     try:
         yield
     except QuantkitError:
@@ -150,6 +153,8 @@ def _refusals(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ModelError(f"{path}: transformers cannot open it: {said}") from error
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _plain(model: Any) -> Any:
