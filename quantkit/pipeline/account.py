@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
@@ -82,7 +83,7 @@ def say(report: Report) -> None:
 
 def _count(parameter: Tensor, seen: set[int]) -> int:
     """How many weights a parameter has; 0 if its memory was counted before, as that of tied weights is."""
-    place = parameter.data_ptr() or id(parameter)
+    place = (parameter.data_ptr() if parameter.layout is torch.strided else 0) or id(parameter)
     if place in seen:
         return 0
     seen.add(place)

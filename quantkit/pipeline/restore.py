@@ -16,7 +16,7 @@ KEPT_BYTES = 2**30
 
 def can_be_kept(model: nn.Module) -> bool:
     """Whether the float weights of ``model`` are small enough to be kept beside the INT8 ones for a while."""
-    return sum(p.nbytes for p in model.parameters()) <= KEPT_BYTES
+    return sum(p.numel() * p.element_size() for p in model.parameters()) <= KEPT_BYTES
 
 
 @contextmanager
