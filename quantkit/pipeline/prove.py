@@ -31,7 +31,7 @@ def prove(model: nn.Module, plan: ModelPlan, piece: Any) -> ModelPlan:
     pieces = split_all(model, wished)
     folds, reorders = list(pieces.folds.values()), list(pieces.reorders.values())
     if not folds and not reorders:
-        planned = any(not site.transform.is_identity for site in plan.sites)
+        planned = plan.scheme is None or any(not site.transform.is_identity for site in plan.sites)
         return replace(plan, report=replace(plan.report, equivalence=0.0)) if planned else plan
     error, ordered = _played(model, folds, reorders, piece)
     if folds and not any(bool((fold.scale != 1).any()) or bool(fold.shift.any()) for fold in folds):

@@ -26,8 +26,8 @@ def swapped_scale(layer: W8A8Linear) -> None:
 
 
 def dropped_hook(layer: W8A8Linear) -> None:
-    """As if a hook that the model relies on had been lost, and with it what it did to the input."""
-    layer.register_forward_pre_hook(lambda module, args: (args[0] / 3,))
+    """As if a hook had been lost that multiplied the input by three."""
+    layer.pre_scale = torch.full((layer.in_features,), 1 / 3)
 
 
 def wrong_order(layer: W8A8Linear) -> None:
@@ -58,9 +58,9 @@ def planted(monkeypatch: pytest.MonkeyPatch, place: str, fault: Callable[[W8A8Li
     replace = convert.replace_module
 
     def replace_wrongly(model: nn.Module, name: str, new: nn.Module) -> None:
+        replace(model, name, new)
         if name == place and isinstance(new, W8A8Linear):
             fault(new)
-        replace(model, name, new)
 
     monkeypatch.setattr(convert, "replace_module", replace_wrongly)
 
