@@ -59,7 +59,8 @@ class Verification:
 
     Attributes:
         sqnr_db: signal to noise ratio in dB, the lowest of all floating-point outputs; None where there is none to compare.
-        expected_db: what the errors of the layers by themselves lead to expect; None where these were not measured.
+        expected_db: what the errors of the layers by themselves lead to expect; None where these were not measured, and where
+            attention is rounded too, whose errors are not.
         held_out: whether no calibrator has seen the piece.
         kl: mean KL(float || converted) of the next token in nats, where the output is logits of a vocabulary.
         top1: share of positions with the same most likely token.
