@@ -101,12 +101,12 @@ def convert_rotated(
     setattr(model, BROKEN, True)
     try:
         report = change(model, plan, tokens=tokens, progress=progress, undo=undo)
+        asked = report.recipe or {}
+        account(model, report, asked.get("ignore", ()), asked.get("targets"))
     except BaseException:
         log.error("the conversion stopped half way: this model object is unusable, load it again")
         raise
     delattr(model, BROKEN)
-    asked = report.recipe or {}
-    account(model, report, asked.get("ignore", ()), asked.get("targets"))
     return report
 
 

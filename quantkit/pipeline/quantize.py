@@ -97,6 +97,8 @@ def quantize(
         decision = decided(inner, request, calibration, tokenizer, undo, listen=verify)
         kept = undo if verify and can_be_kept(inner) else None
         report = convert_rotated(inner, decision.plan, tokens=decision.tokens, progress=progress, undo=kept)
+        if kept is None:
+            undo.pop_all()  # the float weights are gone, so that a rotation cannot be taken back any more
         if decision.heard is not None:
             report.verification = verified(inner, decision.heard, report, kept)
         attach(inner, report)

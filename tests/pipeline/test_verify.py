@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import quantkit
 from quantkit import EquivalenceError, ModelError, W8A8Linear
 from quantkit.core.report import Report, Verification
-from quantkit.pipeline import convert, restore
+from quantkit.pipeline import convert, quantize, restore
 from quantkit.pipeline.data import ENOUGH
 
 PLACE = "model.layers.0.mlp.up_proj"
@@ -237,3 +237,24 @@ def test_not_a_number_is_no_distance() -> None:
 
     model = quantkit.quantize(Masked().eval(), "rtn", calibration=[normal(16, 32)], progress=False)
     assert level(model) > 25
+
+
+def test_an_interruption_of_the_check_leaves_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INT8 where float weights are gone already, with what was rotated before; else the float model."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    built = loud_llama()
+    wanted = quantkit.quantize(copy.deepcopy(built), ["rotate", "rtn"], calibration=[tokens()], progress=False)
+    monkeypatch.setattr(quantize, "verified", interrupted)
+    for bytes_, is_float in ((2**30, True), (1000, False)):
+        monkeypatch.setattr(restore, "KEPT_BYTES", bytes_)
+        model = copy.deepcopy(built)
+        before = state(model)
+        with pytest.raises(KeyboardInterrupt):
+            quantkit.quantize(model, ["rotate", "rtn"], calibration=[tokens()], progress=False)
+        if is_float:
+            assert_same(state(model), before)
+        else:
+            assert_same(dict(model.state_dict()), dict(wanted.state_dict()))
