@@ -98,8 +98,7 @@ def export(
         raise CheckpointError(f"{target} exists and is no export of quantkit's: choose an empty or a new folder")
     if not isinstance(model, nn.Module):
         model, extra = _opened(Path(model), target)
-    model = uncompiled(model)
-    record = report(model)
+    record = report(model := uncompiled(model))
     biased = _check(model, record, outliers == "drop", rewrites == "undo")
     config, generation = _configuration(model, record), getattr(model, "generation_config", None)
     entries = _entries(model, biased)

@@ -9,6 +9,8 @@ All other methods let transformers load the model and then call :func:`quantkit.
 Nothing happens when this file is imported; :func:`quantkit.register_with_transformers` enters it into the tables of
 transformers. Tested from transformers 5.17 on, whose hooks for quantizers still move: what is overridden here takes the
 arguments of all versions.
+
+One file because configuration and quantizer are a pair for transformers, and each reads what the other keeps for itself.
 """
 
 from __future__ import annotations
