@@ -17,6 +17,7 @@ from torch import nn
 
 from quantkit.checkpoint.files import inside, sha256_of
 from quantkit.checkpoint.record import RECORD_FILE, check_cast_buffers, empty_layer, empty_quantizers, read_record
+from quantkit.checkpoint.rerun import CHECK_FILE, Check, read_check
 from quantkit.checkpoint.tensors import TYPES, Stored, read_headers, read_tensor
 from quantkit.core.errors import CheckpointError, ModelError
 from quantkit.core.report import Report, attach
@@ -35,12 +36,14 @@ class Checkpoint:
         record: what its ``quantkit.json`` says, keys of others included.
         report: what was done to the model.
         stored: every tensor that its files hold.
+        check: what the saved model said; None if that is not known.
     """
 
     folder: Path
     record: dict[str, Any]
     report: Report
     stored: dict[str, Stored]
+    check: Check | None
 
 
 def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
@@ -62,12 +65,12 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
             )
         if verify and sha256_of(file) != facts["sha256"]:
             raise CheckpointError(f"{file} was changed after it was written (its SHA-256 does not match)")
-    stored = read_headers(folder, [name for name in record["files"] if name.endswith(".safetensors")])
+    stored = read_headers(folder, [name for name in record["files"] if name.endswith(".safetensors") and name != CHECK_FILE])
     try:
         report = Report.from_dict(record["report"])
     except (TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder / RECORD_FILE} is damaged: its report cannot be read ({error})") from None
-    return Checkpoint(folder, record, report, stored)
+    return Checkpoint(folder, record, report, stored, read_check(folder, record))
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -> nn.Module:

@@ -121,6 +121,8 @@ def _malformed(body: dict[str, Any]) -> str | None:
         return "layers"
     if not all(isinstance(name, str) for name in body["tied"].values()):
         return "tied"
+    if not isinstance(body.get("check", {}), dict):
+        return "check"
     cast = body.get("cast", {})
     if not isinstance(cast, dict) or not all(dtype in CASTS.values() for dtype in cast.values()):
         return "cast"

@@ -20,6 +20,7 @@ from quantkit.checkpoint.record import (
     layer_records,
     version_of,
 )
+from quantkit.checkpoint.rerun import write_check
 from quantkit.checkpoint.tensors import Entry, unshared, write_shards
 from quantkit.core.errors import CheckpointError
 from quantkit.core.report import report
@@ -59,7 +60,7 @@ def write_checkpoint(
     attention, cast = attention_records(model), cast_buffers(model)
     with written_whole(target) as folder:
         files = list(write_shards([Entry.of(name, tensor) for name, tensor in tensors.items()], folder, shard_bytes))
-        more = beside(folder)
+        more = {"check": write_check(model, folder), **beside(folder)}
         files += [p.name for p in sorted(folder.iterdir()) if p.name not in files and p.is_file()]
         body = {
             "format": "quantkit",

@@ -7,7 +7,8 @@ the *noise*: the difference of two runs of the original, which is not zero on ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,23 @@ def outputs_of(model: nn.Module, batch: Any) -> list[Tensor]:
     """Copies of the floating-point tensors among the outputs of the model on ``batch``, in eval mode and without gradients."""
     with evaluating(model):
         return [t.detach().clone() for t in tensors_in(call(model, batch))]
+
+
+def run_alike(model: nn.Module, batch: Any, seed: int = 0) -> list[Tensor]:
+    """:func:`outputs_of`, with the same random numbers in every run of the same ``seed``."""
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng([device.index for device in devices]):
+        torch.manual_seed(seed)
+        return outputs_of(model, batch)
+
+
+def decibels(wanted: Tensor, got: Tensor, measure: Callable[..., float] | None = None) -> float:
+    """By how much ``wanted`` is larger than the difference, in dB; infinities that agree do not differ.
+
+    ``measure`` is how the relative size of the difference is taken, by default as :func:`relative_error` takes it.
+    """
+    error = (measure or relative_error)([wanted], [got])
+    return -20 * math.log10(error) if 0 < error < math.inf else math.inf if error == 0 else -math.inf
 
 
 def relative_error(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:

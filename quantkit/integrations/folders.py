@@ -15,6 +15,7 @@ from torch import nn
 
 from quantkit.checkpoint.load import fill, open_checkpoint
 from quantkit.checkpoint.record import RECORD_FILE
+from quantkit.checkpoint.rerun import run_again
 from quantkit.checkpoint.save import write_checkpoint
 from quantkit.integrations.compressed.folder import is_compressed, open_compressed
 from quantkit.integrations.transformers.files import empty_model, recorded_class, write_beside
@@ -24,9 +25,9 @@ from quantkit.model.compiled import uncompiled
 def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = None, shard_bytes: int = 4 * 2**30) -> Path:
     """Write a quantized model to the folder ``path``.
 
-    The folder holds safetensors files, the record ``quantkit.json``, and for transformers models ``config.json`` and
-    ``generation_config.json``. It appears whole or not at all. Tensors are written one by one, so that a model on a GPU needs
-    main memory for its largest tensor only.
+    The folder holds safetensors files, the record ``quantkit.json``, what the model says to an input with made-up numbers,
+    and for transformers models ``config.json`` and ``generation_config.json``. It appears whole or not at all. Tensors are
+    written one by one, so that a model on a GPU needs main memory for its largest tensor only.
 
     Args:
         model: a model that :func:`quantkit.quantize` returned.
@@ -60,15 +61,18 @@ def load(
     Args:
         path: the folder.
         model: for a module that is not from transformers: a fresh float instance of the same architecture, filled in
-            place and returned. Nothing is changed if the checkpoint does not fit.
+            place and returned. Nothing is changed if the checkpoint does not fit; what is found at the end, when the model
+            is run, leaves it filled.
         device: where to put it.
-        verify: compare the SHA-256 of every file first.
+        verify: compare the SHA-256 of every file first; and run the model at the end on made-up numbers, which the folder holds
+            with what the model said to them when it was saved.
 
     Returns:
         The model in eval mode.
 
     Raises:
-        CheckpointError: the folder is missing, truncated, tampered with, of a newer format, not safe, or of another model.
+        CheckpointError: the folder is missing, truncated, tampered with, of a newer format, not safe, or of another model; or
+            the opened model does not say what the saved one said.
     """
     folder = Path(path)
     if is_compressed(folder):
@@ -76,6 +80,8 @@ def load(
     checkpoint = open_checkpoint(folder, verify=verify)
     name = recorded_class(checkpoint)
     filled = fill(empty_model(folder, name) if model is None else uncompiled(model), checkpoint, device)
+    if verify and checkpoint.check is not None:
+        run_again(filled, checkpoint.check, checkpoint.report)
     return filled if model is None else model
 
 

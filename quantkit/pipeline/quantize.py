@@ -31,6 +31,7 @@ from quantkit.core.progress import Progress
 from quantkit.core.report import attach
 from quantkit.core.scheme import Scheme
 from quantkit.model.compiled import eagerly, uncompiled
+from quantkit.model.example import keep_example, made_up
 from quantkit.pipeline.account import say
 from quantkit.pipeline.attention import attention_to_round, decide_attention
 from quantkit.pipeline.check import Request, check, linears_to_choose_from
@@ -101,6 +102,7 @@ def quantize(
             undo.pop_all()  # the float weights are gone, so that a rotation cannot be taken back any more
         if decision.heard is not None:
             report.verification = verified(inner, decision.heard, report, kept)
+            keep_example(inner, made_up(decision.heard.piece, seed))
         attach(inner, report)
     say(report)
     return model

@@ -12,7 +12,7 @@ than that, something besides rounding has happened.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from quantkit.calibration.data import probe_batch
 from quantkit.core.errors import EquivalenceError, ModelError, QuantkitError
 from quantkit.core.report import Report, Verification
 from quantkit.core.sites import Kept
-from quantkit.discovery.equivalence import outputs_of, relative_error, tolerance_for
+from quantkit.discovery.equivalence import decibels, run_alike, tolerance_for
 from quantkit.layers.attention import attention_quantizers
 from quantkit.pipeline.check import BROKEN
 from quantkit.pipeline.data import Data
@@ -116,10 +116,10 @@ def verify(model: nn.Module, heard: Heard, report: Report) -> Verification:
     for index, wanted in enumerate(heard.outputs):
         if not wanted.numel() or bool(wanted.isnan().any()) or not bool(wanted.any()):
             continue
-        measured.append(_decibels(wanted, got[index]))
-        expected.append(min((_decibels(got[index], run[index]) for run in noisy), default=heard.exact))
-        is_ = _decibels(wanted, got[index], _typical)
-        should = min((_decibels(got[index], run[index], _typical) for run in noisy), default=heard.exact)
+        measured.append(decibels(wanted, got[index]))
+        expected.append(min((decibels(got[index], run[index]) for run in noisy), default=heard.exact))
+        is_ = decibels(wanted, got[index], _typical)
+        should = min((decibels(got[index], run[index], _typical) for run in noisy), default=heard.exact)
         slack = SLACK_DB + max(0.0, 10 * math.log10(MANY / wanted.numel()))
         if (not rounded and is_ < min(should, heard.exact) - slack) or measured[-1] == -math.inf:
             raise EquivalenceError(
@@ -163,17 +163,9 @@ def _first_off(before: Mapping[str, Tensor], after: Mapping[str, Tensor], report
             off.append(name)
             continue
         factor = (wanted * got).sum(0) / got.pow(2).sum(0).clamp_min(1e-30)
-        if _decibels(wanted - wanted.mean(0), (got - got.mean(0)) * factor) < levels[name] - SLACK_DB:
+        if decibels(wanted - wanted.mean(0), (got - got.mean(0)) * factor) < levels[name] - SLACK_DB:
             off.append(name)
     return off[:count]
-
-
-def run_alike(model: nn.Module, piece: Any) -> list[Tensor]:
-    """The floating-point outputs of a model, with the same random numbers in every run."""
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng([device.index for device in devices]):
-        torch.manual_seed(0)
-        return outputs_of(model, piece)
 
 
 def _with_noise(model: nn.Module, levels: Mapping[str, float], piece: Any, seed: int) -> list[Tensor]:
@@ -207,12 +199,6 @@ def _typical(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     difference, signal = torch.where(a == b, 0.0, a - b), torch.where(a.isinf(), 0.0, a)
     error = difference.pow(2).mean(-1).sqrt().median() / signal.pow(2).mean().sqrt()
     return float(error.nan_to_num(math.inf))
-
-
-def _decibels(wanted: Tensor, got: Tensor, measure: Callable[..., float] = relative_error) -> float:
-    """By how much ``wanted`` is larger than the difference, in dB; infinities that agree do not differ."""
-    error = measure([wanted], [got])
-    return -20 * math.log10(error) if 0 < error < math.inf else math.inf if error == 0 else -math.inf
 
 
 def _vocabularies(model: nn.Module, report: Report) -> set[int]:
