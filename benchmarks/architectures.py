@@ -1,6 +1,6 @@
 """Every kind of model that transformers has, tiny and random: is each right, or refused with advice that works?
 
-    python benchmarks/architectures.py [--only PATTERN ...] [--every N] [--name NAME]
+    python benchmarks/architectures.py [--only PATTERN ...] [--every N] [--jobs N] [--name NAME]
 
 A configuration is made small by the names of its numbers, and a batch by what the model's forward takes. Models for which
 that does not run are listed as such: nothing was learned of them. For all others: the function is preserved by
@@ -18,9 +18,11 @@ import multiprocessing
 import re
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ SMALL: tuple[tuple[str, int], ...] = (
 """What numbers of a configuration become, by their names; the first that matches counts."""
 IDS = re.compile(r".*_token_id|.*_token_index|.*_idx|.*_id")
 SECONDS = 240
+SHOWN = ("folding", "sqnr_db", "expected_db", "share", "seconds")
 
 
 def candidates() -> Iterator[tuple[str, str]]:
@@ -83,6 +86,8 @@ def small(cls: Any, **more: Any) -> Any:
     plain = cls()
     values: dict[str, Any] = {}
     for name, value in plain.to_dict().items():
+        if name == "pad_token_id" and value is None:
+            values[name] = 0
         if isinstance(value, bool) or name in ("transformers_version", "model_type", "architectures"):
             continue
         if isinstance(value, int):
@@ -213,47 +218,61 @@ def judged(model: nn.Module, batch: Any, wanted: list[Tensor], **options: Any) -
 def _work(name: str, answer: Any) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity(50)
+    start = time.perf_counter()
     try:
-        answer.send(tried(name))
+        answer.send(tried(name) | {"seconds": round(time.perf_counter() - start, 1)})
     except BaseException as error:  # noqa: BLE001  it is what is looked for
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
         answer.send({"status": "wrong", "why": f"{type(error).__name__} at {where}: {str(error)[:300]}"})
 
 
-def apart(name: str) -> dict[str, Any]:
-    """:func:`tried` in a process of its own, which may crash or hang."""
-    context = multiprocessing.get_context("fork")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(name, send))
-    process.start()
-    send.close()
-    row = {"status": "wrong", "why": f"no answer within {SECONDS} s"}
-    try:
-        if receive.poll(SECONDS):
-            row = receive.recv()
-    except EOFError:
-        process.join()
-        row = {"status": "wrong", "why": f"the process ended with {process.exitcode}"}
-    process.kill()
-    process.join()
-    return row
+def apart(names: Sequence[str], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """:func:`tried` for each name, in processes of their own, which may crash or hang; as they end."""
+    context = multiprocessing.get_context("fork")  # which is safe without threads, and has imported everything
+    waiting, running = list(reversed(names)), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop()
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(name, send))
+            process.start()
+            send.close()
+            running[receive] = name, process, time.monotonic()
+        for receive in wait(running, timeout=1):
+            name, process, _ = running.pop(receive)
+            try:
+                row = receive.recv()
+            except EOFError:
+                process.join()
+                row = {"status": "wrong", "why": f"the process ended with {process.exitcode}"}
+            process.join()
+            yield name, row
+        for receive, (name, process, since) in list(running.items()):
+            if time.monotonic() - since > SECONDS:
+                process.kill()
+                process.join()
+                del running[receive]
+                yield name, {"status": "wrong", "why": f"no answer within {SECONDS} s"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=["*"], help="globs over the names of classes")
     parser.add_argument("--every", type=int, default=1, help="only every so many-th class")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at the same time, of one thread each")
     parser.add_argument("--name", default="architectures", help="of the result")
     args = parser.parse_args()
     wanted = [(t, n) for t, n in candidates() if any(fnmatch(n, pattern) for pattern in args.only)][:: args.every]
+    torch.set_num_threads(1)
+    tried("LlamaModel")  # imports what every process needs
+    tasks = {name: task for task, name in wanted}
     rows: list[dict[str, Any]] = []
-    for task, name in wanted:
-        row = {"model": name, "task": task, **apart(name)}
-        rows.append(row)
-        facts = [f"{key} {row[key]:.3g}" for key in ("folding", "sqnr_db", "expected_db", "share") if row.get(key) is not None]
+    for name, found in apart(list(tasks), args.jobs):
+        rows.append(row := {"model": name, "task": tasks[name], **found})
+        facts = [f"{key} {row[key]:.3g}" for key in SHOWN if row.get(key) is not None]
         print(f"{row['status']:10} {name:45} {', '.join(facts)} {row.get('why', '')}", flush=True)
-        record(args.name, rows)
+        record(args.name, sorted(rows, key=lambda row: list(tasks).index(row["model"])))
     counts = {status: sum(row["status"] == status for row in rows) for status in ("right", "refused", "wrong", "not tried")}
     print(", ".join(f"{count} {status}" for status, count in counts.items()))
     sys.exit(counts["wrong"] > 0)
