@@ -31,7 +31,6 @@ import transformers
 from common import record
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import quantkit
 from quantkit.discovery.equivalence import outputs_of, relative_error
@@ -47,7 +46,9 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"num_key_value_heads|num_kv_heads|n_head_kv", 2),
     (r".*attention_heads|n_heads?|num_heads", 4),
     (r"head_dim|d_kv|qk_nope_head_dim|v_head_dim|attention_head_size", 16),
-    (r"qk_rope_head_dim|rotary_dim", 8),
+    (r"qk_rope_head_dim", 16),
+    (r"rotary_dim", 8),
+    (r"num_queries", 10),
     (r"q_lora_rank|kv_lora_rank", 32),
     (r"hidden_size|d_model|n_embd|embed_dim|embedding_size|dim|word_embed_proj_dim|projection_dim|conv_dim|hidden_dim", 64),
     (r".*intermediate_size|.*ffn_dim|d_ff|n_inner|ffn_hidden_size|mlp_dim|moe_.*size", 128),
@@ -55,13 +56,14 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"num_experts_per_tok|moe_topk|moe_k|num_selected_experts", 2),
     (r"n_shared_experts|n_group|topk_group|num_expert_groups?|moe_num_shared_experts", 1),
     (r"max_position_embeddings|n_positions|max_.*positions", 128),
-    (r"image_size|img_size", 32),
+    (r"image_size|img_size", 64),
     (r"patch_size", 8),
     (r"num_labels", 5),
 )
 """What numbers of a configuration become, by their names; the first that matches counts."""
 IDS = re.compile(r".*_token_id|.*_token_index|.*_idx|.*_id")
 SECONDS = 240
+MAX_PARAMETERS = 60e6
 SHOWN = ("folding", "sqnr_db", "expected_db", "share", "seconds")
 
 
@@ -98,9 +100,15 @@ def small(cls: Any, **more: Any) -> Any:
                 values[name] = 3
         elif isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value) and name == "depths":
             values[name] = [1] * len(value)
-    for name, sub in getattr(cls, "sub_configs", {}).items():
-        if isinstance(sub, type) and hasattr(sub, "to_dict") and sub.__name__ in set(CONFIG_MAPPING_NAMES.values()):
-            values[name] = small(sub).to_dict()
+    kinds = list(dict.fromkeys(getattr(plain, "layer_types", None) or ()))
+    if kinds and "num_hidden_layers" in values:
+        values |= {"layer_types": (kinds * 2)[: max(2, len(kinds))], "num_hidden_layers": max(2, len(kinds))}
+    rope = getattr(plain, "rope_parameters", None) or getattr(plain, "rope_scaling", None) or {}
+    if "mrope_section" in rope:  # of the pairs of channels of a head
+        values["rope_parameters"] = rope | {"mrope_section": [2, 3, 3]}
+    for name, sub in vars(plain).items():
+        if isinstance(sub, transformers.PreTrainedConfig):
+            values[name] = small(type(sub)).to_dict()
     accepted = inspect.signature(cls.__init__).parameters
     takes_all = any(p.kind == p.VAR_KEYWORD for p in accepted.values())
     return cls(**{k: v for k, v in (values | more).items() if takes_all or k in accepted})
@@ -129,8 +137,35 @@ def batch_for(model: Any) -> dict[str, Tensor]:
         batch["input_values"] = torch.randn(2, 4000, generator=random)
     else:
         batch[main] = ids
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        and "decoder_input_ids" in takes
+        and not hasattr(model, "classification_head")
+    ):
         batch["decoder_input_ids"] = ids[:, :8].clone()
+    return batch if main == "pixel_values" or "pixel_values" not in takes else with_image(model, batch, random)
+
+
+def with_image(model: Any, batch: dict[str, Tensor], random: torch.Generator) -> dict[str, Tensor]:
+    """``batch`` with an image in each row, if one is found that the model takes. It says how many tokens stand for it."""
+    config = model.config
+    token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    vision = getattr(config, "vision_config", None)
+    if vision is None or token is None:
+        return batch
+    side = getattr(vision, "image_size", 32)
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    image = {"pixel_values": torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=random)}
+    for _ in range(2):
+        try:
+            outputs_of(copy.deepcopy(model), batch | image)
+            return batch | image
+        except Exception as error:  # noqa: BLE001  of the model's code, which may raise anything
+            features = re.search(r"features:? (\d+)", str(error))
+            if features is None:
+                break
+            tokens = torch.full((2, int(features[1]) // 2), token)
+            image["input_ids"] = torch.cat([tokens, batch["input_ids"]], 1)
     return batch
 
 
@@ -142,14 +177,16 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor], Any] | str:
     torch.manual_seed(0)
     try:
         config = small(cls.config_class)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
+        if size > MAX_PARAMETERS:
+            return f"no small configuration: {size / 1e6:.0f} million parameters"
         model = cls(config).eval()
-        if sum(p.numel() for p in model.parameters()) > 60e6:
-            return "no small configuration"
         for parameter in model.parameters():  # weights large enough for every layer to matter
             if parameter.dim() == 2 and parameter.numel() and parameter.is_floating_point():
                 parameter.data.normal_(std=float(parameter.shape[1]) ** -0.5)
         batch = batch_for(model)
-        wanted = outputs_of(model, batch)
+        wanted = outputs_of(copy.deepcopy(model), batch)  # some write to their weights when they first run
     except Exception as error:  # noqa: BLE001  an automatic configuration need not make sense
         return f"no small configuration: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
     if not wanted or not all(bool(t.isfinite().all()) for t in wanted):
@@ -198,21 +235,28 @@ def judged(model: nn.Module, batch: Any, wanted: list[Tensor], **options: Any) -
     got = outputs_of(quantized, batch)
     faults = [] if row["folding"] <= 1e-3 else [f"folding changed the model by {row['folding']:.1e}"]
     with tempfile.TemporaryDirectory() as folder:
-        for how, there in (("save and load", Path(folder, "a")), ("from_pretrained", Path(folder, "b"))):
+        for how, through in (("save and load", _saved), ("from_pretrained", _pretrained)):
             try:
-                if how == "from_pretrained":
-                    quantized.save_pretrained(there)  # type: ignore[operator]
-                    again = type(quantized).from_pretrained(there).eval()  # type: ignore[attr-defined]
-                else:
-                    again = quantkit.load(quantkit.save(quantized, there))
-                error = relative_error(got, outputs_of(again, batch))
+                row[how] = relative_error(got, outputs_of(through(quantized, Path(folder, how)), batch))
             except quantkit.QuantkitError as refusal:
                 row[how] = f"refused: {refusal}"
                 continue
-            row[how] = error
-            if not error <= 1e-6:
-                faults.append(f"{how} changed the model by {error:.1e}")
+            if not row[how] <= 1e-6:
+                lost = relative_error(wanted, outputs_of(_pretrained(model, Path(folder, "float")), batch))
+                if how == "from_pretrained" and not lost <= 1e-6:
+                    row[how] = f"the float model does not survive it either: {lost:.1e}"
+                else:
+                    faults.append(f"{how} changed the model by {row[how]:.1e}")
     return row | ({"status": "wrong", "why": "; ".join(faults)} if faults else {})
+
+
+def _saved(model: Any, folder: Path) -> Any:
+    return quantkit.load(quantkit.save(model, folder))
+
+
+def _pretrained(model: Any, folder: Path) -> Any:
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder).eval()
 
 
 def _work(name: str, answer: Any) -> None:

@@ -144,6 +144,7 @@ class Kept(StrEnum):
     ADAPTER = "part of an adapter"
     TIED = "its weight is tied to another module"
     READ = "other code of the model reads its weight"
+    WRITTEN = "the model's own forward writes to its weight"
     HEAD = "output head"
     ROUTER = "router"
     FLOAT32 = "the model asks for it in float32"

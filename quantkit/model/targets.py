@@ -69,6 +69,10 @@ def asked_in_float32(model: nn.Module, linears: Iterable[str]) -> set[str]:
     return {name for name in linears if any(fnmatchcase(f".{name}.weight.", f"*.{part}.*") for part in parts)}
 
 
+NEVER = (Kept.ADAPTER, Kept.TIED, Kept.READ, Kept.WRITTEN, Kept.NEVER_RAN)
+"""Reasons that targets= does not overrule."""
+
+
 def chosen(
     linears: Mapping[str, nn.Module], kept: Mapping[str, Kept], ignore: Sequence[Any], targets: Sequence[Any] | None
 ) -> dict[str, str]:
@@ -80,11 +84,11 @@ def chosen(
         ignore: what matches one of these patterns stays in floating point.
         targets: if given, what matches none of these patterns stays in floating point, and what matches one does not, even if
             it is in ``kept``; except for parts of adapters, which stay trainable, and for linears that share a weight with
-            another module, whose weight is read by others, or that never ran, which cannot be quantized.
+            another module, whose weight is read or written by others, or that never ran, which cannot be quantized.
     """
     float_: dict[str, str] = dict(kept)
     for name, module in linears.items():
-        if targets is not None and kept.get(name) not in (Kept.ADAPTER, Kept.TIED, Kept.READ, Kept.NEVER_RAN):
+        if targets is not None and kept.get(name) not in NEVER:
             if any(matches(name, module, pattern) for pattern in targets):
                 float_.pop(name, None)
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from quantkit.calibration.data import calibration_batches, peek, probe_batch
 from quantkit.calibration.statistics import Range, Statistic, TokenSample
 from quantkit.calibrators import Stage
 from quantkit.core.errors import CalibrationError
+from quantkit.model.modules import weight_of
 from quantkit.pipeline.check import Request
 
 ENOUGH = 64
@@ -27,6 +28,7 @@ class Data:
         batches: all of it.
         first: its first batch.
         piece: a few tokens of the first batch.
+        written: names of linears whose weights were another when the model had run for the first time.
         held: a batch that no calibrator sees, where there are :data:`ENOUGH` to spare one.
         given: whether a user passed it; otherwise the model sampled it, or a few random tokens were enough.
         kinds: statistics to collect for each site; none where nothing has to be known.
@@ -40,10 +42,19 @@ class Data:
     kinds: tuple[type[Statistic], ...]
     digest: Any = field(default_factory=hashlib.sha256)
     held: Any = None
+    written: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, model: nn.Module, request: Request, calibration: Any, tokenizer: Any) -> Data:
+    def of(
+        cls,
+        model: nn.Module,
+        request: Request,
+        calibration: Any,
+        tokenizer: Any,
+        linears: Mapping[str, nn.Module] | None = None,
+    ) -> Data:
         """Raises CalibrationError for data of the wrong kind, for none where it is needed, or a generator needed twice."""
+        before = _versions(linears or {})
         kinds = [kind for c in request.calibrators for kind in c.statistics] + ([Range] if request.is_static else [])
         batches = calibration_batches(
             model, calibration, tokenizer=tokenizer, needed=bool(kinds), seed=request.seed, progress=request.progress
@@ -57,6 +68,7 @@ class Data:
         if request.is_static and any(c.stage == Stage.ROTATE for c in request.calibrators):
             data.check_walks_again("a static scale behind a rotation")
         data.piece = probe_batch(model, first)
+        data.written = frozenset(name for name, _ in before.items() ^ _versions(linears or {}).items())
         return data
 
     @property
@@ -70,3 +82,9 @@ class Data:
             raise CalibrationError(
                 f"{what} reads the calibration data more than once: pass a list or a DataLoader, not a generator"
             )
+
+
+def _versions(linears: Mapping[str, nn.Module]) -> dict[str, int]:
+    """How often each weight has been written to, as autograd counts it."""
+    weights = {name: weight_of(linear) for name, linear in linears.items()}
+    return {name: weight._version for name, weight in weights.items() if not weight.is_inference()}

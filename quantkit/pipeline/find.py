@@ -54,7 +54,8 @@ def find_sites(model: nn.Module, request: Request, data: Data, linears: dict[str
     discovery = discovered(model, data.piece, linears, ignored, carriers=orders)
     if Kept.NEVER_RAN in discovery.kept.values():
         discovery = discovered(model, data.first, linears, ignored, carriers=orders)  # more tokens reach more experts
-    kept = lookalikes_of(model) | chosen(linears, discovery.kept, request.ignore, request.targets)
+    fixed = discovery.kept | dict.fromkeys(data.written, Kept.WRITTEN)
+    kept = lookalikes_of(model) | chosen(linears, fixed, request.ignore, request.targets)
     placed = {name for site in discovery.sites for name in site.linears}
     # Heads and routers have no site unless something else reads their input; targets= may still ask for them.
     alone = [Site(n, (n,), (n,), weight_of(linears[n]).shape[1]) for n in linears if n not in placed and n not in kept]

@@ -116,7 +116,7 @@ def decided(
     With ``listen`` it also holds what the model said before.
     """
     linears = linears_to_choose_from(model, request)
-    data = Data.of(model, request, calibration, tokenizer)
+    data = Data.of(model, request, calibration, tokenizer, linears)
     heard = hear(model, data) if listen else None
     heads = attention_to_round(model, request, data)
     rotations, said = rotate_spaces(model, request, data, undo)

@@ -27,7 +27,7 @@ from quantkit.core.report import LayerRecord, Report, attach
 from quantkit.core.scheme import Scheme
 from quantkit.integrations.compressed.layout import METHOD, parse
 from quantkit.integrations.transformers.files import model_class
-from quantkit.integrations.transformers.names import checkpoint_names, one_by_one
+from quantkit.integrations.transformers.names import checkpoint_names
 from quantkit.integrations.transformers.quantizer import NOT_STORED, QuantKitConfig, QuantKitQuantizer, mark
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import unfuse
@@ -56,11 +56,6 @@ class CompressedQuantizer(QuantKitQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._meaning = quantization_config.meaning
         self._schemes: dict[str, Scheme] = {}
-        self._apart = False  # whether experts have been taken apart, because the files have them apart
-
-    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
-        """Experts that were taken apart are read one by one, not joined into one tensor."""
-        return [r for c in weight_conversions for r in (one_by_one(c) if self._apart else [c])]
 
     def _convert_model_for_quantization(self, model: Any) -> None:
         """Do nothing yet: whether experts are taken apart depends on the files, which are only known later."""

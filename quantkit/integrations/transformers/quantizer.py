@@ -48,9 +48,10 @@ from quantkit.core.report import LayerRecord, Report, attach, detach, has_report
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Kept
 from quantkit.core.weights import round_weight
+from quantkit.integrations.transformers.names import one_by_one
 from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
-from quantkit.model.experts import unfuse
+from quantkit.model.experts import is_fused, unfuse
 from quantkit.model.modules import is_conv1d, linears_of, lookalikes_of, replace_module, weight_of
 from quantkit.model.targets import IGNORED, asked_in_float32, matches
 from quantkit.pipeline.account import HEAD_OR_TIED, account, say
@@ -200,6 +201,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.transposed: set[str] = set()
         self._kept: dict[str, str] = {}
+        self._apart = False  # whether all experts have been taken apart, because the files have them apart
 
     def update_tp_plan(self, config: Any) -> Any:
         return config
@@ -208,7 +210,8 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         return config
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
-        return weight_conversions
+        """Experts that were taken apart are read one by one, not joined into one tensor."""
+        return [r for c in weight_conversions for r in (one_by_one(c) if self._apart else [c])]
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         return 1.0 if self.param_needs_quantization(model, param_name) else param.element_size()
@@ -241,7 +244,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         names = _names_in(model, records)
         records, attention = _moved(records, *names), _moved(config.attention or {}, *names)
-        unfuse(model, only=records)
+        self._apart = bool(unfuse(model, only=records)) and not any(is_fused(module) for module in model.modules())
         linears = linears_of(model, untried=True)
         for name, record in records.items():
             if name not in linears:
@@ -251,6 +254,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
                 layer.weight = layer.weight.unsqueeze(-1)
             replace_module(model, name, layer)
         attach_attention(model, empty_quantizers(model, attention, records))
+        _spare(model)
 
     def _expect_float(self, model: Any) -> None:
         """Put INT8 layers in place whose weights arrive in floating point and are rounded then."""
@@ -282,6 +286,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
             others = "".join(f"; {name}: {reason}" for name, reason in list(lookalikes.items())[:1])
             raise ModelError(f"no linear is left to quantize: all are output heads, tied, or ignored{others}")
         self._kept |= lookalikes
+        _spare(model)
 
     def _replace(self, model: Any, name: str, linear: Any, scheme: Scheme, dtype: torch.dtype, threshold: float) -> None:
         k, n = linear.weight.shape if is_conv1d(linear) else linear.weight.shape[::-1]
@@ -297,8 +302,12 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
-        for layer in model.modules():
-            if isinstance(layer, W8A8Linear) and layer.weight.dim() == 3:
+        for name, layer in model.named_modules():
+            if not isinstance(layer, W8A8Linear):
+                continue
+            if self.pre_quantized and not getattr(layer.weight, "_is_hf_initialized", False):
+                raise CheckpointError(f"the files hold no codes for layer {name!r}: they are of another model, or damaged")
+            if layer.weight.dim() == 3:
                 layer.weight = layer.weight.flatten(1)
         if not self.pre_quantized and not config.streams:
             quantize(
@@ -345,6 +354,20 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         detach_attention(model)
         detach(model)
         return model
+
+
+def _spare(model: nn.Module) -> None:
+    """Tell transformers not to initialize INT8 layers, nor modules without tensors around them.
+
+    It initializes every module of a model of which something was missing in the files. The code that does so knows float
+    weights, and may reach from a block into its layers.
+    """
+    inside = {name for name, module in model.named_modules() if isinstance(module, W8A8Linear)}
+    around = {name.rsplit(".", i)[0] for name in inside for i in range(1, name.count(".") + 1)}
+    for name, module in model.named_modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if name in inside or (name in around and not own):
+            module._is_hf_initialized = True
 
 
 def mark(model: Any, config: QuantKitConfig | None = None) -> None:
