@@ -103,6 +103,8 @@ def small(cls: Any, **more: Any) -> Any:
     kinds = list(dict.fromkeys(getattr(plain, "layer_types", None) or ()))
     if kinds and "num_hidden_layers" in values:
         values |= {"layer_types": (kinds * 2)[: max(2, len(kinds))], "num_hidden_layers": max(2, len(kinds))}
+    if "kv_lora_rank" in values:  # every head has keys of its own, made from the few
+        values["num_key_value_heads"] = values["num_attention_heads"]
     rope = getattr(plain, "rope_parameters", None) or getattr(plain, "rope_scaling", None) or {}
     if "mrope_section" in rope:  # of the pairs of channels of a head
         values["rope_parameters"] = rope | {"mrope_section": [2, 3, 3]}
@@ -120,6 +122,8 @@ def batch_for(model: Any) -> dict[str, Tensor]:
     takes, config = inspect.signature(model.forward).parameters, model.config
     text = config.get_text_config()
     ids = torch.randint(4, min(getattr(text, "vocab_size", 128) or 128, 100), (2, 24), generator=random)
+    if isinstance(end := getattr(text, "eos_token_id", None), int):
+        ids[:, -1] = end  # where some classifiers read
     main = model.main_input_name
     batch: dict[str, Tensor] = {}
     if main == "pixel_values":
@@ -137,11 +141,8 @@ def batch_for(model: Any) -> dict[str, Tensor]:
         batch["input_values"] = torch.randn(2, 4000, generator=random)
     else:
         batch[main] = ids
-    if (
-        getattr(config, "is_encoder_decoder", False)
-        and "decoder_input_ids" in takes
-        and not hasattr(model, "classification_head")
-    ):
+    alone = hasattr(model, "classification_head")  # of an encoder and a decoder that read the same
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes and not alone:
         batch["decoder_input_ids"] = ids[:, :8].clone()
     return batch if main == "pixel_values" or "pixel_values" not in takes else with_image(model, batch, random)
 
