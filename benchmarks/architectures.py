@@ -1,4 +1,5 @@
-"""Every kind of model that transformers has, tiny and random: is each right, or refused with advice that works?
+"""Every kind of model that transformers has, and some of diffusers, tiny and random: is each right, or refused with advice that
+works?
 
     python benchmarks/architectures.py [--only PATTERN ...] [--every N] [--jobs N] [--name NAME]
 
@@ -26,6 +27,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import diffusion
 import torch
 import transformers
 from common import record
@@ -76,6 +78,7 @@ def candidates() -> Iterator[tuple[str, str]]:
                 if name not in seen:
                     seen.add(name)
                     yield task, name
+    yield from (("DIFFUSION", name) for name in diffusion.MODELS)
     for names in modeling_auto.MODEL_MAPPING_NAMES.values():
         for name in (names,) if isinstance(names, str) else names:
             if name not in seen:
@@ -172,10 +175,16 @@ def with_image(model: Any, batch: dict[str, Tensor], random: torch.Generator) ->
 
 def build(name: str) -> tuple[nn.Module, dict[str, Tensor], Any] | str:
     """A tiny model, a batch that it runs on and what it says; or why there is none."""
+    torch.manual_seed(0)
+    if name in diffusion.MODELS:
+        import diffusers
+
+        facts, made = diffusion.MODELS[name]
+        model, batch = getattr(diffusers, name)(**facts).eval(), made()
+        return model, batch, outputs_of(model, batch)
     cls = getattr(transformers, name, None)
     if cls is None:
         return "not in this transformers"
-    torch.manual_seed(0)
     try:
         config = small(cls.config_class)
         with torch.device("meta"):
@@ -236,26 +245,33 @@ def judged(model: nn.Module, batch: Any, wanted: list[Tensor], **options: Any) -
     got = outputs_of(quantized, batch)
     faults = [] if row["folding"] <= 1e-3 else [f"folding changed the model by {row['folding']:.1e}"]
     with tempfile.TemporaryDirectory() as folder:
-        for how, through in (("save and load", _saved), ("from_pretrained", _pretrained)):
+        ways = {"save and load": _saved} | (
+            {} if type(model).__name__ in diffusion.MODELS else {"from_pretrained": _pretrained}
+        )
+        for how, through in ways.items():
             try:
-                row[how] = relative_error(got, outputs_of(through(quantized, Path(folder, how)), batch))
+                row[how] = relative_error(got, outputs_of(through(quantized, Path(folder, how), model), batch))
             except quantkit.QuantkitError as refusal:
                 row[how] = f"refused: {refusal}"
                 continue
             if not row[how] <= 1e-6:
-                lost = relative_error(wanted, outputs_of(_pretrained(model, Path(folder, "float")), batch))
-                if how == "from_pretrained" and not lost <= 1e-6:
-                    row[how] = f"the float model does not survive it either: {lost:.1e}"
+                if how == "save and load":
+                    faults.append(f"save and load changed the model by {row[how]:.1e}")
+                    continue
+                lost = relative_error(wanted, outputs_of(_pretrained(model, Path(folder, "float"), model), batch))
+                if lost <= 1e-6:
+                    faults.append(f"from_pretrained changed the model by {row[how]:.1e}")
                 else:
-                    faults.append(f"{how} changed the model by {row[how]:.1e}")
+                    row[how] = f"the float model does not survive it either: {lost:.1e}"
     return row | ({"status": "wrong", "why": "; ".join(faults)} if faults else {})
 
 
-def _saved(model: Any, folder: Path) -> Any:
-    return quantkit.load(quantkit.save(model, folder))
+def _saved(model: Any, folder: Path, original: Any) -> Any:
+    fresh = copy.deepcopy(original) if type(original).__name__ in diffusion.MODELS else None
+    return quantkit.load(quantkit.save(model, folder), model=fresh)
 
 
-def _pretrained(model: Any, folder: Path) -> Any:
+def _pretrained(model: Any, folder: Path, original: Any) -> Any:
     model.save_pretrained(folder)
     return type(model).from_pretrained(folder).eval()
 

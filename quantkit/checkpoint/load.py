@@ -24,7 +24,7 @@ from quantkit.core.report import Report, attach
 from quantkit.layers.attention import CHILD, attach_attention
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import put_back, unfuse
-from quantkit.model.modules import linears_of, replace_module, weight_of
+from quantkit.model.modules import linears_of, names_of, replace_module, weight_of
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
     try:
         layers = _empty_layers(model, record["layers"], stored)
         quantizers = empty_quantizers(model, record.get("attention", {}), layers)
-        added: dict[str, nn.Module] = {**layers}
-        added |= {f"{name}.{CHILD}".removeprefix("."): quantizer for name, quantizer in quantizers.items()}
+        added: dict[str, nn.Module] = {other: layer for name, layer in layers.items() for other in names_of(model, name)}
+        for name, quantizer in quantizers.items():
+            added |= {f"{other}.{CHILD}".removeprefix("."): quantizer for other in names_of(model, name)}
         _check_fit(model, added, stored, tied)
         check_cast_buffers(model, cast)
     except BaseException:

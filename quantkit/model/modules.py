@@ -136,13 +136,19 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         given = {key: value for key, value in vars(old).items() if not key.startswith("_") and key != "forward"}
         vars(new).update(given | vars(new))
     for parent in model.modules():
-        for child, module in parent.named_children():
+        for child, module in list(parent._modules.items()):  # named_children() leaves out second names
             if module is old:
                 setattr(parent, child, new)
                 if is_compiled(parent):
                     parent._initialize()  # type: ignore[operator]  # or it would go on calling the old one
                 if isinstance(parent, nn.TransformerEncoderLayer):
                     without_fast_path(parent)
+
+
+def names_of(model: nn.Module, name: str) -> list[str]:
+    """All names of the module called ``name``, which may be registered at several places of the model."""
+    module = model.get_submodule(name)
+    return [other for other, found in model.named_modules(remove_duplicate=False) if found is module]
 
 
 def _share_hooks(old: Any, new: Any) -> None:

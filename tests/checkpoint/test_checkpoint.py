@@ -130,6 +130,31 @@ def test_leftovers(steps: tuple[str, ...], dtype: torch.dtype, bias: bool, tmp_p
     assert_same(outputs(again, x), outputs(model, x))
 
 
+class Shared(nn.Module):
+    """Modules that are registered at several places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(16), nn.Module()
+        self.inner.head = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        self.again = self.inner.head
+        self.first = self.second = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.again(self.norm(self.first(self.inner.head(self.norm(x))))))
+
+
+def test_modules_with_several_names(tmp_path: Path) -> None:
+    x = normal(8, 16)
+    model = quantkit.quantize(Shared(), calibration=[x], progress=False)
+    assert model.second is model.first
+    assert isinstance(model.second, quantkit.W8A8Linear)
+    again = quantkit.load(quantkit.save(model, tmp_path / "x"), model=Shared())
+    assert again.again is again.inner.head
+    assert again.second is again.first
+    assert_same(again(x), model(x))
+
+
 def test_half_precision(tmp_path: Path) -> None:
     model = quantized(llama().bfloat16(), "smoothquant")
     again = quantkit.load(quantkit.save(model, tmp_path / "out"))

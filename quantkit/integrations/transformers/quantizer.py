@@ -356,18 +356,22 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-def _spare(model: nn.Module) -> None:
-    """Tell transformers not to initialize INT8 layers, nor modules without tensors around them.
+def _spare(model: Any) -> None:
+    """Tell transformers to leave INT8 layers alone, and modules without tensors around them.
 
     It initializes every module of a model of which something was missing in the files. The code that does so knows float
-    weights, and may reach from a block into its layers.
+    weights, and may reach from a block into its layers. It also looks for parameters of layers that are one object under two
+    names.
     """
-    inside = {name for name, module in model.named_modules() if isinstance(module, W8A8Linear)}
+    inside = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, W8A8Linear)}
     around = {name.rsplit(".", i)[0] for name in inside for i in range(1, name.count(".") + 1)}
     for name, module in model.named_modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if name in inside or (name in around and not own):
             module._is_hf_initialized = True
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for pair in [pair for pair in tied.items() if any(name.rpartition(".")[0] in inside for name in pair)]:
+        del tied[pair[0]]
 
 
 def mark(model: Any, config: QuantKitConfig | None = None) -> None:
