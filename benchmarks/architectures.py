@@ -51,6 +51,7 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"qk_rope_head_dim", 16),
     (r"rotary_dim", 8),
     (r"num_queries", 10),
+    (r"(mamba_)?chunk_size", 8),
     (r"q_lora_rank|kv_lora_rank", 32),
     (r"hidden_size|d_model|n_embd|embed_dim|embedding_size|dim|word_embed_proj_dim|projection_dim|conv_dim|hidden_dim", 64),
     (r".*intermediate_size|.*ffn_dim|d_ff|n_inner|ffn_hidden_size|mlp_dim|moe_.*size", 128),
@@ -64,7 +65,7 @@ SMALL: tuple[tuple[str, int], ...] = (
 )
 """What numbers of a configuration become, by their names; the first that matches counts."""
 IDS = re.compile(r".*_token_id|.*_token_index|.*_idx|.*_id")
-SECONDS = 240
+SECONDS = 120
 MAX_PARAMETERS = 60e6
 SHOWN = ("folding", "sqnr_db", "expected_db", "share", "seconds")
 
@@ -101,7 +102,12 @@ def small(cls: Any, **more: Any) -> Any:
                 values[name] = known
             elif IDS.fullmatch(name) and value >= 100:
                 values[name] = 3
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value) and name == "depths":
+        elif (
+            isinstance(value, (list, tuple))
+            and value
+            and all(isinstance(v, int) for v in value)
+            and name in ("depths", "block_sizes")
+        ):
             values[name] = [1] * len(value)
     kinds = list(dict.fromkeys(getattr(plain, "layer_types", None) or ()))
     if kinds and "num_hidden_layers" in values:
