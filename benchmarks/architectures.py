@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 import quantkit
-from quantkit.discovery.equivalence import outputs_of, relative_error
+from quantkit.discovery.equivalence import relative_error, run_alike
 
 TASKS = (
     "CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "CTC",
@@ -102,13 +102,10 @@ def small(cls: Any, **more: Any) -> Any:
                 values[name] = known
             elif IDS.fullmatch(name) and value >= 100:
                 values[name] = 3
-        elif (
-            isinstance(value, (list, tuple))
-            and value
-            and all(isinstance(v, int) for v in value)
-            and name in ("depths", "block_sizes")
-        ):
+        elif name in ("depths", "block_sizes"):
             values[name] = [1] * len(value)
+        elif name == "image_size" and isinstance(value, (list, tuple)):
+            values[name] = [64] * len(value)
     kinds = list(dict.fromkeys(getattr(plain, "layer_types", None) or ()))
     if kinds and "num_hidden_layers" in values:
         values |= {"layer_types": (kinds * 2)[: max(2, len(kinds))], "num_hidden_layers": max(2, len(kinds))}
@@ -168,7 +165,7 @@ def with_image(model: Any, batch: dict[str, Tensor], random: torch.Generator) ->
     image = {"pixel_values": torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=random)}
     for _ in range(2):
         try:
-            outputs_of(copy.deepcopy(model), batch | image)
+            run_alike(copy.deepcopy(model), batch | image)
             return batch | image
         except Exception as error:  # noqa: BLE001  of the model's code, which may raise anything
             features = re.search(r"features:? (\d+)", str(error))
@@ -187,7 +184,7 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor], Any] | str:
 
         facts, made = diffusion.MODELS[name]
         model, batch = getattr(diffusers, name)(**facts).eval(), made()
-        return model, batch, outputs_of(model, batch)
+        return model, batch, run_alike(model, batch)
     cls = getattr(transformers, name, None)
     if cls is None:
         return "not in this transformers"
@@ -199,10 +196,10 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor], Any] | str:
             return f"no small configuration: {size / 1e6:.0f} million parameters"
         model = cls(config).eval()
         for parameter in model.parameters():  # weights large enough for every layer to matter
-            if parameter.dim() == 2 and parameter.numel() and parameter.is_floating_point():
-                parameter.data.normal_(std=float(parameter.shape[1]) ** -0.5)
+            if parameter.dim() >= 2 and parameter.numel() and parameter.is_floating_point():
+                parameter.data.normal_(std=float(parameter.numel() / len(parameter)) ** -0.5)
         batch = batch_for(model)
-        wanted = outputs_of(copy.deepcopy(model), batch)  # some write to their weights when they first run
+        wanted = run_alike(copy.deepcopy(model), batch)  # some write to their weights when they first run
     except Exception as error:  # noqa: BLE001  an automatic configuration need not make sense
         return f"no small configuration: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
     if not wanted or not all(bool(t.isfinite().all()) for t in wanted):
@@ -240,7 +237,7 @@ def judged(model: nn.Module, batch: Any, wanted: list[Tensor], **options: Any) -
     """Whether everything that is promised holds for this model."""
     row: dict[str, Any] = {"status": "right", "parameters": sum(p.numel() for p in model.parameters())}
     folded = quantkit.quantize(copy.deepcopy(model), scheme=None, calibration=[batch], progress=False, **options)
-    row["folding"] = relative_error(wanted, outputs_of(folded, batch))
+    row["folding"] = relative_error(wanted, run_alike(folded, batch))
     quantized = quantkit.quantize(copy.deepcopy(model), calibration=[batch], progress=False, **options)
     report = quantkit.report(quantized)
     row["int8"] = sum(layer.kind == "int8" for layer in report.layers)
@@ -248,7 +245,7 @@ def judged(model: nn.Module, batch: Any, wanted: list[Tensor], **options: Any) -
     row["share"] = report.share([layer for layer in report.layers if layer.kind == "int8"])
     assert report.verification is not None
     row["sqnr_db"], row["expected_db"] = report.verification.sqnr_db, report.verification.expected_db
-    got = outputs_of(quantized, batch)
+    got = run_alike(quantized, batch)
     faults = [] if row["folding"] <= 1e-3 else [f"folding changed the model by {row['folding']:.1e}"]
     with tempfile.TemporaryDirectory() as folder:
         ways = {"save and load": _saved} | (
@@ -256,7 +253,7 @@ def judged(model: nn.Module, batch: Any, wanted: list[Tensor], **options: Any) -
         )
         for how, through in ways.items():
             try:
-                row[how] = relative_error(got, outputs_of(through(quantized, Path(folder, how), model), batch))
+                row[how] = relative_error(got, run_alike(through(quantized, Path(folder, how), model), batch))
             except quantkit.QuantkitError as refusal:
                 row[how] = f"refused: {refusal}"
                 continue
@@ -264,7 +261,7 @@ def judged(model: nn.Module, batch: Any, wanted: list[Tensor], **options: Any) -
                 if how == "save and load":
                     faults.append(f"save and load changed the model by {row[how]:.1e}")
                     continue
-                lost = relative_error(wanted, outputs_of(_pretrained(model, Path(folder, "float"), model), batch))
+                lost = relative_error(wanted, run_alike(_pretrained(model, Path(folder, "float"), model), batch))
                 if lost <= 1e-6:
                     faults.append(f"from_pretrained changed the model by {row[how]:.1e}")
                 else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import nn
 
 from quantkit.core.sites import Kept, Producer, Site
@@ -18,12 +19,17 @@ UNEQUAL = "another linear reads these channels in vectors of another length"
 
 
 def join(
-    linears: Mapping[str, nn.Module], reference: Trace, origins: Mapping[str, Origin], kept: Mapping[str, Kept]
+    linears: Mapping[str, nn.Module],
+    norms: Mapping[str, nn.Module],
+    reference: Trace,
+    origins: Mapping[str, Origin],
+    kept: Mapping[str, Kept],
 ) -> list[Site]:
     """The sites of a model, each with the producer that explains the inputs of all of its linears, or the reason for none.
 
     Args:
         linears: name -> module.
+        norms: the same for what writes channels besides linears.
         reference: a pass of the probe, which shows which linears read the very same tensor.
         origins: name of a linear -> where its input comes from, where that is known.
         kept: linears that stay in floating point; a site of such linears alone is left out.
@@ -33,7 +39,7 @@ def join(
         if all(name in kept for name in names):
             continue
         first_of_tensor = {tuple(reference.identities[name]): name for name in reversed(names)}
-        producer, reason = _common_producer(names, linears, reference, origins, kept) if alone else (None, UNEQUAL)
+        producer, reason = _common_producer(names, linears, norms, reference, origins, kept) if alone else (None, UNEQUAL)
         sites.append(
             Site(
                 name=names[0],
@@ -84,6 +90,7 @@ def _of_one_width(sets: list[list[str]], linears: Mapping[str, nn.Module]) -> It
 def _common_producer(
     names: Sequence[str],
     linears: Mapping[str, nn.Module],
+    norms: Mapping[str, nn.Module],
     reference: Trace,
     origins: Mapping[str, Origin],
     kept: Mapping[str, Kept],
@@ -100,6 +107,9 @@ def _common_producer(
     unseen = first_unseen(inside, weight_of(linears[names[0]]).shape[1], linears, reference)
     if unseen is not None:
         return None, f"{unseen} never ran in the probe and may read it too"
+    other = unseen_double(origin.module, {**norms, **linears}, reference.reached)
+    if other is not None:
+        return None, f"{other} never ran in the probe and may write it too"
     kind: Literal["linear", "norm"] = "linear" if origin.module in linears else "norm"
     return Producer(origin.module, kind, origin.rows, origin.power), ""
 
@@ -108,3 +118,14 @@ def first_unseen(names: Sequence[str], channels: int, linears: Mapping[str, nn.M
     """The first of these linears that never ran in the probe and has so many input channels: it may be one more reader."""
     unseen = (name for name in names if name not in reference.inputs and weight_of(linears[name]).shape[1] == channels)
     return next(unseen, None)
+
+
+def unseen_double(producer: str, modules: Mapping[str, nn.Module], ran: Container[str]) -> str | None:
+    """A module beside ``producer`` that is like it and never ran: other tokens, such as those of images, may go through it."""
+    block, like = producer.rpartition(".")[0], modules[producer]
+
+    def shapes(module: nn.Module) -> list[torch.Size]:
+        return [p.shape for p in module.parameters(recurse=False)]
+
+    beside = (n for n in modules if n.rpartition(".")[0] == block and n != producer and n not in ran)
+    return next((n for n in beside if type(modules[n]) is type(like) and shapes(modules[n]) == shapes(like)), None)

@@ -37,6 +37,7 @@ class Trace:
         outputs: the floating-point tensors among the model's outputs.
         norm_calls: name of a norm -> the positional and keyword arguments of its first call.
         norm_widths: name of a norm -> its number of channels. Norms that did not run are absent.
+        reached: names of linears and norms that ran on at least one token.
     """
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Trace:
     outputs: list[Tensor] = field(default_factory=list)
     norm_calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     norm_widths: dict[str, int] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
     _alive: list[Tensor] = field(default_factory=list)  # so that no address in `identities` is used twice within the pass
 
 
@@ -113,6 +115,8 @@ class Probe:
             calls = trace.inputs.setdefault(name, [])
             y = self._values(name, len(calls), (*x.shape[:-1], len(weight)), weight)
             calls.append(x.clone())
+            if x.numel():
+                trace.reached.add(name)
             key = (x.data_ptr(), x.numel(), x.stride(-1), 0 if x.is_inference() else x._version)
             trace.identities.setdefault(name, []).append(key)
             trace._alive.append(x)
@@ -144,6 +148,8 @@ def _norm_hook(name: str, trace: Trace, multiplier: Tensor | None) -> Any:
         if isinstance(output, Tensor) and any(p.numel() == output.shape[-1] for p in module.parameters()):
             trace.norm_calls.setdefault(name, (args, kwargs))
             trace.norm_widths[name] = output.shape[-1]
+            if output.numel():
+                trace.reached.add(name)
             return output if multiplier is None else output * multiplier.to(output)
         return output
 

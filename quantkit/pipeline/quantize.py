@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from quantkit.calibration.data import probe_batch
 from quantkit.calibrators import Calibrator
 from quantkit.core.progress import Progress
 from quantkit.core.report import attach
@@ -43,6 +44,9 @@ from quantkit.pipeline.prove import prove
 from quantkit.pipeline.restore import as_it_was, can_be_kept, experts_apart
 from quantkit.pipeline.spaces import rotate_spaces
 from quantkit.pipeline.verify import hear, verified
+
+PROOF_TOKENS = 2048
+"""More than probing takes: tokens of another kind, such as those of images, take other ways through a model."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -122,6 +126,6 @@ def decided(
     rotations, said = rotate_spaces(model, request, data, undo)
     found = find_sites(model, request, data, linears)
     decision = decide(model, request, data, found, rotations, said)
-    plan = prove(model, decision.plan, data.piece)
+    plan = prove(model, decision.plan, probe_batch(model, data.first, PROOF_TOKENS))
     attention = decide_attention(model, plan, request, data, heads)
     return replace(decision, plan=replace(plan, attention=attention), heard=heard)

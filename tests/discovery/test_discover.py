@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit.discovery import discover
+from quantkit.discovery.equivalence import outputs_of, relative_error
 
 # ---- what may be folded, and what may not ------------------------------------------------------------------------------------
 
@@ -354,3 +355,32 @@ def test_readers_of_unequal_width_share_no_site(scheme: str | None) -> None:
         if not (scheme is None and method == "best"):
             model = quantkit.quantize(build(), method, scheme=scheme, calibration=[X], progress=False)
             assert quantkit.report(model).verification is not None
+
+
+class TwoWays(nn.Module):
+    """Tokens above a limit take a norm of their own, in front of the same linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.rare_norm = nn.Embedding(32, 16), nn.LayerNorm(16), nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        rare = ids >= 24
+        y = torch.empty_like(x)
+        y[~rare], y[rare] = self.norm(x[~rare]), self.rare_norm(x[rare])
+        return x + self.down(self.up(y).relu())
+
+
+def test_a_norm_beside_one_that_no_token_took_is_not_folded_into() -> None:
+    """What was proven for the tokens of the data would be wrong for others."""
+    torch.manual_seed(0)
+    model, ids = TwoWays(), torch.arange(24)[None]
+    site = discover(model, ids).sites[0]
+    assert site.producer is None
+    assert "rare_norm never ran" in site.reason
+    both = torch.arange(32)[None]
+    wanted = outputs_of(model, both)
+    quantkit.quantize(model, scheme=None, calibration=[ids], progress=False)
+    assert relative_error(wanted, outputs_of(model, both)) < 1e-5

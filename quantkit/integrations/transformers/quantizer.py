@@ -51,7 +51,7 @@ from quantkit.core.weights import round_weight
 from quantkit.integrations.transformers.names import one_by_one
 from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
-from quantkit.model.experts import is_fused, unfuse
+from quantkit.model.experts import Experts, is_fused, unfuse
 from quantkit.model.modules import is_conv1d, linears_of, lookalikes_of, replace_module, weight_of
 from quantkit.model.targets import IGNORED, asked_in_float32, matches
 from quantkit.pipeline.account import HEAD_OR_TIED, account, say
@@ -357,18 +357,17 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _spare(model: Any) -> None:
-    """Tell transformers to leave INT8 layers alone, and modules without tensors around them.
+    """Tell transformers to leave INT8 layers alone, and experts that were taken apart.
 
     It initializes every module of a model of which something was missing in the files. The code that does so knows float
-    weights, and may reach from a block into its layers. It also looks for parameters of layers that are one object under two
+    weights, and reaches from a block into its experts. It also looks for parameters of layers that are one object under two
     names.
     """
-    inside = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, W8A8Linear)}
-    around = {name.rsplit(".", i)[0] for name in inside for i in range(1, name.count(".") + 1)}
-    for name, module in model.named_modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if name in inside or (name in around and not own):
-            module._is_hf_initialized = True
+    modules = dict(model.named_modules(remove_duplicate=False))
+    inside = {name for name, module in modules.items() if isinstance(module, W8A8Linear)}
+    experts = {name for name, module in modules.items() if isinstance(module, Experts)}
+    for name in inside | experts | {name.rpartition(".")[0] for name in experts}:
+        modules[name]._is_hf_initialized = True
     tied = getattr(model, "all_tied_weights_keys", {})
     for pair in [pair for pair in tied.items() if any(name.rpartition(".")[0] in inside for name in pair)]:
         del tied[pair[0]]
