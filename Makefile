@@ -28,17 +28,7 @@ dist: $(VENV)/.ready
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/twine check --strict dist/*
-	$(PYTHON) -m venv --clear dist/env
-	dist/env/bin/pip install --quiet -c constraints.txt dist/*.whl
-	cd dist && env/bin/quantkit --version && env/bin/python -c "$$MLP"
-	rm -rf dist/env
-
-define MLP
-import torch, quantkit
-model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
-print(quantkit.report(quantkit.quantize(model, calibration=[torch.randn(32, 64)])))
-endef
-export MLP
+	OMP_NUM_THREADS=1 $(BIN)/python tests/installed.py dist/*.whl
 
 transformers-matrix: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/integrations/transformers_matrix.py

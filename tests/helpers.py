@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 import quantkit
@@ -21,6 +23,8 @@ from quantkit.core.weights import quantize_weight
 from quantkit.model.modules import tensors_in
 
 VOCAB, WIDTH = 64, 32
+WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(VOCAB - 3))]
+TEXT = " ".join(WORDS[3 + i * i % (VOCAB - 3)] for i in range(200))
 
 
 class MLP(nn.Module):
@@ -51,6 +55,17 @@ def llama(**options: Any) -> Any:
         "tie_word_embeddings": False,
     }  # fmt: skip
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | options)).eval()
+
+
+def write_llama(folder: Path) -> Path:
+    """The folder of a small Llama with a tokenizer, for which a token is a word."""
+    torch.manual_seed(0)
+    llama().save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return folder
 
 
 def gpt2() -> Any:

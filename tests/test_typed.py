@@ -1,17 +1,19 @@
-"""Code that is written as the docs say passes ``mypy --strict`` against the wheel that users install."""
+"""Code that is written as the docs say passes ``mypy --strict`` against the package as users have it."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from pages import ROOT, examples
 
 SHIPPED = """
+from pathlib import Path
+
+from torch import Tensor, nn
+
 import quantkit
 from quantkit import Calibrator, PerSite, Progress, Stage, Statistic
 from quantkit.calibrators.base import Foreseen, HeadClusters
@@ -49,6 +51,21 @@ shown: Progress = show
 one = Loose("loose")
 quantkit.register_method("fixed", Fixed)
 quantkit.register_method("both", lambda: [quantkit.SmoothQuant(), Fixed()])
+
+
+def wrapped(model: nn.Module, batches: list[Tensor], folder: Path, fresh: nn.Module) -> tuple[nn.Module, float]:
+    quantkit.quantize(model, ["smoothquant", one], calibration=batches, ignore=["head"], progress=show)
+    plain = [layer.name for layer in quantkit.report(model).layers if layer.kind == "float"]
+    quantkit.save(model, folder / "int8")
+    again = quantkit.load(folder / "int8", model=fresh)
+    same = quantkit.verify_equivalence(again, model, batches[0])
+    return again, same.error if same.holds else float(len(plain))
+
+
+def decided(model: nn.Module, batches: list[Tensor], folder: Path) -> nn.Module:
+    quantkit.save_plan(quantkit.plan(model, "best", calibration=batches, scheme=quantkit.Scheme.parse("w8a8-asym")), folder)
+    with quantkit.use_backend("reference"):
+        return quantkit.convert(model, quantkit.load_plan(folder))
 """
 
 CONFIG = """
@@ -62,23 +79,23 @@ follow_imports = skip
 """Some functions of torch have no types, such as ``Tensor.backward``. What is skipped takes minutes and is in no signature."""
 
 
+def write_code_of_users(folder: Path) -> list[str]:
+    """Write programs and a configuration of mypy into a folder, and return the arguments with which Python checks them."""
+    programs = {"shipped": SHIPPED} | examples(ROOT / "docs" / "calibrators.md")
+    assert len(programs) > 6
+    for name, code in programs.items():
+        (folder / f"{name}.py").write_text(code, encoding="utf-8")
+    (folder / "mypy.ini").write_text(CONFIG, encoding="utf-8")
+    return ["-m", "mypy", "--config-file=mypy.ini", *(f"{name}.py" for name in programs)]
+
+
 def test_examples_and_calibrators_are_typed(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    assert (tmp_path / "site" / "quantkit" / "py.typed").is_file()
-    (tmp_path / "mypy.ini").write_text(CONFIG)
-    (tmp_path / "shipped.py").write_text(SHIPPED)
-    page = (ROOT / "docs" / "calibrators.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^```python\n# test: (\S+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(examples) > 5
-    for name, code in examples:
-        (tmp_path / f"{name}.py").write_text(code)
+    """``make dist`` checks the same against the wheel."""
+    arguments = write_code_of_users(tmp_path)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "quantkit").symlink_to(ROOT / "quantkit")
     # What PYTHONPATH names counts as installed, so that mypy asks for py.typed, and shows no errors inside of the package.
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    check = [sys.executable, "-m", "mypy", "--config-file=mypy.ini", f"--cache-dir={ROOT / '.mypy_cache' / 'users'}"]
-    files = sorted(path.name for path in tmp_path.glob("*.py"))
-    done = subprocess.run([*check, *files], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, *arguments, f"--cache-dir={ROOT / '.mypy_cache' / 'users'}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

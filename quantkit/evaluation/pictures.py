@@ -1,6 +1,7 @@
 """A picture of what smoothing does to the activations and weights of one site of a language model.
 
-The site is the one behind a norm whose largest channel stands out most, since there quantization loses most.
+The site is the one behind a norm whose largest channel stands out most, since there quantization loses most. What was
+before and what is after have the same scale.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ def draw(before: nn.Module, after: nn.Module, window: Tensor, path: Path, *, tit
             "weight, smoothed": weights_of(after, site),
         }
     figure = plt.figure(figsize=(13, 8.5), layout="constrained")
-    for index, (panel, values) in enumerate(panels.items()):
+    shown = {panel: values.abs()[:96] for panel, values in panels.items()}
+    for index, (panel, rows) in enumerate(shown.items()):
         axes: Any = figure.add_subplot(2, 2, index + 1, projection="3d")
-        rows = values.abs()[: min(len(values), 96)].numpy()
+        top = max(float(other.max()) for name, other in shown.items() if name.split(",")[0] == panel.split(",")[0])
         y, x = torch.meshgrid(
             torch.arange(rows.shape[0], dtype=torch.int64, device="cpu"),
             torch.arange(rows.shape[1], dtype=torch.int64, device="cpu"),
             indexing="ij",
         )
-        axes.plot_surface(
-            x.numpy(), y.numpy(), rows, cmap="viridis", rcount=96, ccount=rows.shape[1], linewidth=0, antialiased=False
-        )
+        look = {"cmap": "viridis", "vmin": 0, "vmax": top, "linewidth": 0, "antialiased": False}
+        axes.plot_surface(x.numpy(), y.numpy(), rows.numpy(), rcount=96, ccount=rows.shape[1], **look)
         axes.set(xlabel="input channel", ylabel="token" if index < 2 else "output channel", zlabel="|value|", title=panel)
-        axes.set_zlim(0, float(panels[panel.replace("smoothed", "original")].abs().max()) if index < 2 else None)
+        axes.set_zlim(0, top)
         axes.view_init(elev=25, azim=-55)
     figure.suptitle(
         f"{title}, input of {', '.join(n.rpartition('.')[2] for n in site.linears)} in {site.name.rpartition('.')[0]}"
@@ -68,9 +69,9 @@ def draw(before: nn.Module, after: nn.Module, window: Tensor, path: Path, *, tit
 
 
 def spikiness(x: Tensor) -> float:
-    """How far the largest channel of ``x [T, K]`` stands out: its maximum over the median of all channel maxima."""
-    top = x.abs().amax(0)
-    return float(top.max() / top.median())
+    """How far the largest channel of ``x [T, K]`` stands out: its mean magnitude over the median of that of all channels."""
+    size = x.abs().mean(0)
+    return float(size.max() / size.median())
 
 
 def input_of(model: nn.Module, site: Site, window: Tensor) -> Tensor:

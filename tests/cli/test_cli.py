@@ -15,17 +15,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as T
-from helpers import VOCAB, llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from helpers import TEXT, VOCAB, write_llama
 from typer.testing import CliRunner, Result
 
 import quantkit
 from quantkit.calibrators import methods
+from quantkit.cli import demo
 from quantkit.cli.app import app, run
 
-WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(VOCAB - 3))]
-TEXT = " ".join(WORDS[3 + i * i % (VOCAB - 3)] for i in range(200))
 runner = CliRunner()
 
 
@@ -33,12 +30,7 @@ runner = CliRunner()
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float model with its tokenizer, and a text."""
     root = tmp_path_factory.mktemp("cli")
-    torch.manual_seed(0)
-    llama().save_pretrained(root / "float")
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(root / "float")
+    write_llama(root / "float")
     (root / "text.txt").write_text(TEXT)
     return root
 
@@ -345,6 +337,25 @@ def test_without_transformers(command: Callable[..., Any], folder: Path, int8: P
         code, out, error = command(*arguments)
         assert (code, out, error.count("\n")) == (1, "", 1), error
         assert "pip install 'quantkit-w8a8[transformers]'" in error
+
+
+def test_without_other_packages(command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for arguments, word in ((["inspect", "some.gguf"], "gguf"), (["demo", "-o", tmp_path / "no"], "'quantkit-w8a8[demo]'")):
+        code, out, error = command(*arguments)
+        assert (code, out, error.count("\n")) == (1, "", 1), error
+        assert f"pip install {word}" in error
+    assert not (tmp_path / "no").exists()
+
+
+def test_speeds_of_the_demo_are_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models take turns, and the first round does not count."""
+    said = iter([(99.0, 0.0), (98.0, 0.0), (1.0, 3.0), (10.0, 30.0), (9.0, 1.0), (90.0, 10.0), (2.0, 2.0), (20.0, 20.0)])
+    asked = []
+    monkeypatch.setattr(demo, "speed", lambda model, window: (asked.append(model), next(said))[1])
+    found = demo.speeds({"a": "A", "b": "B"}, torch.zeros(4), rounds=3)
+    assert asked == ["A", "B"] * 4
+    assert found == {"a": {"prefill tok/s": 2, "decode tok/s": 2}, "b": {"prefill tok/s": 20, "decode tok/s": 20}}
 
 
 def test_facts_as_json(folder: Path, command: Callable[..., Any], tmp_path: Path) -> None:

@@ -32,14 +32,13 @@ def check_float(path: str) -> None:
     """Refuse what :func:`load_float` could not open, as far as this can be said without loading anything.
 
     Raises:
-        ModelError: transformers is not installed, or ``path`` is no folder, or one that is quantized.
+        ModelError: transformers is not installed, or gguf for such a file, or ``path`` is no folder, or one that is quantized.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ModelError(f"{path} is a model of transformers, which is not installed: {PIP_HINT}")
-    if path == SMOLLM2:
-        smollm2_file()
-        return
-    place = Path(path)
+    place = smollm2_file() if path == SMOLLM2 else Path(path)
+    if place.suffix == ".gguf" and importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{place.name} is read by the package gguf, which is not installed: pip install gguf")
     if place.is_file() and place.suffix != ".gguf":
         raise ModelError(f"{path} is a file: name the folder that it is in, or a .gguf file")
     if not place.exists() and (place.suffix == ".gguf" or path.count("/") > 1 or path.startswith((".", "/", "~"))):
