@@ -8,6 +8,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # GPU kernels run on the CPU, in the inter
 import interpreter
 import pytest
 import torch
+from found import find
 from hypothesis import settings
 
 interpreter.set_up()
@@ -18,3 +19,10 @@ settings.load_profile("quantkit")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of one model are searched for sites once: see found.py."""
+    for user in ("pipeline.find", "calibrators.rotate"):
+        monkeypatch.setattr(f"quantkit.{user}.discover", find)

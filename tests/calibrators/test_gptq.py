@@ -33,6 +33,8 @@ from quantkit.core.numerics import absmax_scale, decode, encode, qmax
 from quantkit.core.scheme import Scheme
 from quantkit.core.weights import quantize_weight
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 
 def surgery(weight: Tensor, absmax: Tensor, moment: Tensor, order: list[int], bits: int) -> Tensor:
     """Codes by the definition: after each column, the columns not yet rounded move to the least squares optimum."""

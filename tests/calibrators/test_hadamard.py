@@ -18,6 +18,8 @@ from quantkit import Hadamard, LLMInt8, MethodError, PerSite, Rotation, SiteView
 from quantkit.calibrators.noise import noise, rotated
 from quantkit.core.scheme import Scheme
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 
 class Net(nn.Module):
     def __init__(self, width: int = 192, hidden: int = 96) -> None:

@@ -17,6 +17,8 @@ import quantkit
 from quantkit import LLMInt8, MethodError, SmoothQuant, W8A8Linear
 from quantkit.core.weights import quantize_weight
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 HOT = [3, 17, 40]
 
 

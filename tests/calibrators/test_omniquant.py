@@ -369,6 +369,8 @@ sys.path[:0] = {path!r}
 from test_omniquant import learn, llama
 import torch
 from quantkit import OmniQuant
+
+pytestmark = pytest.mark.usefixtures("found_once")
 class Kill(logging.Handler):
     def emit(self, record):
         if "model.layers.1," in record.getMessage(): os.kill(os.getpid(), signal.SIGKILL)

@@ -23,6 +23,8 @@ from quantkit.discovery.residual import find_stream
 from quantkit.model.experts import unfuse
 from quantkit.model.modules import weight_of
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 TURNING = {
     # embeddings, writers, readers, norms with parameters; a block has two writers and a norm for each branch
     "llama": (1, 4, 11, 5),

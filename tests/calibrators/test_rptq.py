@@ -42,6 +42,8 @@ from quantkit.discovery.equivalence import outputs_of, relative_error
 from quantkit.ops import reference
 from quantkit.ops.table import use_backend
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 SCHEMES = ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym"]
 
 
@@ -227,11 +229,11 @@ def test_every_family(name: str, caplog: pytest.LogCaptureFixture) -> None:
     model, batch = build(name), FAMILIES[name].batch()
     wanted = outputs_of(model, batch)
     errors = []
-    for method in (quantkit.RTN(), Shuffle()):
+    for method in (Shuffle(), quantkit.RTN()):  # what is found for the first one holds for both
         ours = quantkit.quantize(copy.deepcopy(model), method, calibration=[batch], progress=False)
         errors.append(relative_error(wanted, outputs_of(ours, batch)))
     assert "cannot be folded" not in caplog.text
-    assert errors[1] <= 1.5 * errors[0] + 1e-3
+    assert errors[0] <= 1.5 * errors[1] + 1e-3
 
 
 def test_norm_producers_gather_at_run_time() -> None:

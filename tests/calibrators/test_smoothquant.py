@@ -27,6 +27,8 @@ from quantkit.calibrators import SiteView
 from quantkit.calibrators.smoothquant import DEAD, smooth_scale
 from quantkit.model.modules import linears_of
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 EPS = 2.0**-24
 
 

@@ -28,6 +28,8 @@ from quantkit.calibrators import methods
 from quantkit.checkpoint import files, record, save
 from quantkit.core.facts import OPTIONAL
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 SHARD = "model-00001-of-00001.safetensors"
 
 

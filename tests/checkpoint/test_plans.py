@@ -20,6 +20,8 @@ from quantkit.checkpoint.files import sha256_of
 from quantkit.checkpoint.plans import PLAN_FILE, TENSORS_FILE
 from quantkit.checkpoint.record import digest_of
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 BUILD = {"mlp": lambda: mlp(outliers=True), "llama": llama, "gpt2": gpt2, "mixtral": lambda: FAMILIES["mixtral"].build().eval()}
 CASES: list[tuple[str, Any, str | None]] = [
     ("mlp", "smoothquant", "w8a8"),

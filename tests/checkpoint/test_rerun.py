@@ -20,6 +20,8 @@ from quantkit.checkpoint.rerun import CHECK_FILE, SAMPLE
 from quantkit.core.numerics import sqnr_db
 from quantkit.model.example import made_up
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 SAME = "gives the same bits"
 
 

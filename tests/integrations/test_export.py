@@ -29,6 +29,8 @@ from quantkit.integrations.compressed.layout import parse
 from quantkit.model.modules import call, replace_module, tensors_in
 from quantkit.ops.cpu.backend import has_integer_product
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 SCHEMES = ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym"]
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "llmcompressor"
 MADE = ["dynamic", "dynamic-asym", "static", "static-asym", "pertensor"]

@@ -20,6 +20,8 @@ from transformers.quantizers import auto
 import quantkit
 from quantkit import W8A8Linear
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 
 @pytest.fixture
 def stranger(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:

@@ -28,6 +28,8 @@ import quantkit
 from quantkit import MethodError, QuantKitConfig, W8A8Linear
 from quantkit.core.weights import quantize_weight
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 TOKENS = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 
 

@@ -24,6 +24,8 @@ from quantkit.discovery.attention import find_attention
 from quantkit.layers.attention import AttentionQuantizer, attach_attention, attention_quantizers, detach_attention
 from quantkit.ops.attention import attention, round_heads
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 PAPER = "w4a4-static-asym-norm8-kv4-attention4"
 DYNAMIC = "w8a8-kv4-attention4"
 

@@ -47,6 +47,13 @@ STEPS = [
     ("shift", "scale", "outliers", "permutation", "rotation", "groups"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SHAPES = [
+    (1, 1), (1, 64), (64, 1),  # one channel, one output
+    (7, 5),  # less than a step of anything
+    (63, 65), (64, 64),  # beside a step of K and a tile of N, and both of them full
+    (577, 33), (33, 577),  # several steps of K, several tiles of N, and tails
+]  # fmt: skip
+"""Channels and outputs of layers. GPUs take tiles of 64 outputs, of 16, 32, 64 or 128 tokens, and steps of K of 128."""
 VARIANTS = [(name, how) for name in backends() for how in (("native", "plain", "no-vnni") if name == "cpu" else ("",))]
 
 
@@ -129,12 +136,16 @@ def test_the_native_passes_build() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("steps", [(), ("groups",)], ids=str)
 def test_shapes(backend: str, scheme: str, bias: bool, steps: tuple[str, ...]) -> None:
-    for k, n in ((1, 1), (1, 64), (64, 1), (7, 5), (63, 65), (64, 64), (577, 33), (33, 577)):
+    for at, (k, n) in enumerate(SHAPES):
+        # In Triton's interpreter each shape, and each scheme, has a bias in one half of its cases and none in the other.
+        if backend == "triton" and (at + SCHEMES.index(scheme)) % 2 == bias:
+            continue
         module = layer(k, n, scheme, bias=bias, steps=steps)
         for m in (0, 1, 2, 17, 300) if k * n < 5000 else (1, 17):
-            # Triton's interpreter takes rows one by one: so many only where they fill tiles of every kind
-            if m < 300 or backend != "triton" or (k, n) == (63, 65):
-                check(module, hostile(m, k))
+            # It takes rows one by one: there 130 of one shape fill a tile of 128, and two of the next.
+            if backend == "triton" and m == 300:
+                m = 130 if (k, n) == (63, 65) else 0
+            check(module, hostile(m, k))
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-static-asym", "w4a4"])
@@ -171,11 +182,12 @@ def test_rotations_in_c(k: int, block: int, others: tuple[str, ...], dtype: torc
 
 @pytest.mark.parametrize("steps", STEPS, ids="+".join)
 def test_compiled_before_it_ever_ran(backend: str, steps: tuple[str, ...]) -> None:
-    """The weight is then packed while it is traced."""
+    """The weight is then packed while it is traced. C++ is made of no step, and of all, which has each of them in it."""
     torch.compiler.reset()
     module, x = layer(40, 19, "w8a8", steps=steps), torch.randn(17, 40)
+    made = "inductor" if steps in ((), ("groups",), STEPS[-3], STEPS[-1]) else "aot_eager"
     with torch.inference_mode():
-        got = torch.compile(module, fullgraph=True)(x)
+        got = torch.compile(module, fullgraph=True, backend=made)(x)
         near(got, module(x), f"{module}")
 
 
@@ -361,7 +373,8 @@ def test_float32_holds_every_sum_of_so_many_products() -> None:
 @pytest.mark.parametrize("steps", [(), ("scale",), ("rotation",), ("groups",)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_token_is_the_same_in_any_company(backend: str, scheme: str, steps: tuple[str, ...], dtype: torch.dtype) -> None:
-    module, x = layer(96, 70, scheme, steps=steps), hostile(17, 96, dtype)
+    # 70 outputs make programs beyond count in Triton's interpreter; 21 are more than one for a token, and a tail
+    module, x = layer(96, 21 if backend == "triton" else 70, scheme, steps=steps), hostile(17, 96, dtype)
     assert_same(torch.cat([module(row[None]) for row in x]), module(x))
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import quantkit
 from quantkit.core.report import LayerRecord, Report, percent
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 
 class Stacked(nn.Module):
     """Two experts in one parameter, both of which see everything."""

@@ -24,6 +24,8 @@ from quantkit.discovery.equivalence import outputs_of
 from quantkit.model.experts import unfuse
 from quantkit.model.modules import first_input, linears_of, map_tensors, weight_of
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 transformers.logging.set_verbosity_error()
 every_family = pytest.mark.parametrize("name", FAMILIES)
 

@@ -20,6 +20,8 @@ from quantkit import GPTQ, Hadamard, LLMInt8, OmniQuant, PerSite, QuantkitError,
 from quantkit.calibrators import RTN, methods, resolve
 from quantkit.pipeline.quantize import quantize
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 BATCHES = [tokens(2, 24, seed=i) for i in range(3)]
 
 

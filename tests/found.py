@@ -1,0 +1,39 @@
+"""What discovery finds in a model, found once: most of the time of quantizing a tiny model goes into it.
+
+For tests of what comes after discovery, which quantize copies of one model in many ways. Models count as copies if their code,
+configuration, weights and batch are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from digests import digest
+from torch import nn
+
+from quantkit.core.sites import Discovery
+from quantkit.discovery import discover
+from quantkit.model.modules import tensors_in
+
+FOUND: dict[tuple[str, bool], Discovery] = {}
+
+
+def find(model: nn.Module, batch: Any, *, carriers: bool = False, real: Any = frozenset()) -> Discovery:
+    """As :func:`quantkit.discover`."""
+    code = [(name, f"{type(m).__module__}.{type(m).__qualname__}", m.training) for name, m in model.named_modules()]
+    values = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first = {id(tensor): name for name, tensor in reversed(values)}
+    shared = [first[id(tensor)] for _, tensor in values]
+    given = [
+        type(batch),
+        *(batch if isinstance(batch, dict) else ()),
+        digest((str(i), t) for i, t in enumerate(tensors_in(batch))),
+    ]
+    facts = code, str(model), str(getattr(model, "config", "")), digest(values), shared, given, sorted(real)
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()
+    for with_carriers in {carriers, True}:  # what asks for no carriers does not look at them
+        if (key, with_carriers) in FOUND:
+            return FOUND[key, with_carriers]
+    FOUND[key, carriers] = discover(model, batch, carriers=carriers, real=real)
+    return FOUND[key, carriers]
