@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from quantkit.calibrators.learned.omniquant import distance
 from quantkit.calibrators.learned.rounding import RoundRows, round_activation, round_symmetric
 from quantkit.core.formats import Int, PerToken, Quantized
 from quantkit.core.numerics import qmax
+
+pytestmark = pytest.mark.usefixtures("found_once")
 
 BATCHES = [tokens(2, 24, seed=i) for i in range(8)]
 
@@ -369,8 +372,6 @@ sys.path[:0] = {path!r}
 from test_omniquant import learn, llama
 import torch
 from quantkit import OmniQuant
-
-pytestmark = pytest.mark.usefixtures("found_once")
 class Kill(logging.Handler):
     def emit(self, record):
         if "model.layers.1," in record.getMessage(): os.kill(os.getpid(), signal.SIGKILL)
@@ -404,32 +405,38 @@ def test_kill_and_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert quantkit.report(ours).to_dict() == quantkit.report(whole).to_dict()  # a folder is no part of the recipe
 
 
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """A model, and the folder of a run on it."""
+    model, folder = llama(), tmp_path_factory.mktemp("work")
+    learn(copy.deepcopy(model), ["smoothquant", OmniQuant(folder=folder)])
+    return model, folder
+
+
 @pytest.mark.parametrize("change", ["weights", "options", "data", "seed", "scheme"])
-def test_another_run_in_the_folder_is_refused(tmp_path: Path, change: str) -> None:
-    model = llama()
-    learn(copy.deepcopy(model), ["smoothquant", OmniQuant(folder=tmp_path)])
+def test_another_run_in_the_folder_is_refused(learned: tuple[nn.Module, Path], change: str) -> None:
+    model, folder = copy.deepcopy(learned[0]), learned[1]
     options: dict[str, Any] = {"epochs": 1} if change == "options" else {}
     more: dict[str, Any] = {"scheme": {"scheme": "w4a8"}, "seed": {"seed": 1}}.get(change, {})
     if change == "weights":
         model.model.layers[1].mlp.down_proj.weight.data[0, 0] += 1
     batches = [b.flip(0) for b in BATCHES] if change == "data" else BATCHES
     with pytest.raises(MethodError, match="another run"):
-        learn(model, ["smoothquant", OmniQuant(folder=tmp_path, **options)], batches, **more)
+        learn(model, ["smoothquant", OmniQuant(folder=folder, **options)], batches, **more)
 
 
-def test_a_damaged_file_is_told(tmp_path: Path) -> None:
-    model = llama()
-    learn(copy.deepcopy(model), ["smoothquant", OmniQuant(folder=tmp_path)])
-    file = tmp_path / "0001.safetensors"
+def test_a_damaged_file_is_told(learned: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    model, folder = copy.deepcopy(learned[0]), shutil.copytree(learned[1], tmp_path / "work")
+    file = folder / "0001.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(MethodError, match="is damaged"):
-        learn(model, ["smoothquant", OmniQuant(folder=tmp_path)])
+        learn(model, ["smoothquant", OmniQuant(folder=folder)])
 
 
 def test_the_place_of_hidden_states_changes_nothing() -> None:
     model = llama()
     one, *others = (
-        learn(copy.deepcopy(model), ["smoothquant", OmniQuant(offload=place)]).state_dict()
+        learn(copy.deepcopy(model), ["smoothquant", OmniQuant(offload=place, epochs=2)]).state_dict()
         for place in ("device", "cpu", "disk")
     )
     for other in others:

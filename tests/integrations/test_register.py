@@ -30,6 +30,16 @@ def test_an_import_changes_nothing() -> None:
     assert run(TABLE + "import quantkit; print('quantkit' in table)").split() == ["False"]
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model, as quantkit saves it and as transformers does."""
+    root = tmp_path_factory.mktemp("saved")
+    model = quantkit.quantize(llama(), calibration=[tokens()], progress=False)
+    quantkit.save(model, root / "own")
+    model.save_pretrained(root / "theirs")
+    return root
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -39,14 +49,11 @@ def test_an_import_changes_nothing() -> None:
         "quantkit.load(folder)",
     ],
 )
-def test_a_folder_of_save_pretrained_opens_afterwards(how: str, tmp_path: Path) -> None:
-    model = quantkit.quantize(llama(), calibration=[tokens()], progress=False)
-    quantkit.save(model, tmp_path / "own")
-    model.save_pretrained(tmp_path / "theirs")
+def test_a_folder_of_save_pretrained_opens_afterwards(how: str, folders: Path) -> None:
     code = f"""
-import quantkit; folder = {str(tmp_path / "own")!r}; {how}
+import quantkit; folder = {str(folders / "own")!r}; {how}
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "theirs")!r})
+model = AutoModelForCausalLM.from_pretrained({str(folders / "theirs")!r})
 print(sum(isinstance(m, quantkit.W8A8Linear) for m in model.modules()))
 """
     assert run(code).split() == ["14"]
@@ -68,10 +75,9 @@ except ImportError as error: print(error)
 model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16))
 print(type(quantkit.quantize(model, calibration=[torch.randn(2, 16)], progress=False)[0]).__name__)
 """
-    assert (
-        run(code).splitlines()[0].startswith("quantkit.register_with_transformers: pip install 'quantkit-w8a8[transformers]'")
-    )
-    assert run(code).splitlines()[1] == "W8A8Linear"
+    says, made = run(code).splitlines()
+    assert says.startswith("quantkit.register_with_transformers: pip install 'quantkit-w8a8[transformers]'")
+    assert made == "W8A8Linear"
 
 
 def test_models_of_other_libraries_import_no_transformers() -> None:
