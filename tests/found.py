@@ -10,7 +10,7 @@ import hashlib
 from typing import Any
 
 from digests import digest
-from torch import nn
+from torch import Tensor, nn
 
 from quantkit.core.sites import Discovery
 from quantkit.discovery import discover
@@ -21,7 +21,7 @@ FOUND: dict[tuple[str, bool], Discovery] = {}
 
 def find(model: nn.Module, batch: Any, *, carriers: bool = False, real: Any = frozenset()) -> Discovery:
     """As :func:`quantkit.discover`."""
-    code = [(name, f"{type(m).__module__}.{type(m).__qualname__}", m.training) for name, m in model.named_modules()]
+    code = [(name, type(m).__module__, type(m).__qualname__, said(m)) for name, m in model.named_modules()]
     values = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first = {id(tensor): name for name, tensor in reversed(values)}
     shared = [first[id(tensor)] for _, tensor in values]
@@ -30,10 +30,24 @@ def find(model: nn.Module, batch: Any, *, carriers: bool = False, real: Any = fr
         *(batch if isinstance(batch, dict) else ()),
         digest((str(i), t) for i, t in enumerate(tensors_in(batch))),
     ]
-    facts = code, str(model), str(getattr(model, "config", "")), digest(values), shared, given, sorted(real)
+    facts = (
+        code,
+        getattr(getattr(model, "config", None), "_attn_implementation", ""),
+        digest(values),
+        shared,
+        given,
+        sorted(real),
+    )
     key = hashlib.sha256(repr(facts).encode()).hexdigest()
     for with_carriers in {carriers, True}:  # what asks for no carriers does not look at them
         if (key, with_carriers) in FOUND:
             return FOUND[key, with_carriers]
     FOUND[key, carriers] = discover(model, batch, carriers=carriers, real=real)
     return FOUND[key, carriers]
+
+
+def said(module: nn.Module) -> list[tuple[str, str]]:
+    """Attributes of a module beside its parts: two encoders may differ in a flag alone. What has no value of its own as text
+    has its address there, and is like nothing else."""
+    own = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
+    return [(name, digest([(name, value)]) if isinstance(value, Tensor) else repr(value)) for name, value in own]
