@@ -17,11 +17,14 @@ from quantkit.discovery import discover
 from quantkit.model.modules import tensors_in
 
 FOUND: dict[tuple[str, bool], Discovery] = {}
+PARTS = {"_parameters", "_buffers", "_modules"}
+ALIVE: list[tuple[type, dict[str, Any]]] = []
+"""Classes and attributes of models that were searched: nothing else gets an address that is part of a key."""
 
 
 def find(model: nn.Module, batch: Any, *, carriers: bool = False, real: Any = frozenset()) -> Discovery:
     """As :func:`quantkit.discover`."""
-    code = [(name, type(m).__module__, type(m).__qualname__, said(m)) for name, m in model.named_modules()]
+    code = [(name, id(type(m)), said(m)) for name, m in model.named_modules()]
     values = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first = {id(tensor): name for name, tensor in reversed(values)}
     shared = [first[id(tensor)] for _, tensor in values]
@@ -43,11 +46,16 @@ def find(model: nn.Module, batch: Any, *, carriers: bool = False, real: Any = fr
         if (key, with_carriers) in FOUND:
             return FOUND[key, with_carriers]
     FOUND[key, carriers] = discover(model, batch, carriers=carriers, real=real)
+    ALIVE.extend((type(module), own(module)) for module in model.modules())
     return FOUND[key, carriers]
 
 
 def said(module: nn.Module) -> list[tuple[str, str]]:
     """Attributes of a module beside its parts: two encoders may differ in a flag alone. What has no value of its own as text
     has its address there, and is like nothing else."""
-    own = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
-    return [(name, digest([(name, value)]) if isinstance(value, Tensor) else repr(value)) for name, value in own]
+    return [(name, digest([(name, v)]) if isinstance(v, Tensor) else repr(v)) for name, v in own(module).items()]
+
+
+def own(module: nn.Module) -> dict[str, Any]:
+    """All that is kept in a module, hooks included, but for its parts."""
+    return {name: value for name, value in vars(module).items() if name not in PARTS}
