@@ -401,6 +401,48 @@ def methods(result: Result) -> str:
     )  # fmt: skip
 
 
+def architectures(result: Result) -> str:
+    """What became of every class of models; where several results have one, the last counts."""
+    rows = list({r["model"]: r for r in result["rows"]}.values())
+    ran = [r for r in rows if r["status"] != "not tried"]
+    counted = []
+    for task, some in itertools.groupby(sorted(ran, key=lambda r: r["task"]), key=lambda r: r["task"]):
+        of_task = list(some)
+        right = [r for r in of_task if r["status"] == "right" and r["sqnr_db"] is not None and r["expected_db"] is not None]
+        status = (sum(r["status"] == s for r in of_task) for s in ("right", "refused", "wrong"))
+        ahead = median(r["sqnr_db"] - r["expected_db"] for r in right) if right else 0.0
+        counted.append((task.lower().replace("_", " "), *map(str, status), f"{ahead:+.1f} dB"))
+    total = ("all", *(str(sum(int(c[i]) for c in counted)) for i in (1, 2, 3)), "")
+    head = ("task", "right", "refused", "wrong", "end to end beside what layers predict (median)")
+    return f"{table(head, [*counted, total])}\n\n{table(*_one_by_one(ran))}"
+
+
+def _one_by_one(rows: list[Result]) -> tuple[Iterable[str], Iterable[Iterable[str]]]:
+    head = ("class", "", "linears in INT8", "weights in INT8", "scheme=None", "W8A8", "predicted", "remark")
+
+    def decibels(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f} dB"
+
+    def cells(r: Result) -> Iterable[str]:
+        remark = r.get("why", "") if r["status"] != "right" else r.get("from_pretrained", "")
+        remark = remark if isinstance(remark, str) else ""
+        remark = re.sub(r"\s+", " ", remark).replace("|", "/")
+        if r["status"] != "right":
+            return (r["model"], r["status"], "", "", "", "", "", remark[:160])
+        int8 = f"{r['int8']} of {r['linears']}", f"{r['share']:.0%}"
+        return (
+            r["model"],
+            "right",
+            *int8,
+            f"{r['folding']:.0e}",
+            decibels(r["sqnr_db"]),
+            decibels(r["expected_db"]),
+            remark[:160],
+        )
+
+    return head, (cells(r) for r in rows)
+
+
 # Marker -> glob over the names of results, whose rows make one table, and what writes it.
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "demo": ("demo", demo),
@@ -436,6 +478,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "quantize": ("quantize", quantize),
     "segments": ("gemm-segments", segments),
     "kernels": ("model", kernels),
+    "architectures": ("architectures-*", architectures),
 }
 
 
