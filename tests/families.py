@@ -332,7 +332,7 @@ VARIED = {
     ),
     # Time mixing is per channel, so all of key, value and receptance read one norm, and the rows of value reach the output.
     "rwkv": Family(
-        hf("Rwkv", **BASE, attention_hidden_size=WIDTH, intermediate_size=INNER, context_length=64),
+        hf("Rwkv", **BASE, attention_hidden_size=WIDTH, intermediate_size=INNER, context_length=64, rescale_every=0),
         8, 8, {"head": "output head"},
     ),
     "nemotron-h": Family(  # a Mamba-2 block and one of attention, both without an MLP

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from quantkit.core.sites import Discovery, Kept, Site
 from quantkit.discovery.joining import first_unseen, join
@@ -20,7 +21,7 @@ from quantkit.discovery.readers import read_by_others
 from quantkit.discovery.rehearsal import arriving_shifts, rehearse
 from quantkit.model.adapters import Adapters
 from quantkit.model.compiled import eagerly, uncompiled
-from quantkit.model.modules import linears_of
+from quantkit.model.modules import call, evaluating, linears_of, weight_of
 
 
 @eagerly
@@ -60,6 +61,9 @@ def discover(model: nn.Module, batch: Any, *, carriers: bool = False, real: Coll
     return Discovery(sites=tuple(sites), kept=kept)
 
 
+UNKNOWN = "the model does not run while its linears put out made-up values"
+
+
 def runs(model: nn.Module, batch: Any, real: Collection[str]) -> bool:
     """Whether the model runs while all linears but those called ``real`` put out made-up values."""
     linears = {name: linear for name, linear in linears_of(model).items() if name not in real}
@@ -68,6 +72,31 @@ def runs(model: nn.Module, batch: Any, real: Collection[str]) -> bool:
     except Exception:  # noqa: BLE001  the model may raise anything
         return False
     return True
+
+
+def linears_alone(model: nn.Module, batch: Any) -> Discovery:
+    """What can be said of a model that does not run with made-up values: which linears run, and that each is to be kept apart.
+
+    Nothing is known of what writes their inputs, so that nothing can be folded. Heads and routers are known by their names, and
+    whether a weight is read by others is not.
+    """
+    linears = linears_of(model)
+    ran: dict[str, list[Tensor]] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            ran[name] = []
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, linear in linears.items():
+            stack.callback(linear.register_forward_pre_hook(note(name)).remove)
+        stack.enter_context(evaluating(model))
+        call(model, batch)
+    kept = kept_in_float(model, linears, Trace(inputs=ran), Seen(set(), set(), set(), set(Adapters.of(model).parts)))
+    alone = (Site(n, (n,), (n,), weight_of(linears[n]).shape[1], reason=UNKNOWN) for n in ran if n not in kept)
+    return Discovery(sites=tuple(alone), kept=kept)
 
 
 def _apart_from(adapters: Adapters, site: Site) -> Site:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,13 @@ from quantkit.core.errors import CalibrationError, ModelError, QuantkitError
 from quantkit.core.facts import check_exact
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Discovery, Kept, Site
-from quantkit.discovery.discover import discover, runs
+from quantkit.discovery.discover import discover, linears_alone, runs
 from quantkit.model.modules import lookalikes_of, weight_of
 from quantkit.model.targets import chosen, matches
 from quantkit.pipeline.check import Request
 from quantkit.pipeline.data import Data
+
+log = logging.getLogger("quantkit")
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,13 @@ def find_sites(model: nn.Module, request: Request, data: Data, linears: dict[str
 def discovered(
     model: nn.Module, batch: Any, linears: Mapping[str, nn.Module], ignored: Sequence[str], *, carriers: bool
 ) -> Discovery:
-    """What :func:`discover` finds. If the model does not run with made-up outputs of all linears, ``ignored`` ones keep theirs.
+    """What :func:`discover` finds.
+
+    If the model does not run with made-up outputs of all linears, ``ignored`` ones keep theirs. Where no other linear would
+    help, little is found, and the log says so.
 
     Raises:
-        ModelError: it does not run with that either; names a linear that is the cause.
+        ModelError: it does not run with that either, and would if a linear, which is named, were ignored too.
     """
     for real in dict.fromkeys(((), tuple(ignored))):
         try:
@@ -92,11 +98,14 @@ def discovered(
         except Exception as error:  # noqa: BLE001  the model may raise anything
             failed = error
     cause = next((name for name in linears if name not in ignored and runs(model, batch, [name, *ignored])), None)
-    raise ModelError(
+    what = (
         f"{type(model).__name__} does not run while its linears put out made-up values, by which quantkit finds out how it is "
         f"connected ({type(failed).__name__}: {failed})"
-        + (f"; it runs if {cause!r} computes what it does: pass ignore={[*ignored, cause]}" if cause else "")
-    ) from failed
+    )
+    if cause is not None:
+        raise ModelError(f"{what}; it runs if {cause!r} computes what it does: pass ignore={[*ignored, cause]}") from failed
+    log.warning("%s: nothing is folded, and what methods ask for is done at run time", what)
+    return linears_alone(model, batch)
 
 
 def check_found(

@@ -384,3 +384,42 @@ def test_a_norm_beside_one_that_no_token_took_is_not_folded_into() -> None:
     wanted = outputs_of(model, both)
     quantkit.quantize(model, scheme=None, calibration=[ids], progress=False)
     assert relative_error(wanted, outputs_of(model, both)) < 1e-5
+
+
+class Lengths(nn.Module):
+    """Two linears say how much there is to do, and made-up values say that it is too much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first, self.second, self.out = nn.LayerNorm(8), nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 4)
+        for linear in (self.first, self.second):
+            nn.init.normal_(linear.weight, std=1e-4)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        first, second = ((linear(y) * 1e3).exp() for linear in (self.first, self.second))
+        if not max(first.max(), second.max()) < 1e30:
+            raise RuntimeError("no memory for so many")
+        return self.out(y) * first + second
+
+
+def test_a_model_that_runs_with_no_made_up_values_is_quantized_without_folds(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, x = Lengths(), normal(32, 8)
+    wanted = outputs_of(model, x)
+    quantkit.quantize(model, calibration=[x], progress=False)
+    assert "nothing is folded" in caplog.text
+    assert all(layer.kind == "int8" for layer in quantkit.report(model).layers)
+    assert len(quantkit.report(model).layers) == 3
+    assert relative_error(wanted, outputs_of(model, x)) < 0.05
+
+
+def test_a_tie_is_kept_where_nothing_else_is_known() -> None:
+    model = Lengths()
+    model.twin = nn.Linear(8, 4)
+    model.twin.weight = model.first.weight
+    quantkit.quantize(model, calibration=[normal(32, 8)], progress=False)
+    kinds = {layer.name: layer.kind for layer in quantkit.report(model).layers}
+    assert kinds["first"] == "float"
+    assert kinds["second"] == kinds["out"] == "int8"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import quantized, refused
+from helpers import normal, quantized, refused
 from torch import Tensor, nn
 
 import quantkit
@@ -12,6 +12,7 @@ from quantkit import (
     CalibrationError,
     ModelError,
 )
+from quantkit.core.sites import Kept
 
 
 def test_models_of_heads_only() -> None:
@@ -47,3 +48,25 @@ def test_a_head_alone() -> None:
     model[1].weight = model[0].weight
     with refused(model, ModelError, "targets="):
         quantized(model, calibration=[torch.arange(6)[None]])
+
+
+class Rescaling(nn.Module):
+    """Halves a weight of its own when it is first run, as RWKV does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down, self.done = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16), False
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.done:
+            self.down.weight.div_(2)
+            self.done = True
+        return self.down(self.up(self.norm(x)).relu())
+
+
+@pytest.mark.parametrize("targets", [None, ["up", "down"]])
+def test_a_weight_that_the_model_writes_to_stays_float(targets: list[str] | None) -> None:
+    model = quantkit.quantize(Rescaling(), "rtn", calibration=[normal(8, 16)], targets=targets, progress=False)
+    down = next(layer for layer in quantkit.report(model).layers if layer.name == "down")
+    assert (down.kind, down.reason) == ("float", Kept.WRITTEN)
