@@ -102,10 +102,19 @@ def discovered(
         f"{type(model).__name__} does not run while its linears put out made-up values, by which quantkit finds out how it is "
         f"connected ({type(failed).__name__}: {failed})"
     )
-    if cause is not None:
+    if cause is not None and _discovers(model, batch, [*ignored, cause]):
         raise ModelError(f"{what}; it runs if {cause!r} computes what it does: pass ignore={[*ignored, cause]}") from failed
     log.warning("%s: nothing is folded, and what methods ask for is done at run time", what)
     return linears_alone(model, batch)
+
+
+def _discovers(model: nn.Module, batch: Any, real: Sequence[str]) -> bool:
+    """Whether to ignore these linears would help: the model runs with more than one set of made-up values."""
+    try:
+        discover(model, batch, real=real)
+    except Exception:  # noqa: BLE001  the model may raise anything
+        return False
+    return True
 
 
 def check_found(
