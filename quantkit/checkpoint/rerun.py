@@ -130,8 +130,8 @@ def run_again(model: nn.Module, check: Check, report: Report) -> None:
     nearest = min((decibels(a, b) for a, b in zip(check.samples, samples, strict=True)), default=math.inf)
     if not nearest >= _bound(report):
         raise CheckpointError(
-            f"{check.folder}: the model is at {nearest:.1f} dB from what it said when it was saved, and other arithmetic "
-            f"explains {_bound(report):.1f} dB at most: {way_out}"
+            f"{check.folder}: the model is at {nearest:.1f} dB from what it said when it was saved, and should be at "
+            f"{_bound(report):.1f} dB or more even on another machine: {way_out}"
         )
     log.info("the opened model is at %.1f dB from what it said when it was saved, on another machine or backend", nearest)
 

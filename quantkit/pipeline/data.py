@@ -51,10 +51,10 @@ class Data:
         request: Request,
         calibration: Any,
         tokenizer: Any,
-        linears: Mapping[str, nn.Module] | None = None,
+        linears: Mapping[str, nn.Module],
     ) -> Data:
         """Raises CalibrationError for data of the wrong kind, for none where it is needed, or a generator needed twice."""
-        before = _versions(linears or {})
+        before = _versions(linears)
         kinds = [kind for c in request.calibrators for kind in c.statistics] + ([Range] if request.is_static else [])
         batches = calibration_batches(
             model, calibration, tokenizer=tokenizer, needed=bool(kinds), seed=request.seed, progress=request.progress
@@ -68,7 +68,7 @@ class Data:
         if request.is_static and any(c.stage == Stage.ROTATE for c in request.calibrators):
             data.check_walks_again("a static scale behind a rotation")
         data.piece = probe_batch(model, first)
-        data.written = frozenset(name for name, _ in before.items() ^ _versions(linears or {}).items())
+        data.written = frozenset(name for name, _ in before.items() ^ _versions(linears).items())
         return data
 
     @property
