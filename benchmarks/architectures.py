@@ -65,7 +65,7 @@ SMALL: tuple[tuple[str, int], ...] = (
 )
 """What numbers of a configuration become, by their names; the first that matches counts."""
 IDS = re.compile(r".*_token_id|.*_token_index|.*_idx|.*_id")
-SECONDS = 120
+SECONDS = 600
 MAX_PARAMETERS = 60e6
 SHOWN = ("folding", "sqnr_db", "expected_db", "share", "seconds")
 

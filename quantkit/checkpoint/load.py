@@ -24,7 +24,7 @@ from quantkit.core.report import Report, attach
 from quantkit.layers.attention import CHILD, attach_attention
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import put_back, unfuse
-from quantkit.model.modules import linears_of, names_of, replace_module, weight_of
+from quantkit.model.modules import all_names, linears_of, parents_of, replace_module, weight_of
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,10 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
     try:
         layers = _empty_layers(model, record["layers"], stored)
         quantizers = empty_quantizers(model, record.get("attention", {}), layers)
-        added: dict[str, nn.Module] = {other: layer for name, layer in layers.items() for other in names_of(model, name)}
+        names = all_names(model, [*layers, *quantizers])
+        added: dict[str, nn.Module] = {other: layer for name, layer in layers.items() for other in names[name]}
         for name, quantizer in quantizers.items():
-            added |= {f"{other}.{CHILD}".removeprefix("."): quantizer for other in names_of(model, name)}
+            added |= {f"{other}.{CHILD}".removeprefix("."): quantizer for other in names[name]}
         _check_fit(model, added, stored, tied)
         check_cast_buffers(model, cast)
     except BaseException:
@@ -107,8 +108,9 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
         raise
     tensors = {name: read_tensor(found.file, name, device) for name, found in stored.items()}
     tensors |= {alias: tensors[name] for alias, name in tied.items()}
+    parents = parents_of(model)
     for name, layer in layers.items():
-        replace_module(model, name, layer)
+        replace_module(model, name, layer, parents)
     attach_attention(model, quantizers)
     model.load_state_dict(tensors, strict=True, assign=True)
     for name, dtype in cast.items():

@@ -15,6 +15,7 @@ whole, are asked once more for parts of their rows (:mod:`.layouts`).
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -199,10 +200,9 @@ class Prober:
                     numbers[name] += factor.log2().long() // powers[name] * 4**digit
         found = {}
         for name, number in numbers.items():
-            for member, start in zip(peers, starts, strict=False):
-                local = number - start
-                if bool(((local >= 0) & (local < self.rows[member])).all()):
-                    found[name] = Origin(member, local, powers[name])
+            at = bisect.bisect_right(starts, int(number.min())) - 1  # the member whose rows have such numbers
+            if 0 <= at < len(peers) and int(number.max()) < starts[at + 1]:
+                found[name] = Origin(peers[at], number - starts[at], powers[name])
         return self._confirmed(peers, found, rows)
 
     def _confirmed(self, peers: Sequence[str], found: dict[str, Origin], rows: Tensor | None) -> dict[str, Origin]:

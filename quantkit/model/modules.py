@@ -7,7 +7,7 @@ import ctypes
 import dataclasses
 import inspect
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -124,19 +124,39 @@ def applied_but_float32(module: nn.Module, fn: Any, names: Collection[str]) -> N
             setattr(module, name, buffer.to(after.device))
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+Parents = dict[nn.Module, list[nn.Module]]
+
+
+def parents_of(model: nn.Module) -> Parents:
+    """Each module of ``model`` -> the modules that it is registered in."""
+    found: Parents = {}
+    for parent in model.modules():
+        for module in parent._modules.values():  # children() leaves out second names
+            if module is not None:
+                found.setdefault(module, []).append(parent)
+    return found
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module, parents: Parents | None = None) -> None:
     """Put ``new`` in the place of the module called ``name``, at every place of the model where that is registered.
 
     Hooks that were put on the old module run on the new one from then on, and find there the attributes that were given to a
     linear.
+
+    Args:
+        parents: :func:`parents_of` of the model, and kept so. Whoever replaces thousands of modules walks through the model
+            only once with it.
     """
     old = model.get_submodule(name)
     _share_hooks(old, new)
     if isinstance(new, nn.Linear):
         given = {key: value for key, value in vars(old).items() if not key.startswith("_") and key != "forward"}
         vars(new).update(given | vars(new))
-    for parent in model.modules():
-        for child, module in list(parent._modules.items()):  # named_children() leaves out second names
+    places = (parents_of(model) if parents is None else parents).pop(old, [])
+    if parents is not None:
+        parents[new] = places
+    for parent in places:
+        for child, module in list(parent._modules.items()):
             if module is old:
                 setattr(parent, child, new)
                 if is_compiled(parent):
@@ -145,10 +165,12 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
                     without_fast_path(parent)
 
 
-def names_of(model: nn.Module, name: str) -> list[str]:
-    """All names of the module called ``name``, which may be registered at several places of the model."""
-    module = model.get_submodule(name)
-    return [other for other, found in model.named_modules(remove_duplicate=False) if found is module]
+def all_names(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Each of ``names`` -> all names of the module called so, which may be registered at several places of the model."""
+    by_module: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        by_module.setdefault(module, []).append(name)
+    return {name: by_module[model.get_submodule(name)] for name in names}
 
 
 def _share_hooks(old: Any, new: Any) -> None:

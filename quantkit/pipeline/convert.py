@@ -25,7 +25,7 @@ from quantkit.core.report import LayerRecord, Report, attach
 from quantkit.core.weights import round_weight
 from quantkit.layers.attention import AttentionQuantizer, attach_attention, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
-from quantkit.model.modules import linears_of, replace_module, weight_of
+from quantkit.model.modules import linears_of, parents_of, replace_module, weight_of
 from quantkit.pipeline.account import account
 from quantkit.pipeline.check import BROKEN, check_model
 from quantkit.pipeline.fold import Fold, Pieces, Reorder, Rows, changed_rows, restore_norms, row_sources, split_all, store_norms
@@ -138,6 +138,7 @@ class _Change:
         self, model: nn.Module, plan: ModelPlan, pieces: Pieces, tokens: Tokens | None, undo: ExitStack | None
     ) -> None:
         self.model, self.plan, self.pieces, self.tokens, self.undo = model, plan, pieces, tokens, undo
+        self.parents = parents_of(model)
         self.rows, self.sources = changed_rows(list(pieces.folds.values())), row_sources(list(pieces.reorders.values()))
 
     def norms(self) -> None:
@@ -170,8 +171,8 @@ class _Change:
         if plan.scheme != self.plan.scheme.of_linear():
             layer.notes["scheme"] = plan.scheme.name
         if self.undo is not None:
-            self.undo.callback(replace_module, self.model, name, linear)
-        replace_module(self.model, name, new)
+            self.undo.callback(replace_module, self.model, name, linear, self.parents)
+        replace_module(self.model, name, new, self.parents)
         return layer
 
     def others(self) -> None:

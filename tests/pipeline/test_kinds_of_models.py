@@ -12,6 +12,7 @@ KINDS = (
     "DogeForCausalLM",
     "FunnelForMaskedLM",  # initializes whatever is called a linear
     "Llama4ForCausalLM",  # experts joined in a form of their own
+    "Molmo2TextModel",  # files join three weights in one
     "PaliGemmaForConditionalGeneration",
     "Qwen3OmniMoeThinkerForConditionalGeneration",  # experts in a part of the model, whose names are not those of the files
     "RwkvForCausalLM",  # writes to its weights in its forward

@@ -57,8 +57,8 @@ def planted(monkeypatch: pytest.MonkeyPatch, place: str, fault: Callable[[W8A8Li
     """Let converting go wrong at one layer, after that layer was measured by itself."""
     replace = convert.replace_module
 
-    def replace_wrongly(model: nn.Module, name: str, new: nn.Module) -> None:
-        replace(model, name, new)
+    def replace_wrongly(model: nn.Module, name: str, new: nn.Module, *rest: Any) -> None:
+        replace(model, name, new, *rest)
         if name == place and isinstance(new, W8A8Linear):
             fault(new)
 

@@ -31,7 +31,7 @@ from quantkit.integrations.transformers.names import checkpoint_names
 from quantkit.integrations.transformers.quantizer import NOT_STORED, QuantKitConfig, QuantKitQuantizer, mark
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import unfuse
-from quantkit.model.modules import is_conv1d, linears_of, replace_module, weight_of
+from quantkit.model.modules import is_conv1d, linears_of, parents_of, replace_module, weight_of
 from quantkit.pipeline.account import account
 
 log = logging.getLogger("quantkit")
@@ -82,8 +82,9 @@ class CompressedQuantizer(QuantKitQuantizer):
                 raise CheckpointError(f"layer {name!r} is a Conv1D, whose INT8 layout is not settled: refused")
             source = names[f"{name}.weight"].removesuffix(".weight")
             made[name] = _empty(name, source, linears[name], scheme, stored, model.dtype)
+        parents = parents_of(model)
         for name, layer in made.items():
-            replace_module(model, name, layer)
+            replace_module(model, name, layer, parents)
         self._schemes = schemes
 
     def _layers_to_run(self, model: Any, stored: dict[str, Stored]) -> tuple[dict[str, Scheme], dict[str, str]]:

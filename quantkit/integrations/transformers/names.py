@@ -7,12 +7,14 @@ large tensor in the model, which quantkit takes apart again.
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import WeightConverter, WeightRenaming, revert_weight_conversion
+from transformers import core_model_loading as loading
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, revert_weight_conversion
 
 from quantkit.core.errors import ModelError
 from quantkit.model.experts import Experts
@@ -85,3 +87,43 @@ def one_by_one(conversion: Any) -> list[Any]:
         pattern = source.removesuffix("weight").rstrip(".").replace("\\", "").split("*")
         renamings.append(WeightRenaming(rf"{re.escape(pattern[0])}(\d+){re.escape(pattern[1])}\.", rf"{stem}.\1.{name}."))
     return renamings
+
+
+class SplitAsHeld(ConversionOps):  # type: ignore[misc]
+    """What transformers' ``Split`` does, for pieces that are not parameters.
+
+    ``Split`` asks the parameters of the model how large the pieces are, and INT8 codes and their scales are buffers.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str,
+        model: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        ((_, value),) = input_dict.items()
+        whole: Tensor = value[0] if isinstance(value, list) else value
+        names = [full_layer_name.replace(target_patterns[0], target) for target in target_patterns]
+        sizes = [model.get_parameter_or_buffer(name).shape[self.dim] for name in names]
+        pieces = whole.split(sizes, self.dim)
+        return {target: piece.contiguous() for target, piece in zip(target_patterns, pieces, strict=True)}
+
+    @property
+    def reverse_op(self) -> Any:
+        return loading.Concatenate(self.dim)
+
+
+def splits_buffers(conversion: Any) -> Any:
+    """``conversion``, able to split tensors whose pieces are buffers of the model."""
+    split = getattr(loading, "Split", None)  # transformers up to 5.22 has none
+    if split is None or not any(isinstance(op, split) for op in getattr(conversion, "operations", None) or []):
+        return conversion
+    conversion = copy.copy(conversion)
+    conversion.operations = [SplitAsHeld(op.dim) if isinstance(op, split) else op for op in conversion.operations]
+    return conversion

@@ -48,11 +48,11 @@ from quantkit.core.report import LayerRecord, Report, attach, detach, has_report
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Kept
 from quantkit.core.weights import round_weight
-from quantkit.integrations.transformers.names import one_by_one
+from quantkit.integrations.transformers.names import one_by_one, splits_buffers
 from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import Experts, is_fused, unfuse
-from quantkit.model.modules import is_conv1d, linears_of, lookalikes_of, replace_module, weight_of
+from quantkit.model.modules import Parents, is_conv1d, linears_of, lookalikes_of, parents_of, replace_module, weight_of
 from quantkit.model.targets import IGNORED, asked_in_float32, matches
 from quantkit.pipeline.account import HEAD_OR_TIED, account, say
 from quantkit.pipeline.quantize import quantize
@@ -210,8 +210,9 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         return config
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
-        """Experts that were taken apart are read one by one, not joined into one tensor."""
-        return [r for c in weight_conversions for r in (one_by_one(c) if self._apart else [c])]
+        """Experts that were taken apart are read one by one, and weights that files join can be split into codes."""
+        conversions = [splits_buffers(c) for c in weight_conversions]
+        return [r for c in conversions for r in (one_by_one(c) if self._apart else [c])]
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         return 1.0 if self.param_needs_quantization(model, param_name) else param.element_size()
@@ -245,14 +246,14 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         names = _names_in(model, records)
         records, attention = _moved(records, *names), _moved(config.attention or {}, *names)
         self._apart = bool(unfuse(model, only=records)) and not any(is_fused(module) for module in model.modules())
-        linears = linears_of(model, untried=True)
+        linears, parents = linears_of(model, untried=True), parents_of(model)
         for name, record in records.items():
             if name not in linears:
                 raise CheckpointError(f"config.json has an INT8 layer {name!r}, and the model has no such linear")
             layer = empty_layer(name, record, weight_of(linears[name]).dtype)
             if config._read_version >= FORMAT_VERSION:  # the shape of the file, until it has been read
                 layer.weight = layer.weight.unsqueeze(-1)
-            replace_module(model, name, layer)
+            replace_module(model, name, layer, parents)
         attach_attention(model, empty_quantizers(model, attention, records))
         _spare(model)
 
@@ -272,6 +273,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         for pattern in config.ignore:
             if not any(matches(name, linear, pattern) for name, linear in linears.items()):
                 log.warning("ignore: %r matches no linear of the model", pattern)
+        parents = parents_of(model)
         heads, float32 = self.get_modules_to_not_convert(model), asked_in_float32(model, linears)
         for name, linear in linears.items():
             if any(matches(name, linear, head) for head in heads):
@@ -281,14 +283,16 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
             elif any(matches(name, linear, pattern) for pattern in config.ignore):
                 self._kept[name] = IGNORED
             else:
-                self._replace(model, name, linear, scheme, dtype, threshold)
+                self._replace(model, name, linear, scheme, dtype, threshold, parents)
         if self._kept.keys() == linears.keys():
             others = "".join(f"; {name}: {reason}" for name, reason in list(lookalikes.items())[:1])
             raise ModelError(f"no linear is left to quantize: all are output heads, tied, or ignored{others}")
         self._kept |= lookalikes
         _spare(model)
 
-    def _replace(self, model: Any, name: str, linear: Any, scheme: Scheme, dtype: torch.dtype, threshold: float) -> None:
+    def _replace(
+        self, model: Any, name: str, linear: Any, scheme: Scheme, dtype: torch.dtype, threshold: float, parents: Parents
+    ) -> None:
         k, n = linear.weight.shape if is_conv1d(linear) else linear.weight.shape[::-1]
         check_exact(k, scheme.input, name)
         if is_conv1d(linear):
@@ -298,7 +302,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         # A stand-in in floating point and in the shape of the file: transformers up to 5.22 casts a weight to the dtype of
         # what it will replace before it is rounded.
         layer.weight = torch.empty(linear.weight.shape, dtype=dtype, device="meta")
-        replace_module(model, name, layer)
+        replace_module(model, name, layer, parents)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
@@ -348,9 +352,10 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        parents = parents_of(model)
         for name, layer in list(model.named_modules()):
             if isinstance(layer, W8A8Linear):
-                replace_module(model, name, layer.to_float(dtype or model.dtype))
+                replace_module(model, name, layer.to_float(dtype or model.dtype), parents)
         detach_attention(model)
         detach(model)
         return model
