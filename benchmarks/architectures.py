@@ -17,11 +17,13 @@ import copy
 import inspect
 import multiprocessing
 import re
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -176,6 +178,21 @@ def with_image(model: Any, batch: dict[str, Tensor], random: torch.Generator) ->
     return batch
 
 
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError if what is inside takes longer: sounds of random lengths may be very long."""
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError(f"the model itself takes more than {seconds} s")
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
 def build(name: str) -> tuple[nn.Module, dict[str, Tensor], Any] | str:
     """A tiny model, a batch that it runs on and what it says; or why there is none."""
     torch.manual_seed(0)
@@ -199,7 +216,8 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor], Any] | str:
             if parameter.dim() >= 2 and parameter.numel() and parameter.is_floating_point():
                 parameter.data.normal_(std=float(parameter.numel() / len(parameter)) ** -0.5)
         batch = batch_for(model)
-        wanted = run_alike(copy.deepcopy(model), batch)  # some write to their weights when they first run
+        with at_most(60):
+            wanted = run_alike(copy.deepcopy(model), batch)  # some write to their weights when they first run
     except Exception as error:  # noqa: BLE001  an automatic configuration need not make sense
         return f"no small configuration: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
     if not wanted or not all(bool(t.isfinite().all()) for t in wanted):

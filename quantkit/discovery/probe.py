@@ -10,6 +10,8 @@ Multipliers are powers of two. These stay exact in every floating-point format, 
 
 from __future__ import annotations
 
+import math
+import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -49,6 +51,16 @@ class Trace:
     _alive: list[Tensor] = field(default_factory=list)  # so that no address in `identities` is used twice within the pass
 
 
+PATIENCE = 2.0
+"""For how many seconds a first pass may go on before it is compared with the model itself."""
+SLOWER = 20
+"""How many times as long as the model itself a pass may take, where it takes longer than that."""
+
+
+class EndlessError(Exception):
+    """A pass with made-up values takes too long: such values may stand for the length of something."""
+
+
 class Probe:
     """Runs a model with made-up outputs of linears, and with changes of one's choice to the outputs of modules.
 
@@ -62,6 +74,7 @@ class Probe:
     def __init__(self, model: nn.Module, linears: dict[str, nn.Module], norms: dict[str, nn.Module], batch: Any):
         self.model, self.linears, self.norms, self.batch = model, linears, norms, batch
         self._made_up: dict[tuple[str, int], Tensor] = {}
+        self._paced = False
 
     def run(
         self,
@@ -80,7 +93,12 @@ class Probe:
             edits: name of a linear -> a function from its output ``[..., N]`` to another one.
             watch: is told the outputs of linears, and follows them.
             hidden: names of linears that have the parameters of an INT8 layer meanwhile, see :func:`parameters_hidden`.
+
+        Raises:
+            EndlessError: the first pass takes far longer than one of the model itself.
         """
+        if not self._paced:
+            self._pace()
         trace = Trace()
 
         def change(name: str, y: Tensor) -> Tensor:
@@ -105,6 +123,38 @@ class Probe:
                 stack.enter_context(watch)
             trace.outputs = [t.detach() for t in tensors_in(call(self.model, self.batch))]
         return trace
+
+    def _pace(self) -> None:
+        """See to it that passes end: made-up durations of sounds, say, can be a thousand times too long."""
+        self._paced, start = True, time.monotonic()
+        limit = PATIENCE
+
+        def check(*_: Any) -> None:
+            if time.monotonic() - start > limit:
+                raise EndlessError
+
+        def within_limit() -> bool:
+            with ExitStack() as stack:
+                for module in self.model.modules():
+                    if next(module.children(), None) is None:
+                        stack.callback(module.register_forward_pre_hook(check).remove)
+                try:
+                    self.run({})
+                except EndlessError:
+                    return False
+            return True
+
+        if within_limit():
+            return
+        start, limit = time.monotonic(), math.inf
+        with evaluating(self.model):
+            call(self.model, self.batch)
+        itself = time.monotonic() - start
+        start, limit = time.monotonic(), SLOWER * itself
+        if limit < PATIENCE or not within_limit():
+            raise EndlessError(
+                f"a pass was not over after {max(PATIENCE, limit):.0f} s, where the model itself takes {itself:.1f} s"
+            )
 
     def _stand_in(self, name: str, linear: nn.Module, trace: Trace, change: Callable[[str, Tensor], Tensor]) -> Any:
         """The forward of a linear in the probe: notes what it reads in ``trace``, and puts out changed made-up values."""

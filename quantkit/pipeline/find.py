@@ -18,6 +18,7 @@ from quantkit.core.facts import check_exact
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Discovery, Kept, Site
 from quantkit.discovery.discover import discover, linears_alone, runs
+from quantkit.discovery.probe import EndlessError
 from quantkit.model.modules import lookalikes_of, weight_of
 from quantkit.model.targets import chosen, matches
 from quantkit.pipeline.check import Request
@@ -97,7 +98,9 @@ def discovered(
             raise
         except Exception as error:  # noqa: BLE001  the model may raise anything
             failed = error
-    cause = next((name for name in linears if name not in ignored and runs(model, batch, [name, *ignored])), None)
+    # With EndlessError each of these tries would take long.
+    others = [] if isinstance(failed, EndlessError) else [name for name in linears if name not in ignored]
+    cause = next((name for name in others if runs(model, batch, [name, *ignored])), None)
     what = (
         f"{type(model).__name__} does not run while its linears put out made-up values, by which quantkit finds out how it is "
         f"connected ({type(failed).__name__}: {failed})"
