@@ -108,6 +108,10 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
         raise
     tensors = {name: read_tensor(found.file, name, device) for name, found in stored.items()}
     tensors |= {alias: tensors[name] for alias, name in tied.items()}
+    for name, layer in layers.items():
+        if fault := layer.damage_in({key: tensors[f"{name}.{key}"] for key in layer.state_dict()}):
+            put_back(model, taken_apart)
+            raise CheckpointError(f"layer {name!r} is damaged: {fault}")
     parents = parents_of(model)
     for name, layer in layers.items():
         replace_module(model, name, layer, parents)

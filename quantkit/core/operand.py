@@ -83,9 +83,16 @@ class Operand:
         }
         if self.rewrite.outliers is not None:
             wanted["outlier_weight"] = (self.outlier_weight, (n, len(self.rewrite.outliers)))
+        kinds = {"stored": self.weight.storage.dtype, "scale": torch.float32, "input_scale": torch.float32}
         for name, (tensor, shape) in wanted.items():
-            if tensor is not None and tuple(tensor.shape) != shape:
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape:
                 return f"{name} is {list(tensor.shape)}, not {list(shape)}"
+            if tensor.dtype != kinds.get(name, tensor.dtype) or tensor.is_complex():
+                return f"{name} is {tensor.dtype}, not {kinds.get(name, 'real')}"
+            if tensor.device != self.device or tensor.layout != torch.strided:
+                return f"{name} is a {tensor.layout} tensor on {tensor.device}, and its codes are on {self.device}"
         if bool(groups) != (self.multipliers is not None):
             return f"groups {groups} and multipliers go together"
         if self.input_groups not in ((), groups):

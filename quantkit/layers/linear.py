@@ -22,6 +22,7 @@ from quantkit.core.operand import Operand, empty_operand, weight_tensors
 from quantkit.core.scheme import Scheme
 from quantkit.core.tracing import apart
 from quantkit.core.transform import Transform
+from quantkit.core.validity import value_fault
 from quantkit.model.modules import applied_but_float32, weight_of
 from quantkit.ops.linear import linear, prepare
 from quantkit.ops.table import Prepared, forced
@@ -324,6 +325,9 @@ class W8A8Linear(nn.Linear):
             state[f"{prefix}weight"] = codes.flatten(1)
         saved = {name: t for name in TENSORS if isinstance(t := state.get(prefix + name), Tensor)}
         fault = self._foreign(saved, metadata.get(METADATA)) if saved else None
+        if saved and not fault and not self.__dict__.pop("_looked_at", False) and (damage := self._damage(saved)):
+            rest[-1].append(f"{prefix[:-1]!r} cannot hold this state, which is damaged: {damage}")
+            return
         if fault:
             rest[-1].append(
                 f"{prefix[:-1]!r} is quantized, and the state is not that of a layer quantized in the same way: {fault}"
@@ -335,6 +339,14 @@ class W8A8Linear(nn.Linear):
         state[prefix + PLACEHOLDER] = self.placeholder  # which no state has
         super()._load_from_state_dict(state, prefix, metadata, strict, *rest)
         self._forget()
+
+    def damage_in(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with the values of ``tensors``, which have been found to fit and will be loaded next."""
+        self._looked_at = True
+        return self._damage({**tensors, "weight": tensors["weight"].flatten(1)})
+
+    def _damage(self, tensors: Mapping[str, Tensor]) -> str | None:
+        return value_fault(Operand.of(self._facts, {name: tensors.get(name) for name in TENSORS}))
 
     def _foreign(self, saved: dict[str, Tensor], record: dict[str, Any] | None) -> str | None:
         """What speaks against these tensors, which were of a layer with this ``record``, if it is known."""

@@ -12,6 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.jit._trace import is_tracing
 
 from quantkit.core.operand import Operand
+from quantkit.core.validity import check_indices
 from quantkit.ops.table import Prepared, choose
 
 
@@ -20,7 +21,9 @@ def prepare(operand: Operand) -> Prepared:
 
     Raises:
         BackendError: a backend is forced that cannot run it.
+        ModelError: it has indices of channels that point outside of it.
     """
+    check_indices(operand)
     return choose(operand).prepare(operand)
 
 

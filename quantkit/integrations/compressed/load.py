@@ -25,6 +25,7 @@ from quantkit.core.errors import CheckpointError
 from quantkit.core.formats import PerTensor, Quantized
 from quantkit.core.report import LayerRecord, Report, attach
 from quantkit.core.scheme import Scheme
+from quantkit.core.validity import value_fault
 from quantkit.integrations.compressed.layout import METHOD, parse
 from quantkit.integrations.transformers.files import model_class
 from quantkit.integrations.transformers.names import checkpoint_names
@@ -116,6 +117,8 @@ class CompressedQuantizer(QuantKitQuantizer):
             for key, dtype in (("input_scale", torch.float32), ("input_zero_point", torch.int32)):
                 if getattr(layer, key) is not None:
                     setattr(layer, key, getattr(layer, key).detach().view(1).to(dtype))
+            if fault := value_fault(layer.operand):
+                raise CheckpointError(f"layer {name!r}: {fault}: its files are damaged")
         # From here on the model is one of quantkit's own, so that save_pretrained writes quantkit's format.
         record = Report([METHOD], max(s.name for s in self._schemes.values()), 0, "by whoever made the checkpoint")
         record.layers = [LayerRecord(name, "int8") for name in self._schemes]

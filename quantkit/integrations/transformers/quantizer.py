@@ -47,6 +47,7 @@ from quantkit.core.operand import empty_operand
 from quantkit.core.report import LayerRecord, Report, attach, detach, has_report, report
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Kept
+from quantkit.core.validity import value_fault
 from quantkit.core.weights import round_weight
 from quantkit.integrations.transformers.names import one_by_one, splits_buffers
 from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
@@ -313,6 +314,8 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise CheckpointError(f"the files hold no codes for layer {name!r}: they are of another model, or damaged")
             if layer.weight.dim() == 3:
                 layer.weight = layer.weight.flatten(1)
+            if self.pre_quantized and (fault := value_fault(layer.operand)):
+                raise CheckpointError(f"layer {name!r}: {fault}: its files are damaged")
         if not self.pre_quantized and not config.streams:
             quantize(
                 model, config._calibrators, calibration=config._calibration, tokenizer=config._tokenizer, scheme=config.scheme,
