@@ -21,6 +21,7 @@ from quantkit.discovery.readers import read_by_others
 from quantkit.discovery.rehearsal import arriving_shifts, rehearse
 from quantkit.model.adapters import Adapters
 from quantkit.model.compiled import eagerly, uncompiled
+from quantkit.model.guard import Guard
 from quantkit.model.modules import call, evaluating, linears_of, weight_of
 
 
@@ -42,6 +43,14 @@ def discover(model: nn.Module, batch: Any, *, carriers: bool = False, real: Coll
         CalibrationError: ``batch`` is of another type.
     """
     model = uncompiled(model)
+    guard = Guard(model)
+    try:
+        return _discover(model, batch, carriers=carriers, real=real)
+    finally:
+        guard.give_back()
+
+
+def _discover(model: nn.Module, batch: Any, *, carriers: bool, real: Collection[str]) -> Discovery:
     linears = {name: m for name, m in linears_of(model).items() if name not in real}
     norms, adapters = norms_of(model), Adapters.of(model)
     probe = Probe(model, linears, norms, batch)

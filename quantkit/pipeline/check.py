@@ -16,13 +16,12 @@ from quantkit.core.progress import Progress
 from quantkit.core.scheme import Scheme
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.adapters import Adapters
+from quantkit.model.guard import BROKEN
 from quantkit.model.modules import linears_of, lookalikes_of, weight_of
 from quantkit.model.targets import check_patterns, chosen
 from quantkit.ops.table import why_simulated
 
 log = logging.getLogger("quantkit")
-BROKEN = "_quantkit_interrupted"
-"""Attribute of a model whose conversion was interrupted half way."""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """Converting: a function of a model and a plan. This is where linears become INT8 layers, and float weights take folds over.
 
 Whatever can be wrong with a plan is found before, by :mod:`.answers` and :mod:`.prove`. So nothing here raises on purpose once
-the first weight has changed; if something does (memory, Ctrl-C), the model carries the mark
-:data:`~quantkit.pipeline.check.BROKEN` and is refused from then on, unless the caller asked to be able to undo everything.
+the first weight has changed. If something does (memory, Ctrl-C), :mod:`quantkit.model.guard` gives the float model back, or, if
+its weights were too large to be kept for that, marks it as of no use.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,14 +24,13 @@ from quantkit.core.report import LayerRecord, Report, attach
 from quantkit.core.weights import round_weight
 from quantkit.layers.attention import AttentionQuantizer, attach_attention, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
+from quantkit.model.guard import Guard
 from quantkit.model.modules import linears_of, parents_of, replace_module, weight_of
 from quantkit.pipeline.account import account
-from quantkit.pipeline.check import BROKEN, check_model
-from quantkit.pipeline.fold import Fold, Pieces, Reorder, Rows, changed_rows, restore_norms, row_sources, split_all, store_norms
-from quantkit.pipeline.restore import as_it_was, experts_apart
+from quantkit.pipeline.check import check_model
+from quantkit.pipeline.fold import Fold, Pieces, Reorder, Rows, changed_rows, row_sources, split_all, store_norms
 from quantkit.pipeline.rotate import rotate
 
-log = logging.getLogger("quantkit")
 Tokens = Callable[[str], Tensor | None]
 
 
@@ -43,13 +41,20 @@ def carry_out(model: nn.Module, plan: ModelPlan, progress: Progress = None) -> R
         ModelError: the model is quantized already, or has other layers than those of the plan; it is not changed.
     """
     check_model(model)
-    with experts_apart(model, plan.scheme is not None or bool(plan.rotations)), as_it_was(model) as undo:
+    guard = Guard(model, experts_apart=plan.scheme is not None or bool(plan.rotations))
+    try:
+        guard.take_experts_apart()
         check_fits(model, plan)
         for what in plan.rotations:
-            rotate(model, what, undo)
-        report = convert_rotated(model, plan, progress=progress)
+            rotate(model, what, guard.undo)
+        report = convert_rotated(model, plan, progress=progress, undo=guard.undo if guard.let_go() else None)
+        guard.put_experts_back()
         attach(model, report)
-        return report
+        guard.finished = True
+    except BaseException:
+        guard.give_back()
+        raise
+    return report
 
 
 def check_fits(model: nn.Module, plan: ModelPlan) -> None:
@@ -98,15 +103,9 @@ def convert_rotated(
         progress: as in :func:`quantkit.quantize`.
         undo: closing it afterwards puts every bit and every module back. Until then float weights stay in memory.
     """
-    setattr(model, BROKEN, True)
-    try:
-        report = change(model, plan, tokens=tokens, progress=progress, undo=undo)
-        asked = report.recipe or {}
-        account(model, report, asked.get("ignore", ()), asked.get("targets"))
-    except BaseException:
-        log.error("the conversion stopped half way: this model object is unusable, load it again")
-        raise
-    delattr(model, BROKEN)
+    report = change(model, plan, tokens=tokens, progress=progress, undo=undo)
+    asked = report.recipe or {}
+    account(model, report, asked.get("ignore", ()), asked.get("targets"))
     return report
 
 
@@ -143,9 +142,7 @@ class _Change:
 
     def norms(self) -> None:
         """Norms take their folds over."""
-        old = store_norms(self.model, list(self.pieces.folds.values()))
-        if self.undo is not None:
-            self.undo.callback(restore_norms, self.model, old)
+        store_norms(self.model, list(self.pieces.folds.values()), self.undo)
 
     def linear(self, plan: SitePlan, name: str) -> LayerRecord:
         """One linear of a site becomes INT8, or takes over what concerns it and stays in floating point."""

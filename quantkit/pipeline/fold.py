@@ -1,12 +1,13 @@
 """Folding: a site's scale and shift go into the module that produces it, its order of channels into the linears that carry it.
 
 What of a transform can be folded is a value here, :class:`Fold` and :class:`Reorder`, and what cannot is the transform that is
-left for run time. Only :func:`store_norms` and :func:`restore_norms` change a model.
+left for run time. Only :func:`store_norms` changes a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -122,22 +123,15 @@ def snap(model: nn.Module, site: Site, transform: Transform) -> Transform:
     return transform if transform.shift is None or leftover.shift is not None else replace(transform, shift=fold.shift)
 
 
-def store_norms(model: nn.Module, folds: Sequence[Fold]) -> dict[tuple[str, str], Tensor]:
-    """Write the folded norm parameters in place; returns the old values, for :func:`restore_norms`."""
-    old = {}
+def store_norms(model: nn.Module, folds: Sequence[Fold], undo: ExitStack | None) -> None:
+    """Write the folded norm parameters in place; ``undo`` is told before each how to take it back."""
     for fold in folds:
         assert fold.site.producer is not None
         for name, value in fold.parameters.items():
             parameter = model.get_submodule(fold.site.producer.module).get_parameter(name)
-            old[fold.site.producer.module, name] = parameter.detach().clone()
+            if undo is not None:
+                undo.callback(parameter.data.copy_, parameter.detach().clone())
             parameter.data.copy_(value)
-    return old
-
-
-def restore_norms(model: nn.Module, old: dict[tuple[str, str], Tensor]) -> None:
-    """Undo :func:`store_norms`."""
-    for (module, name), value in old.items():
-        model.get_submodule(module).get_parameter(name).data.copy_(value)
 
 
 def changed_rows(folds: Sequence[Fold]) -> dict[str, Rows]:

@@ -16,11 +16,11 @@ from quantkit.core.plan import ModelPlan
 from quantkit.core.progress import Progress
 from quantkit.core.scheme import Scheme
 from quantkit.model.compiled import eagerly, uncompiled
+from quantkit.model.guard import Guard
 from quantkit.pipeline.account import say
 from quantkit.pipeline.check import Request, check
 from quantkit.pipeline.convert import carry_out
 from quantkit.pipeline.quantize import decided
-from quantkit.pipeline.restore import as_it_was, experts_apart
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,10 +52,12 @@ def plan(
     request = Request.of(method, scheme, ignore=ignore, targets=targets, seed=seed, progress=progress)
     model = uncompiled(model)
     check(model, request)
-    with experts_apart(model, request.takes_experts_apart), as_it_was(model) as undo:
-        found = decided(model, request, calibration, tokenizer, undo).plan
-        undo.close()
-    return found
+    guard = Guard(model, experts_apart=request.takes_experts_apart)
+    try:
+        guard.take_experts_apart()
+        return decided(model, request, calibration, tokenizer, guard.undo).plan
+    finally:
+        guard.give_back()
 
 
 @eagerly

@@ -33,6 +33,7 @@ from quantkit.core.report import attach
 from quantkit.core.scheme import Scheme
 from quantkit.model.compiled import eagerly, uncompiled
 from quantkit.model.example import keep_example, made_up
+from quantkit.model.guard import Guard
 from quantkit.pipeline.account import say
 from quantkit.pipeline.attention import attention_to_round, decide_attention
 from quantkit.pipeline.check import Request, check, linears_to_choose_from
@@ -41,7 +42,6 @@ from quantkit.pipeline.data import Data
 from quantkit.pipeline.decide import Decision, decide
 from quantkit.pipeline.find import find_sites
 from quantkit.pipeline.prove import prove
-from quantkit.pipeline.restore import as_it_was, can_be_kept, experts_apart
 from quantkit.pipeline.spaces import rotate_spaces
 from quantkit.pipeline.verify import hear, verified
 
@@ -98,16 +98,21 @@ def quantize(
     request = Request.of(method, scheme, ignore=ignore, targets=targets, seed=seed, progress=progress)
     inner = uncompiled(model)
     check(inner, request)
-    with experts_apart(inner, request.takes_experts_apart), as_it_was(inner) as undo:
-        decision = decided(inner, request, calibration, tokenizer, undo, listen=verify)
-        kept = undo if verify and can_be_kept(inner) else None
+    guard = Guard(inner, experts_apart=request.takes_experts_apart)
+    try:
+        guard.take_experts_apart()
+        decision = decided(inner, request, calibration, tokenizer, guard.undo, listen=verify)
+        kept = guard.undo if guard.let_go() else None
         report = convert_rotated(inner, decision.plan, tokens=decision.tokens, progress=progress, undo=kept)
-        if kept is None:
-            undo.pop_all()  # the float weights are gone, so that a rotation cannot be taken back any more
         if decision.heard is not None:
             report.verification = verified(inner, decision.heard, report, kept)
             keep_example(inner, made_up(decision.heard.piece, seed))
+        guard.put_experts_back()
         attach(inner, report)
+        guard.finished = True
+    except BaseException:
+        guard.give_back()
+        raise
     say(report)
     return model
 
@@ -126,6 +131,6 @@ def decided(
     rotations, said = rotate_spaces(model, request, data, undo)
     found = find_sites(model, request, data, linears)
     decision = decide(model, request, data, found, rotations, said)
-    plan = prove(model, decision.plan, probe_batch(model, data.first, PROOF_TOKENS))
+    plan = prove(model, decision.plan, probe_batch(model, data.first, PROOF_TOKENS), undo)
     attention = decide_attention(model, plan, request, data, heads)
     return replace(decision, plan=replace(plan, attention=attention), heard=heard)

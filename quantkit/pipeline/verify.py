@@ -26,7 +26,6 @@ from quantkit.core.report import Report, Verification
 from quantkit.core.sites import Kept
 from quantkit.discovery.equivalence import decibels, run_alike, tolerance_for
 from quantkit.layers.attention import attention_quantizers
-from quantkit.pipeline.check import BROKEN
 from quantkit.pipeline.data import Data
 
 SLACK_DB = 10.0
@@ -81,7 +80,6 @@ def verified(model: nn.Module, heard: Heard, report: Report, undo: ExitStack | N
         return verify(model, heard, report)
     except QuantkitError as error:
         if undo is None:
-            setattr(model, BROKEN, True)
             raise type(error)(
                 f"{error}. The model was too large to be kept in floating point: load it again. verify=False skips this check"
             ) from error

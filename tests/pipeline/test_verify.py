@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import quantkit
 from quantkit import EquivalenceError, ModelError, W8A8Linear
 from quantkit.core.report import Report, Verification
-from quantkit.pipeline import convert, quantize, restore
+from quantkit.model import guard
+from quantkit.pipeline import convert, quantize
 from quantkit.pipeline.data import ENOUGH
 
 PLACE = "model.layers.0.mlp.up_proj"
@@ -100,7 +101,7 @@ def test_the_check_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_too_large_to_be_kept_says_that_it_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restore, "KEPT_BYTES", 1000)
+    monkeypatch.setattr(guard, "KEPT_BYTES", 1000)
     planted(monkeypatch, PLACE, wrong_order)
     model = loud_llama()
     with pytest.raises(EquivalenceError, match="load it again"):
@@ -249,7 +250,7 @@ def test_an_interruption_of_the_check_leaves_a_whole_model(monkeypatch: pytest.M
     wanted = quantkit.quantize(copy.deepcopy(built), ["rotate", "rtn"], calibration=[tokens()], progress=False)
     monkeypatch.setattr(quantize, "verified", interrupted)
     for bytes_, is_float in ((2**30, True), (1000, False)):
-        monkeypatch.setattr(restore, "KEPT_BYTES", bytes_)
+        monkeypatch.setattr(guard, "KEPT_BYTES", bytes_)
         model = copy.deepcopy(built)
         before = state(model)
         with pytest.raises(KeyboardInterrupt):

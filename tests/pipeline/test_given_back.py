@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from helpers import Fixed, llama, mlp, normal, quantized, refused, tokens
+from helpers import Fixed, assert_same, llama, mlp, normal, quantized, refused, state, tokens
 from torch import Tensor, nn
 
 import quantkit
@@ -17,6 +19,7 @@ from quantkit import (
     Plan,
     Stage,
 )
+from quantkit.discovery import probe
 from quantkit.pipeline import attention, convert
 
 DATA = [normal(2, 5, 16)]
@@ -140,3 +143,35 @@ def test_the_conversion_for_attention_is_undone_half_way(
     with refused(model, type(error)):
         quantkit.plan(model, method, scheme="w8a8-static-kv8", calibration=[tokens()], progress=False)
     assert len(calls) == 3 + 3  # the third, which may have been half way, as well
+
+
+def test_what_waits_to_clean_up_does_so_before_the_model_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interruption just after a context manager was entered: it is left only when the traceback goes, and too late."""
+    model = llama().train()
+    before = state(model)
+
+    @contextmanager
+    def entered(model: Any) -> Iterator[None]:
+        flags = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in flags:
+                module.training = False  # as it was found inside of another one
+
+    class Entering:
+        def __enter__(self) -> None:
+            self.inner = entered(model)
+            self.inner.__enter__()
+            raise KeyboardInterrupt
+
+        def __exit__(self, *_: object) -> None:
+            raise AssertionError("never entered")
+
+    monkeypatch.setattr(probe, "evaluating", lambda model: Entering())
+    with suppress(KeyboardInterrupt):
+        quantkit.quantize(model, calibration=[tokens()], progress=False)
+    gc.collect()
+    assert_same(state(model), before)
+    assert all(module.training for module in model.modules())
