@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quantkit.calibration.statistics import Statistic
 from quantkit.calibrators.base import Plan, Stage, View
-from quantkit.core.errors import MethodError
+from quantkit.core.errors import MethodError, QuantkitError
 from quantkit.core.sites import Kept
 from quantkit.core.spaces import ResidualStream, SpaceRotation
 from quantkit.discovery import discover
@@ -78,7 +78,15 @@ class Rotate:
 
     def plan(self, view: View) -> Plan:
         batch, whole = view.batches()
-        found = discover(view.model, batch)
+        try:
+            found = discover(view.model, batch)
+        except (QuantkitError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise MethodError(
+                "the model does not run while its linears put out made-up values, by which its stream would be found "
+                f"({type(error).__name__}: {error}); leave Rotate out, and Hadamard() rotates any linear's input at run time"
+            ) from error
         if Kept.NEVER_RAN in found.kept.values():
             batch, found = whole, discover(view.model, whole)  # more tokens reach more experts
         try:

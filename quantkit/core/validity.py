@@ -22,7 +22,8 @@ LONGEST_WITH_ALL_CODES = (2**31 - 1) // (128 * 255)
 def value_fault(operand: Operand) -> str | None:
     """What of the values of ``operand`` makes no sense, as a part of a sentence; None if all of it does.
 
-    It reads all codes once. Tensors without memory, such as those on the meta device, have no values to look at.
+    Codes are read where not every number that fits into their storage is one, so not those of 8 bits but in the longest rows,
+    and where groups have multipliers. Tensors without memory, such as those on the meta device, have no values to look at.
     """
     if operand.stored.is_meta or not in_memory(operand.stored):
         return None
@@ -51,7 +52,7 @@ def value_fault(operand: Operand) -> str | None:
     if operand.multipliers is not None:
         multipliers = operand.multipliers.float()
         kind = "odd whole numbers" if operand.input_groups else "whole numbers"
-        off = ~((multipliers >= 1) & (multipliers < 2**15)) | (multipliers != multipliers.round())
+        off = ~((multipliers >= 1) & (multipliers < 2**15)) | (multipliers != multipliers.round())  # no sum has room for more
         off = off | (multipliers % 2 != 1) if operand.input_groups else off
         refuse(off, f"its multipliers are not {kind} from 1 on")
     demand_positive("input_scale", operand.input_scale)

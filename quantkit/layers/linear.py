@@ -325,7 +325,7 @@ class W8A8Linear(nn.Linear):
             state[f"{prefix}weight"] = codes.flatten(1)
         saved = {name: t for name in TENSORS if isinstance(t := state.get(prefix + name), Tensor)}
         fault = self._foreign(saved, metadata.get(METADATA)) if saved else None
-        if saved and not fault and not self.__dict__.pop("_looked_at", False) and (damage := self._damage(saved)):
+        if saved and not fault and (damage := self.damage_in(saved)):
             rest[-1].append(f"{prefix[:-1]!r} cannot hold this state, which is damaged: {damage}")
             return
         if fault:
@@ -341,12 +341,9 @@ class W8A8Linear(nn.Linear):
         self._forget()
 
     def damage_in(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """What is wrong with the values of ``tensors``, which have been found to fit and will be loaded next."""
-        self._looked_at = True
-        return self._damage({**tensors, "weight": tensors["weight"].flatten(1)})
-
-    def _damage(self, tensors: Mapping[str, Tensor]) -> str | None:
-        return value_fault(Operand.of(self._facts, {name: tensors.get(name) for name in TENSORS}))
+        """What is wrong with the values of ``tensors``, whose shapes and types fit this layer; None if nothing is."""
+        held = {name: tensors.get(name) for name in TENSORS} | {"weight": tensors["weight"].flatten(1)}
+        return value_fault(Operand.of(self._facts, held))
 
     def _foreign(self, saved: dict[str, Tensor], record: dict[str, Any] | None) -> str | None:
         """What speaks against these tensors, which were of a layer with this ``record``, if it is known."""

@@ -13,7 +13,6 @@ from torch import nn
 from torch._C import _len_torch_function_stack, _pop_torch_function_stack
 
 from quantkit.model.compiled import is_compiled
-from quantkit.model.experts import put_back, unfuse
 
 log = logging.getLogger("quantkit")
 
@@ -43,28 +42,17 @@ class Guard:
         finished: whether the work is done, so that the model is to stay as it is.
     """
 
-    def __init__(self, model: nn.Module, *, experts_apart: bool = False) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model, self.undo, self.finished = model, ExitStack(), False
-        self._lost = False
+        self._lost, self._handled = False, sys.exc_info()[1]
         self._grad, self._modes, self._random = torch.is_grad_enabled(), _len_torch_function_stack(), torch.get_rng_state()
         things: list[Any] = list(model.modules())
-        configs = {id(config): config for m in things if hasattr(config := vars(m).get("config"), "__dict__")}
-        self._attributes = [(vars(thing), dict(vars(thing))) for thing in [*things, *configs.values()]]
+        # What is called config says how a transformers model is saved. It may be a class, whose attributes are nobody's to set.
+        configs = {id(c): c for m in things if isinstance(getattr(c := vars(m).get("config"), "__dict__", None), dict)}
         own = vars(nn.Module()).keys()
-        tables = ((m, value) for m in things for key, value in vars(m).items() if key in own and isinstance(value, dict))
-        self._tables = [(table, dict(table)) for _, table in tables]
-        self._apart: list[tuple[str, nn.Module]] = []
-        self._take_apart = experts_apart
-
-    def take_experts_apart(self) -> None:
-        """Let fused experts be linears until :meth:`put_experts_back`, if that was asked for."""
-        if self._take_apart:
-            self._apart = unfuse(self.model)
-
-    def put_experts_back(self) -> None:
-        """Fuse those experts again of which none was quantized."""
-        put_back(self.model, self._apart)
-        self._apart = []
+        tables = [t for m in things for key, t in vars(m).items() if key in own and isinstance(t, dict)]
+        mappings: list[dict[Any, Any]] = [*(vars(thing) for thing in [*things, *configs.values()]), *tables]
+        self._before = [(mapping, dict(mapping)) for mapping in mappings]
 
     def let_go(self) -> bool:
         """Before linears are replaced: keep nothing that would hold float weights in memory, if they are large.
@@ -72,31 +60,28 @@ class Guard:
         Returns:
             Whether the float model can still be given back.
         """
-        if sum(p.numel() * p.element_size() for p in self.model.parameters()) > KEPT_BYTES:
-            self.lose()
+        self._lost = sum(p.numel() * p.element_size() for p in self.model.parameters()) > KEPT_BYTES
+        if self._lost:
+            self._before = []
+            self.undo.pop_all()
         return not self._lost
-
-    def lose(self) -> None:
-        """From here on the float model cannot be had any more."""
-        self._lost = True
-        self._attributes, self._tables = [], []
-        self.undo.pop_all()
 
     def give_back(self) -> None:
         """Make the model what it was, or mark it as of no use. A finished one stays as it is."""
-        _end_generators()
+        self._end_generators()
         torch.set_grad_enabled(self._grad)
         torch.set_rng_state(self._random)
         while _len_torch_function_stack() > self._modes:
             _pop_torch_function_stack()
         if self.finished:
             return
+        was_broken = getattr(self.model, BROKEN, False)
         setattr(self.model, BROKEN, True)  # an interruption from here on would leave it half way
         if self._lost:
             log.error("the conversion stopped half way: this model object is unusable, load it again")
             return
         self.undo.close()
-        for mapping, before in [*self._attributes, *self._tables]:
+        for mapping, before in self._before:
             mapping.update(before)
             for key in mapping.keys() - before.keys() - {BROKEN}:
                 del mapping[key]
@@ -106,17 +91,18 @@ class Guard:
         for module in self.model.modules():
             if is_compiled(module):
                 module._initialize()  # type: ignore[operator]  # or it would go on calling what was in its place
-        delattr(self.model, BROKEN)
+        if not was_broken:
+            delattr(self.model, BROKEN)
 
+    def _end_generators(self) -> None:
+        """After an interruption: let what was entered and not left clean up now, before all is set as it was.
 
-def _end_generators() -> None:
-    """After an interruption: let what was entered and not left clean up now, before all is set as it was.
-
-    An interruption just after a context manager was entered leaves its generator waiting until the traceback goes. It would
-    then put back what it found, which is not what there is by then.
-    """
-    error = sys.exc_info()[1]
-    while error is not None:
-        if not isinstance(error, Exception):
-            traceback.clear_frames(error.__traceback__)
-        error = error.__context__
+        An interruption just after a context manager was entered leaves its generator waiting until the traceback goes. It would
+        then put back what it found, which is not what there is by then. Exceptions that were handled already when the work
+        began are the caller's.
+        """
+        error = sys.exc_info()[1]
+        while error is not None and error is not self._handled:
+            if not isinstance(error, Exception):
+                traceback.clear_frames(error.__traceback__)
+            error = error.__context__

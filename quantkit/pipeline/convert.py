@@ -24,6 +24,7 @@ from quantkit.core.report import LayerRecord, Report, attach
 from quantkit.core.weights import round_weight
 from quantkit.layers.attention import AttentionQuantizer, attach_attention, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
+from quantkit.model.experts import put_back, unfuse
 from quantkit.model.guard import Guard
 from quantkit.model.modules import linears_of, parents_of, replace_module, weight_of
 from quantkit.pipeline.account import account
@@ -41,14 +42,14 @@ def carry_out(model: nn.Module, plan: ModelPlan, progress: Progress = None) -> R
         ModelError: the model is quantized already, or has other layers than those of the plan; it is not changed.
     """
     check_model(model)
-    guard = Guard(model, experts_apart=plan.scheme is not None or bool(plan.rotations))
+    guard = Guard(model)
     try:
-        guard.take_experts_apart()
+        apart = unfuse(model) if plan.scheme is not None or plan.rotations else []
         check_fits(model, plan)
         for what in plan.rotations:
             rotate(model, what, guard.undo)
         report = convert_rotated(model, plan, progress=progress, undo=guard.undo if guard.let_go() else None)
-        guard.put_experts_back()
+        put_back(model, apart)
         attach(model, report)
         guard.finished = True
     except BaseException:

@@ -16,6 +16,7 @@ from quantkit.core.plan import ModelPlan
 from quantkit.core.progress import Progress
 from quantkit.core.scheme import Scheme
 from quantkit.model.compiled import eagerly, uncompiled
+from quantkit.model.experts import unfuse
 from quantkit.model.guard import Guard
 from quantkit.pipeline.account import say
 from quantkit.pipeline.check import Request, check
@@ -52,9 +53,10 @@ def plan(
     request = Request.of(method, scheme, ignore=ignore, targets=targets, seed=seed, progress=progress)
     model = uncompiled(model)
     check(model, request)
-    guard = Guard(model, experts_apart=request.takes_experts_apart)
+    guard = Guard(model)
     try:
-        guard.take_experts_apart()
+        if request.takes_experts_apart:
+            unfuse(model)
         return decided(model, request, calibration, tokenizer, guard.undo).plan
     finally:
         guard.give_back()

@@ -33,6 +33,7 @@ from quantkit.core.report import attach
 from quantkit.core.scheme import Scheme
 from quantkit.model.compiled import eagerly, uncompiled
 from quantkit.model.example import keep_example, made_up
+from quantkit.model.experts import put_back, unfuse
 from quantkit.model.guard import Guard
 from quantkit.pipeline.account import say
 from quantkit.pipeline.attention import attention_to_round, decide_attention
@@ -98,16 +99,16 @@ def quantize(
     request = Request.of(method, scheme, ignore=ignore, targets=targets, seed=seed, progress=progress)
     inner = uncompiled(model)
     check(inner, request)
-    guard = Guard(inner, experts_apart=request.takes_experts_apart)
+    guard = Guard(inner)
     try:
-        guard.take_experts_apart()
+        apart = unfuse(inner) if request.takes_experts_apart else []
         decision = decided(inner, request, calibration, tokenizer, guard.undo, listen=verify)
         kept = guard.undo if guard.let_go() else None
         report = convert_rotated(inner, decision.plan, tokens=decision.tokens, progress=progress, undo=kept)
         if decision.heard is not None:
             report.verification = verified(inner, decision.heard, report, kept)
             keep_example(inner, made_up(decision.heard.piece, seed))
-        guard.put_experts_back()
+        put_back(inner, apart)
         attach(inner, report)
         guard.finished = True
     except BaseException:

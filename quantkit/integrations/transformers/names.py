@@ -121,7 +121,7 @@ class SplitAsHeld(ConversionOps):  # type: ignore[misc]
 
 def splits_buffers(conversion: Any) -> Any:
     """``conversion``, able to split tensors whose pieces are buffers of the model."""
-    split = getattr(loading, "Split", None)  # transformers up to 5.22 has none
+    split = getattr(loading, "Split", None)  # older transformers have none
     if split is None or not any(isinstance(op, split) for op in getattr(conversion, "operations", None) or []):
         return conversion
     conversion = copy.copy(conversion)
