@@ -7,18 +7,18 @@ so that a checkpoint of another model leaves this one as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantkit.checkpoint.files import inside, sha256_of
 from quantkit.checkpoint.record import RECORD_FILE, check_cast_buffers, empty_layer, empty_quantizers, read_record
 from quantkit.checkpoint.rerun import CHECK_FILE, Check, read_check
-from quantkit.checkpoint.tensors import TYPES, Stored, read_headers, read_tensor
+from quantkit.checkpoint.tensors import read_tensors
 from quantkit.core.errors import CheckpointError, ModelError
 from quantkit.core.report import Report, attach
 from quantkit.layers.attention import CHILD, attach_attention
@@ -35,19 +35,19 @@ class Checkpoint:
         folder: where it is.
         record: what its ``quantkit.json`` says, keys of others included.
         report: what was done to the model.
-        stored: every tensor that its files hold.
+        tensors: all that its files hold, by name. Their memory is that of the files, which are read when it is used.
         check: what the saved model said; None if that is not known.
     """
 
     folder: Path
     record: dict[str, Any]
     report: Report
-    stored: dict[str, Stored]
+    tensors: dict[str, Tensor]
     check: Check | None
 
 
 def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
-    """Look at a checkpoint without reading its tensors.
+    """Look at a checkpoint, and map its tensors into memory. Whoever replaces it meanwhile: see :func:`as_one`.
 
     Args:
         folder: where it is.
@@ -65,12 +65,13 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
             )
         if verify and sha256_of(file) != facts["sha256"]:
             raise CheckpointError(f"{file} was changed after it was written (its SHA-256 does not match)")
-    stored = read_headers(folder, [name for name in record["files"] if name.endswith(".safetensors") and name != CHECK_FILE])
+    weights = [name for name in record["files"] if name.endswith(".safetensors") and name != CHECK_FILE]
+    tensors = _two_axes(read_tensors(folder, weights), record["layers"])
     try:
         report = Report.from_dict(record["report"])
     except (TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder / RECORD_FILE} is damaged: its report cannot be read ({error})") from None
-    return Checkpoint(folder, record, report, stored, read_check(folder, record))
+    return Checkpoint(folder, record, report, tensors, read_check(folder, record))
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -> nn.Module:
@@ -91,22 +92,22 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
     """
     if any(isinstance(m, W8A8Linear) for m in model.modules()):
         raise ModelError("model= is quantized already: pass a fresh floating-point instance")
-    record, stored = checkpoint.record, _two_axes(checkpoint)
+    record, tensors = checkpoint.record, checkpoint.tensors
     tied, cast = record["tied"], record.get("cast", {})
     taken_apart = unfuse(model, only=record["layers"])
     try:
-        layers = _empty_layers(model, record["layers"], stored)
+        layers = _empty_layers(model, record["layers"], tensors)
         quantizers = empty_quantizers(model, record.get("attention", {}), layers)
         names = all_names(model, [*layers, *quantizers])
         added: dict[str, nn.Module] = {other: layer for name, layer in layers.items() for other in names[name]}
         for name, quantizer in quantizers.items():
             added |= {f"{other}.{CHILD}".removeprefix("."): quantizer for other in names[name]}
-        _check_fit(model, added, stored, tied)
+        _check_fit(model, added, tensors, tied)
         check_cast_buffers(model, cast)
     except BaseException:
         put_back(model, taken_apart)
         raise
-    tensors = {name: read_tensor(found.file, name, device) for name, found in stored.items()}
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     tensors |= {alias: tensors[name] for alias, name in tied.items()}
     for name, layer in layers.items():
         if fault := layer.damage_in({key: tensors[f"{name}.{key}"] for key in layer.state_dict()}):
@@ -128,22 +129,18 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
     return model.eval()
 
 
-def _two_axes(checkpoint: Checkpoint) -> dict[str, Stored]:
+def _two_axes(tensors: dict[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
     """What the files hold, without the third axis that codes have there."""
-    codes = {f"{name}.weight" for name in checkpoint.record["layers"]}
-    return {
-        name: found._replace(shape=found.shape[:2]) if name in codes and found.shape[2:] == (1,) else found
-        for name, found in checkpoint.stored.items()
-    }
+    codes = {f"{name}.weight" for name in layers}
+    return {name: t.flatten(1) if name in codes and t.shape[2:] == (1,) else t for name, t in tensors.items()}
 
 
-def _empty_layers(model: nn.Module, records: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[str, W8A8Linear]:
+def _empty_layers(model: nn.Module, records: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, W8A8Linear]:
     """The INT8 layers of the record, each in the size of the linear that it will replace."""
     linears, layers = linears_of(model, untried=True), {}
-    dtypes = {name: dtype for dtype, name in TYPES.items() if dtype.is_floating_point}
-    pairs = [(p.dtype, dtypes.get(stored[name].dtype)) for name, p in model.named_parameters() if name in stored]
+    pairs = [(p.dtype, tensors[name].dtype) for name, p in model.named_parameters() if name in tensors]
     # what becomes of the first parameter of a dtype, and so of linears
-    loaded = {old: new for old, new in reversed(pairs) if new}
+    loaded = {old: new for old, new in reversed(pairs) if new.is_floating_point}
     for name, facts in records.items():
         if name not in linears:
             raise CheckpointError(
@@ -156,7 +153,9 @@ def _empty_layers(model: nn.Module, records: Mapping[str, Any], stored: Mapping[
     return layers
 
 
-def _check_fit(model: nn.Module, added: Mapping[str, nn.Module], stored: Mapping[str, Stored], tied: Mapping[str, str]) -> None:
+def _check_fit(
+    model: nn.Module, added: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], tied: Mapping[str, str]
+) -> None:
     """Raise a CheckpointError unless exactly the tensors that the model needs are stored, each in its shape and type.
 
     ``added`` are modules that will be put into the model, by name; their tensors count in place of those that are there now.
@@ -170,14 +169,15 @@ def _check_fit(model: nn.Module, added: Mapping[str, nn.Module], stored: Mapping
         scales |= {key for key, t in own.items() if t.is_floating_point() and not key.endswith((".bias", ".outlier_weight"))}
     for name, tensor in wanted.items():
         source = tied.get(name, name)
-        if source not in stored:
+        if source not in tensors:
             raise CheckpointError(f"tensor {name!r} is missing from the checkpoint")
-        _, shape, dtype = stored[source]
-        if shape != tuple(tensor.shape):
-            raise CheckpointError(f"tensor {name!r} has shape {list(shape)} and the model needs {list(tensor.shape)}")
-        fits = dtype.startswith(("F", "BF")) if tensor.is_floating_point() else dtype == TYPES.get(tensor.dtype)
-        if not fits or (name in scales and dtype != "F32"):
-            raise CheckpointError(f"tensor {name!r} is {dtype} and should be {'float32' if name in scales else tensor.dtype}")
-    surplus = next((name for name in [*stored, *tied] if name not in wanted), None)
+        found = tensors[source]
+        if found.shape != tensor.shape:
+            raise CheckpointError(f"tensor {name!r} has shape {list(found.shape)} and the model needs {list(tensor.shape)}")
+        fits = found.is_floating_point() if tensor.is_floating_point() else found.dtype == tensor.dtype
+        if not fits or (name in scales and found.dtype != torch.float32):
+            wanted_dtype = torch.float32 if name in scales else tensor.dtype
+            raise CheckpointError(f"tensor {name!r} is {found.dtype} and should be {wanted_dtype}")
+    surplus = next((name for name in [*tensors, *tied] if name not in wanted), None)
     if surplus is not None:
         raise CheckpointError(f"the checkpoint holds {surplus!r}, which the model has no place for: it is of another model")

@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.files import inside, read_object, sha256_of, written_whole
+from quantkit.checkpoint.files import as_one, inside, old_copies, read_object, sha256_of, written_whole
 from quantkit.checkpoint.record import digest_of
-from quantkit.checkpoint.tensors import Entry, read_header, read_tensor, write_shards
+from quantkit.checkpoint.tensors import Entry, read_tensors, write_shards
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.formats import FORMAT_KINDS
 from quantkit.core.heads import HeadSizes
@@ -49,12 +49,10 @@ def save_plan(plan: ModelPlan, path: str | os.PathLike[str]) -> Path:
         CheckpointError: the folder holds something else.
     """
     target = Path(path)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / PLAN_FILE).is_file())):
-        raise CheckpointError(f"{target} exists and holds no plan: choose an empty or a new folder")
     tensors: dict[str, Any] = {}
     body: dict[str, Any] = {"format": "quantkit plan", "format_version": FORMAT_VERSION, "plan": written(plan, tensors)}
     entries = [Entry.of(name, tensor) for name, tensor in tensors.items()]
-    with written_whole(target) as folder:
+    with written_whole(target, lambda place: (place / PLAN_FILE).is_file(), "plan", sum(e.nbytes for e in entries)) as folder:
         if entries:
             write_shards(entries, folder, 2**63, alone=TENSORS_FILE)
             body["sha256"] = sha256_of(folder / TENSORS_FILE)
@@ -74,8 +72,12 @@ def load_plan(path: str | os.PathLike[str], *, device: Any = "cpu") -> ModelPlan
         CheckpointError: it is missing, damaged, changed, or of another version.
     """
     folder = Path(path)
+    return as_one(folder, lambda: _read(folder, device))
+
+
+def _read(folder: Path, device: Any) -> ModelPlan:
     if not (folder / PLAN_FILE).is_file():
-        raise CheckpointError(f"{folder} holds no plan: it has no {PLAN_FILE}")
+        raise CheckpointError(f"{folder} holds no plan: it has no {PLAN_FILE}{old_copies(folder)}")
     body = read_object(folder, PLAN_FILE)
     digest = body.pop("digest", None)
     if body.get("format") != "quantkit plan" or body.get("format_version") != FORMAT_VERSION:
@@ -87,7 +89,7 @@ def load_plan(path: str | os.PathLike[str], *, device: Any = "cpu") -> ModelPlan
         file = inside(folder, TENSORS_FILE, PLAN_FILE)
         if sha256_of(file) != body["sha256"]:
             raise CheckpointError(f"{file} was changed after it was written (its SHA-256 does not match)")
-        tensors = {name: read_tensor(file, name, device) for name in read_header(file)}
+        tensors = {name: t.to(device) for name, t in read_tensors(folder, [TENSORS_FILE]).items()}
     try:
         plan = read(body["plan"], tensors, KINDS)
     except (QuantkitError, KeyError) as error:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.checkpoint.files import read_json
+from quantkit.checkpoint.files import inside, old_copies, read_json
 from quantkit.core.errors import CheckpointError, QuantkitError
 from quantkit.core.facts import Facts
 from quantkit.core.heads import HeadSizes
@@ -56,8 +56,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     file = folder / RECORD_FILE
     if not file.is_file():
-        raise CheckpointError(f"{folder} is no quantkit checkpoint: it has no {RECORD_FILE}")
-    body = read_json(file)
+        raise CheckpointError(f"{folder} is no quantkit checkpoint: it has no {RECORD_FILE}{old_copies(folder)}")
+    body = read_json(inside(folder, RECORD_FILE, RECORD_FILE))
     if not isinstance(body, dict) or body.get("format") != "quantkit":
         raise CheckpointError(f"{file} was not written by quantkit")
     check_version(folder, body.get("format_version"))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from quantkit.calibration.data import device_of
 from quantkit.checkpoint.files import inside
 from quantkit.checkpoint.record import RECORD_FILE
-from quantkit.checkpoint.tensors import Entry, read_header, read_tensor, write_shards
+from quantkit.checkpoint.tensors import Entry, read_tensors, write_shards
 from quantkit.core.errors import CheckpointError
 from quantkit.core.report import Report
 from quantkit.discovery.equivalence import decibels, relative_error, run_alike
@@ -96,7 +96,7 @@ def read_check(folder: Path, record: Mapping[str, Any]) -> Check | None:
         log.info("the opened model will not be compared with what it said when it was saved: %s", check["why_not"])
         return None
     file = inside(folder, CHECK_FILE, RECORD_FILE)
-    stored = {name: read_tensor(file, name, "cpu") for name in read_header(file)}
+    stored = read_tensors(file.parent, [file.name])
     try:
         samples = [stored[f"output.{i}"] for i in range(sum(name.startswith("output.") for name in stored))]
         return Check(folder, _filled(check["input"], stored), samples, str(check["sha256"]))

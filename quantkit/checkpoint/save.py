@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from quantkit.checkpoint.files import sha256_of, written_whole
+from quantkit.checkpoint.files import check_target, files_of, sha256_of, written_whole
 from quantkit.checkpoint.record import (
     RECORD_FILE,
     attention_records,
@@ -22,14 +22,19 @@ from quantkit.checkpoint.record import (
 )
 from quantkit.checkpoint.rerun import write_check
 from quantkit.checkpoint.tensors import Entry, unshared, write_shards
-from quantkit.core.errors import CheckpointError
 from quantkit.core.report import report
 
+WHAT = "quantkit checkpoint"
 
-def check_target(target: Path) -> None:
-    """Raise a CheckpointError if there is something at ``target`` that a checkpoint must not replace."""
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / RECORD_FILE).is_file())):
-        raise CheckpointError(f"{target} exists and is no quantkit checkpoint: choose an empty or a new folder")
+
+def is_own(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint, which another may replace."""
+    return (folder / RECORD_FILE).is_file()
+
+
+def check_place(target: Path) -> None:
+    """Raise a CheckpointError if a checkpoint must not or cannot be written to ``target``, see :func:`check_target`."""
+    check_target(target, is_own, WHAT)
 
 
 def write_checkpoint(
@@ -55,13 +60,12 @@ def write_checkpoint(
         CheckpointError: the folder holds something else.
     """
     record, target = report(model), Path(path)
-    check_target(target)
     tensors, tied = unshared(codes_apart(model, model.state_dict()))
     attention, cast = attention_records(model), cast_buffers(model)
-    with written_whole(target) as folder:
-        files = list(write_shards([Entry.of(name, tensor) for name, tensor in tensors.items()], folder, shard_bytes))
+    entries = [Entry.of(name, tensor) for name, tensor in tensors.items()]
+    with written_whole(target, is_own, WHAT, sum(entry.nbytes for entry in entries)) as folder:
+        write_shards(entries, folder, shard_bytes)
         more = {"check": write_check(model, folder), **beside(folder)}
-        files += [p.name for p in sorted(folder.iterdir()) if p.name not in files and p.is_file()]
         body = {
             "format": "quantkit",
             "format_version": version_of(attention),
@@ -70,7 +74,9 @@ def write_checkpoint(
             **({"attention": attention} if attention else {}),
             "tied": tied,
             **({"cast": cast} if cast else {}),
-            "files": {name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in files},
+            "files": {
+                name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in files_of(folder)
+            },
             "report": record.to_dict(),
         }
         body["digest"] = digest_of(body)

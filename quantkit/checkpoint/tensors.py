@@ -163,14 +163,36 @@ def read_headers(folder: Path, files: Iterable[str]) -> dict[str, Stored]:
     return index
 
 
-def read_tensor(file: Path, name: str, device: torch.device | str) -> Tensor:
-    """One tensor of a file. On a CPU its memory is the mapped file, which the system reads when the tensor is used.
+def read_tensors(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
+    """What several safetensors files of a folder hold together, on the CPU.
+
+    The memory of a tensor is the mapped file, which the system reads when the tensor is used. The file may be replaced then: a
+    mapping is of the file that was opened.
+
+    Raises:
+        CheckpointError: a file is damaged or cannot be read, or two files hold a tensor of the same name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(folder / file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118  safe_open is no mapping
+                    if name in tensors:
+                        raise CheckpointError(f"{folder}: tensor {name!r} is stored twice")
+                    tensors[name] = handle.get_tensor(name)
+        except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two of types that torch has not
+            raise CheckpointError(f"{folder / file} is damaged: {error}") from None
+    return tensors
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a file, on the CPU.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     try:
-        with safe_open(file, framework="pt", device=str(device)) as handle:
+        with safe_open(file, framework="pt") as handle:
             tensor: Tensor = handle.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"tensor {name!r} of {file} cannot be read: {error}") from None

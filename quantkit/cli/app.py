@@ -23,7 +23,8 @@ from rich.table import Table
 
 import quantkit
 from quantkit.calibrators import methods
-from quantkit.checkpoint.save import check_target
+from quantkit.checkpoint.files import files_of
+from quantkit.checkpoint.save import check_place
 from quantkit.cli.inputs import device_called, example_for, text_of, windows_for, writes_text
 from quantkit.core.errors import CalibrationError, ModelError
 from quantkit.core.scheme import SCHEMES
@@ -133,7 +134,7 @@ def quantize(
 
     Request.of(**how)  # raises before anything is loaded, as the next lines do
     text = None if calibration is None else text_of(calibration)
-    check_target(output)
+    check_place(output)
     check_float(model)
     net, tokenizer = load_float(model, dtype=dtype, device=device_called(device))
     data = None if text is None else windows_for(net, tokenizer, text)[:windows]
@@ -320,7 +321,7 @@ def _print_json(**facts: Any) -> None:
 
 
 def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+    return sum((folder / name).stat().st_size for name in files_of(folder))
 
 
 def _progress(quiet: bool) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.checkpoint.load import fill, open_checkpoint
+from quantkit.checkpoint.files import as_one
+from quantkit.checkpoint.load import Checkpoint, fill, open_checkpoint
 from quantkit.checkpoint.record import RECORD_FILE
 from quantkit.checkpoint.rerun import run_again
 from quantkit.checkpoint.save import write_checkpoint
@@ -75,11 +76,18 @@ def load(
             the opened model does not say what the saved one said.
     """
     folder = Path(path)
-    if is_compressed(folder):
-        return open_compressed(folder, model, device)
-    checkpoint = open_checkpoint(folder, verify=verify)
-    name = recorded_class(checkpoint)
-    filled = fill(empty_model(folder, name) if model is None else uncompiled(model), checkpoint, device)
+
+    def opened() -> tuple[Checkpoint | None, nn.Module]:
+        if is_compressed(folder):
+            return None, open_compressed(folder, model, device)
+        checkpoint = open_checkpoint(folder, verify=verify)
+        name = recorded_class(checkpoint)
+        return checkpoint, empty_model(folder, name) if model is None else uncompiled(model)
+
+    checkpoint, found = as_one(folder, opened)
+    if checkpoint is None:
+        return found
+    filled = fill(found, checkpoint, device)
     if verify and checkpoint.check is not None:
         run_again(filled, checkpoint.check, checkpoint.report)
     return filled if model is None else model

@@ -110,7 +110,7 @@ def test_writing_is_deterministic_and_replaces_a_plan(folder: Path, tmp_path: Pa
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for target in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(CheckpointError, match="holds no plan"):
+        with pytest.raises(CheckpointError, match="exists and is no plan"):
             quantkit.save_plan(_plan(), target)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     with pytest.raises(CheckpointError, match="holds no plan"):

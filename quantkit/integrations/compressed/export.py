@@ -17,7 +17,6 @@ import gc
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit._version import __version__
-from quantkit.checkpoint.files import inside, read_object, written_whole
+from quantkit.checkpoint.files import FILE_NAME, as_one, check_target, files_of, inside, read_object, written_whole
 from quantkit.checkpoint.record import RECORD_FILE
 from quantkit.checkpoint.tensors import Entry, unshared, write_shards
 from quantkit.core.errors import CheckpointError, ModelError
@@ -44,6 +43,8 @@ from quantkit.layers.attention import attention_quantizers
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.compiled import uncompiled
 from quantkit.model.modules import is_conv1d, is_linear, linears_of
+
+WHAT = "export of quantkit's"
 
 log = logging.getLogger("quantkit")
 HALF_FLOOR = 2.0**-17
@@ -93,20 +94,20 @@ def export(
         raise ModelError(f"format={format!r} is not known: use {METHOD!r}")
     if outliers not in ("refuse", "drop") or rewrites not in ("refuse", "undo"):
         raise ModelError(f"outliers={outliers!r}, rewrites={rewrites!r}: use 'refuse', or 'drop' and 'undo'")
-    target, extra = Path(path), list[Path]()
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _is_export(target))):
-        raise CheckpointError(f"{target} exists and is no export of quantkit's: choose an empty or a new folder")
+    target, extra = Path(path), dict[str, bytes]()
+    check_target(target, _is_export, WHAT)
     if not isinstance(model, nn.Module):
-        model, extra = _opened(Path(model), target)
+        model, extra = as_one(source := Path(model), lambda: _opened(source, target))
     record = report(model := uncompiled(model))
     biased = _check(model, record, outliers == "drop", rewrites == "undo")
     config, generation = _configuration(model, record), getattr(model, "generation_config", None)
     entries = _entries(model, biased)
     del model  # entries hold what is still to be written, and let go of it one by one
     gc.collect()  # layers are part of cycles
-    with written_whole(target) as folder:
-        for file in extra:
-            shutil.copyfile(file, folder / file.name)
+    with written_whole(target, _is_export, WHAT, sum(entry.nbytes for entry in entries)) as folder:
+        for name, content in extra.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if generation is not None:
@@ -126,12 +127,13 @@ def _write_tensors(entries: list[Entry], folder: Path, shard_bytes: int) -> None
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _opened(source: Path, target: Path) -> tuple[nn.Module, list[Path]]:
-    """The model of a checkpoint, and the files beside it that go along."""
+def _opened(source: Path, target: Path) -> tuple[nn.Module, dict[str, bytes]]:
+    """The model of a checkpoint, and what the files beside it hold that go along, by name."""
     if source.resolve() == target.resolve():
         raise CheckpointError(f"{target} is the checkpoint itself: choose another folder")
     model = load(source)
-    return model, [inside(source, f.name, RECORD_FILE) for f in sorted(source.iterdir()) if f.is_file() and _is_text(f)]
+    names = [name for name in files_of(source) if FILE_NAME.fullmatch(name) and _is_text(source / name)]
+    return model, {name: inside(source, name, RECORD_FILE).read_bytes() for name in names}
 
 
 def _is_export(folder: Path) -> bool:

@@ -191,7 +191,7 @@ def _empty(name: str, source: str, linear: nn.Module, scheme: Scheme, stored: di
         if key != "weight":
             _check_values(f"{source}.{key}", found)
     points = stored.get(f"{source}.weight_zero_point")
-    if points is not None and bool(read_tensor(points.file, f"{source}.weight_zero_point", "cpu").any()):
+    if points is not None and bool(read_tensor(points.file, f"{source}.weight_zero_point").any()):
         raise CheckpointError(f"layer {name!r} has zero points in its weight: asymmetric weights are not in an INT8 product")
     static = ("input_scale", "input_zero_point")
     surplus = next((key for key in static if key not in wanted and f"{source}.{key}" in stored), None)
@@ -210,7 +210,7 @@ def _check_values(name: str, found: Stored) -> None:
     """Raise a CheckpointError if scales, which are floating-point numbers, are negative or not finite."""
     if found.dtype.startswith("I"):
         return
-    values = read_tensor(found.file, name, "cpu").float()
+    values = read_tensor(found.file, name).float()
     if not bool((values.isfinite() & (values >= 0)).all()):
         raise CheckpointError(f"tensor {name!r} holds a scale that is negative or not finite")
 
