@@ -21,7 +21,7 @@ from quantkit.checkpoint.rerun import CHECK_FILE, Check, read_check
 from quantkit.checkpoint.tensors import read_tensors
 from quantkit.core.errors import CheckpointError, ModelError
 from quantkit.core.report import Report, attach
-from quantkit.layers.attention import CHILD, attach_attention
+from quantkit.layers.attention import CHILD, AttentionQuantizer, attach_attention
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import put_back, unfuse
 from quantkit.model.modules import all_names, linears_of, parents_of, replace_module, weight_of
@@ -99,7 +99,9 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
         layers = _empty_layers(model, record["layers"], tensors)
         quantizers = empty_quantizers(model, record.get("attention", {}), layers)
         names = all_names(model, [*layers, *quantizers])
-        added: dict[str, nn.Module] = {other: layer for name, layer in layers.items() for other in names[name]}
+        added: dict[str, W8A8Linear | AttentionQuantizer] = {
+            other: layer for name, layer in layers.items() for other in names[name]
+        }
         for name, quantizer in quantizers.items():
             added |= {f"{other}.{CHILD}".removeprefix("."): quantizer for other in names[name]}
         _check_fit(model, added, tensors, tied)
@@ -109,10 +111,10 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
         raise
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     tensors |= {alias: tensors[name] for alias, name in tied.items()}
-    for name, layer in layers.items():
-        if fault := layer.damage_in({key: tensors[f"{name}.{key}"] for key in layer.state_dict()}):
+    for name, module in added.items():
+        if fault := module.damage_in({key: tensors[f"{name}.{key}"] for key in module.state_dict()}):
             put_back(model, taken_apart)
-            raise CheckpointError(f"layer {name!r} is damaged: {fault}")
+            raise CheckpointError(f"{name!r} is damaged: {fault}")
     parents = parents_of(model)
     for name, layer in layers.items():
         replace_module(model, name, layer, parents)

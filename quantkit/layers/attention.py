@@ -22,6 +22,7 @@ from quantkit.core.errors import ModelError
 from quantkit.core.formats import Format, Quantized
 from quantkit.core.heads import HeadSizes, count_heads
 from quantkit.core.scheme import Scheme
+from quantkit.core.tracing import in_memory
 from quantkit.model.modules import applied_but_float32
 from quantkit.ops.attention import attention, round_heads, through
 
@@ -120,6 +121,24 @@ class AttentionQuantizer(nn.Module):
         label = None if label is None else label.repeat_interleave(count_heads(x) // len(label), 0)
         ends = None if ends is None else ends.repeat_interleave(count_heads(x) // own, 1)
         return through(round_heads, x, label, ends, self.clusters, rounding.number.bits, rounding.number.symmetric)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, strict: bool, *rest: Any) -> None:
+        own = {name: t for name in self._buffers if isinstance(t := state.get(prefix + name), Tensor)}
+        if fault := self.damage_in(own):
+            rest[-1].append(f"{prefix[:-1]!r} cannot hold this state, which is damaged: {fault}")
+            return
+        super()._load_from_state_dict(state, prefix, metadata, strict, *rest)
+
+    def damage_in(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with the values of ``tensors``, named as the buffers here; None if nothing is."""
+        for name, tensor in tensors.items():
+            if tensor.is_meta or not in_memory(tensor):
+                continue
+            if name.endswith("label") and bool(((tensor < 0) | (tensor >= self.clusters)).any()):
+                return f"{name} names a cluster beyond 0 to {self.clusters - 1}"
+            if name.endswith("range") and not bool(tensor.isfinite().all() & (tensor[0] <= tensor[1]).all()):
+                return f"{name} holds no finite least and largest values"
+        return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> AttentionQuantizer:
         applied_but_float32(self, fn, self._buffers.keys())

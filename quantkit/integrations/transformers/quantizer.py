@@ -47,10 +47,10 @@ from quantkit.core.operand import empty_operand
 from quantkit.core.report import LayerRecord, Report, attach, detach, has_report, report
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Kept
-from quantkit.core.validity import value_fault
 from quantkit.core.weights import round_weight
+from quantkit.integrations.transformers.checksums import checksums, compare
 from quantkit.integrations.transformers.names import one_by_one, splits_buffers
-from quantkit.layers.attention import attach_attention, attention_quantizers, detach_attention, explained
+from quantkit.layers.attention import AttentionQuantizer, attach_attention, attention_quantizers, detach_attention, explained
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import Experts, is_fused, unfuse
 from quantkit.model.modules import Parents, is_conv1d, linears_of, lookalikes_of, parents_of, replace_module, weight_of
@@ -60,6 +60,8 @@ from quantkit.pipeline.quantize import quantize
 
 log = logging.getLogger("quantkit")
 NAME = "quantkit"
+OPTIONAL = ("attention", "checksums")
+"""What ``config.json`` has only where there is any."""
 NOT_STORED = "not quantized in the checkpoint"
 NOT_TRIED = (
     "its class has a forward of its own, which cannot be tried before it has a weight: load it as it is, and call quantize()"
@@ -73,7 +75,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     itself, which means the paper's method with its threshold here. Other methods, and lists of several, first load the model
     whole.
 
-    The arguments are the keys in ``config.json``. The last three are for models that were saved; nobody writes them by hand.
+    The arguments are the keys in ``config.json``. The last four are for models that were saved; nobody writes them by hand.
 
     Args:
         method: as in :func:`quantkit.quantize`: a name, a calibrator, or a list of them.
@@ -87,6 +89,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layers: the record of every INT8 layer of a saved model, by name.
         attention: the record of every module whose attention is rounded, by name, if there is any.
         format_version: version of these records.
+        checksums: what :func:`~quantkit.integrations.transformers.checksums.checksums` said of the saved model.
 
     Raises:
         MethodError, SchemeError: for what :func:`quantkit.quantize` would refuse.
@@ -106,6 +109,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layers: dict[str, dict[str, Any]] | None = None,
         attention: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
+        checksums: dict[str, dict[str, str]] | None = None,
         **unknown: Any,
     ) -> None:
         # One function because these are the keys of a quantization_config.
@@ -121,6 +125,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self._read_version, self.format_version, self.attention = format_version, version_of(attention), attention
         self.scheme = Scheme.parse(scheme).name
         self.ignore, self.threshold, self.seed, self.layers = list(ignore), threshold, seed, layers
+        self.checksums = checksums
         self._calibration, self._tokenizer = calibration, tokenizer
         parts = list(method) if isinstance(method, (list, tuple)) else [method]
         self._calibrators, self.method = [], parts
@@ -153,7 +158,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """What is written into ``config.json``, in plain JSON types: all but the calibration data and the tokenizer."""
-        names = {name for name in vars(self) if not name.startswith("_")} - (set() if self.attention else {"attention"})
+        names = {name for name, value in vars(self).items() if not name.startswith("_") and (value or name not in OPTIONAL)}
         return {name: copy.deepcopy(value) for name, value in vars(self).items() if name in names}
 
     def __deepcopy__(self, memo: Any) -> QuantKitConfig:
@@ -202,6 +207,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.transposed: set[str] = set()
         self._kept: dict[str, str] = {}
+        self._checksums: dict[str, Any] = {}
         self._apart = False  # whether all experts have been taken apart, because the files have them apart
 
     def update_tp_plan(self, config: Any) -> Any:
@@ -246,6 +252,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         names = _names_in(model, records)
         records, attention = _moved(records, *names), _moved(config.attention or {}, *names)
+        self._checksums = _moved(config.checksums or {}, *names)
         self._apart = bool(unfuse(model, only=records)) and not any(is_fused(module) for module in model.modules())
         linears, parents = linears_of(model, untried=True), parents_of(model)
         for name, record in records.items():
@@ -314,8 +321,9 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise CheckpointError(f"the files hold no codes for layer {name!r}: they are of another model, or damaged")
             if layer.weight.dim() == 3:
                 layer.weight = layer.weight.flatten(1)
-            if self.pre_quantized and (fault := value_fault(layer.operand)):
-                raise CheckpointError(f"layer {name!r}: {fault}: its files are damaged")
+        if self.pre_quantized:
+            _check_values(model)
+            compare(model, self._checksums)
         if not self.pre_quantized and not config.streams:
             quantize(
                 model, config._calibrators, calibration=config._calibration, tokenizer=config._tokenizer, scheme=config.scheme,
@@ -340,7 +348,8 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What ``save_pretrained`` writes, also that of a part of a quantized model, whose layers have other names."""
-        mark(model, copy.copy(self.quantization_config))
+        mark(model, config := copy.copy(self.quantization_config))
+        config.checksums = checksums(model)
         return codes_apart(model, model.state_dict()), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -362,6 +371,15 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         detach_attention(model)
         detach(model)
         return model
+
+
+def _check_values(model: Any) -> None:
+    """Raise a CheckpointError if what was read makes no sense."""
+    for name, module in model.named_modules():
+        if isinstance(module, W8A8Linear | AttentionQuantizer):
+            held = {key: tensor for key, tensor in module.named_buffers(recurse=False) if tensor is not None}
+            if fault := module.damage_in(held):
+                raise CheckpointError(f"{name!r}: {fault}: its files are damaged")
 
 
 def _spare(model: Any) -> None:
@@ -392,7 +410,7 @@ def mark(model: Any, config: QuantKitConfig | None = None) -> None:
     if not layers:
         return
     config = config or _config_of(model)
-    config.layers, config.attention = layers, attention_records(model) or None
+    config.layers, config.attention, config.checksums = layers, attention_records(model) or None, None
     config.format_version = version_of(config.attention)
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method = True, NAME
