@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantkit.core.errors import CheckpointError
+from quantkit.core.text import read_text
 
 try:
     import fcntl
@@ -295,10 +296,9 @@ def read_json(file: Path) -> Any:
     Raises:
         CheckpointError: it is larger than :data:`MAX_JSON_BYTES`, or no JSON.
     """
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB: refused")
+    text = read_text(file, MAX_JSON_BYTES, CheckpointError)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
 

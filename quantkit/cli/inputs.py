@@ -9,14 +9,12 @@ import torch
 
 from quantkit.calibration.data import packed_text, self_sampled
 from quantkit.core.errors import CalibrationError, ModelError
+from quantkit.core.text import read_text
 
 
 def text_of(file: Path) -> str:
     """What a text file holds."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{file} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+    return read_text(file, 2**32, CalibrationError)
 
 
 def device_called(name: str) -> torch.device:

@@ -15,9 +15,17 @@ QuantkitError (ValueError)
 import difflib
 from collections.abc import Iterable
 
+from quantkit.core.text import printable, shortened
+
 
 class QuantkitError(ValueError):
-    """Base class: ``except quantkit.QuantkitError`` catches everything quantkit raises on purpose."""
+    """Base class: ``except quantkit.QuantkitError`` catches everything quantkit raises on purpose.
+
+    What a message quotes of a stranger's file is shown as text, and not at any length.
+    """
+
+    def __str__(self) -> str:
+        return shortened(printable(super().__str__()))
 
 
 class ModelError(QuantkitError):

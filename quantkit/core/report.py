@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from quantkit.core.errors import ModelError
+from quantkit.core.text import printable
 
 ATTRIBUTE = "_quantkit_record"
 LISTENERS: list[Callable[[nn.Module], None]] = []
@@ -160,7 +161,7 @@ class Report:
         if self.equivalence is not None:
             lines.append(f"  folding changed the float model by {self.equivalence:.1e} (relative)")
         lines += [f"  {what}" for what in self.rewrites]
-        return "\n".join(lines + ([] if self.verification is None else [f"  {self.verification}"]))
+        return printable("\n".join(lines + ([] if self.verification is None else [f"  {self.verification}"])))
 
     def __str__(self) -> str:
         head = f"{'layer':<52} {'kind':<6} {'weights':>7} {'SQNR':>8}  what happened"
@@ -173,7 +174,7 @@ class Report:
             said += [r.reason] if r.reason else []
             said += [f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in r.notes.items()]
             rows.append(f"{r.name:<52} {r.kind:<6} {share:>7} {sqnr:>8}  {'; '.join(said)}")
-        return "\n".join(rows)
+        return printable("\n".join(rows))
 
 
 def percent(share: float) -> str:

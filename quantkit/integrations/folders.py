@@ -82,7 +82,7 @@ def load(
             return None, open_compressed(folder, model, device)
         checkpoint = open_checkpoint(folder, verify=verify)
         name = recorded_class(checkpoint)
-        return checkpoint, empty_model(folder, name) if model is None else uncompiled(model)
+        return checkpoint, empty_model(folder, name, checkpoint.tensors) if model is None else uncompiled(model)
 
     checkpoint, found = as_one(folder, opened)
     if checkpoint is None:

@@ -20,7 +20,11 @@ from typing import Any
 from quantkit.calibrators import Calibrator, kind_of, methods, resolve
 from quantkit.core.errors import CheckpointError, MethodError, SchemeError
 from quantkit.core.scheme import Scheme
+from quantkit.core.text import read_text
 
+DEEPEST = 20
+MOST = 2**20
+"""Bytes of a recipe. The record of a checkpoint has a report beside it."""
 KEYS = ("method", "scheme", "seed", "ignore", "targets")
 
 
@@ -108,7 +112,7 @@ class Recipe:
         file = Path(path)
         if file.is_dir():
             return cls._made(_of_checkpoint(file), imports, written=True)
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file, MOST, MethodError)
         if file.suffix == ".json":
             try:
                 return cls.from_dict(json.loads(text), imports=imports)
@@ -119,6 +123,14 @@ class Recipe:
         except ImportError:
             raise MethodError(f"{file}: reading YAML needs PyYAML: pip install pyyaml, or write the recipe as .json") from None
         try:
+            depth = 0
+            for event in yaml.parse(text, yaml.SafeLoader):
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                    raise MethodError(
+                        f"{file} has {'lists in lists in lists' if depth > DEEPEST else 'an alias (*name)'}, of which a small "
+                        "file can make a huge recipe: write it out"
+                    )
             return cls.from_dict(yaml.safe_load(text), imports=imports)
         except (yaml.YAMLError, RecursionError) as error:
             raise MethodError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
@@ -211,7 +223,7 @@ def _names(data: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
 def _of_checkpoint(folder: Path) -> Any:
     file = folder / "quantkit.json"
     try:
-        recipe = json.loads(file.read_text(encoding="utf-8"))["report"]["recipe"]
+        recipe = json.loads(read_text(file, 64 * MOST, CheckpointError))["report"]["recipe"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         recipe = None
     if recipe is None:

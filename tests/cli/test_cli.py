@@ -19,7 +19,7 @@ from helpers import TEXT, VOCAB, write_llama
 from typer.testing import CliRunner, Result
 
 import quantkit
-from quantkit.calibrators import methods
+from quantkit import calibrators
 from quantkit.cli import demo
 from quantkit.cli.app import app, run
 
@@ -387,8 +387,7 @@ class Interrupting(quantkit.PerSite):
 def test_ctrl_c_says_what_was_written(
     folder: Path, command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "interrupting" not in methods():
-        quantkit.register_method("interrupting", Interrupting)
+    monkeypatch.setitem(calibrators._methods, "interrupting", Interrupting)
     common = ["quantize", folder / "float", "-c", folder / "text.txt", "-o", tmp_path / "out"]
     assert command(*common, "-m", "interrupting") == (130, "", "interrupted: nothing was written\n")
     assert not (tmp_path / "out").exists()

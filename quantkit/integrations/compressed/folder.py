@@ -19,7 +19,7 @@ from quantkit.checkpoint.record import RECORD_FILE
 from quantkit.checkpoint.tensors import read_headers
 from quantkit.core.errors import CheckpointError
 from quantkit.integrations.compressed.layout import METHOD, parse
-from quantkit.integrations.transformers.files import CONFIG, PIP_HINT
+from quantkit.integrations.transformers.files import CONFIG, PIP_HINT, at_most, check_counts, read_config
 from quantkit.integrations.transformers.register import register_with_transformers
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -64,7 +64,7 @@ def open_compressed(folder: Path, model: nn.Module | None, device: torch.device 
     """
     if model is not None:
         raise CheckpointError(f"{folder} is a transformers model, which load() makes itself: leave model= out")
-    config = read_object(folder, CONFIG)
+    config = read_config(folder)
     try:
         parse(config["quantization_config"])
     except CheckpointError as error:
@@ -84,7 +84,12 @@ def open_compressed(folder: Path, model: nn.Module | None, device: torch.device 
         from quantkit.integrations.compressed.load import load_compressed
     except ImportError as error:
         raise CheckpointError(f"{folder} is a transformers model: {PIP_HINT} ({error})") from None
-    return load_compressed(folder, names[0], device)
+    try:
+        check_counts(config, len(stored))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    with at_most(len(stored)):
+        return load_compressed(folder, names[0], device)
 
 
 def _weight_files(folder: Path) -> list[str]:

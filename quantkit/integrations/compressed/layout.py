@@ -8,7 +8,7 @@ runs it.
 
 from __future__ import annotations
 
-import re
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +18,18 @@ from torch import nn
 from quantkit.core.errors import CheckpointError
 from quantkit.core.formats import Format, Int, PerChannel, PerTensor, PerToken, Quantized
 from quantkit.core.scheme import Scheme
+from quantkit.integrations.transformers.files import PIP_HINT
 
 METHOD, FORMAT = "compressed-tensors", "int-quantized"
 LAYOUTS = (FORMAT, "naive-quantized")
 """Formats that store INT8 codes as they are, one in a byte. Others pack them, or hold other numbers."""
-MAX_WILDCARDS = 4
-UNREPEATABLE = re.compile(r"\)\s*[*+?{]|\\[1-9]|\(\?[^:]")
-"""A repeated group, a backreference, or any special group, each of which can make matching take exponential time."""
+LONGEST = 500
+"""Characters of an expression."""
+PATIENCE = 2.0
+"""Seconds that all expressions of a checkpoint may take to be matched: they come from a stranger, and some take for ever."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compressed:
     """What a ``quantization_config`` asks for.
 
@@ -38,6 +40,7 @@ class Compressed:
 
     groups: tuple[tuple[tuple[str, ...], Scheme], ...]
     ignore: tuple[str, ...]
+    _left: float = PATIENCE
 
     def scheme_of(self, names: Collection[str], module: nn.Module) -> Scheme | None:
         """The number format of a linear, or None if it stays in floating point.
@@ -47,14 +50,31 @@ class Compressed:
             module: the linear.
 
         Raises:
-            CheckpointError: groups of layers contradict each other.
+            CheckpointError: groups of layers contradict each other, or an expression takes for ever to match.
         """
-        if any(_matches(pattern, names, module) for pattern in self.ignore):
+        if any(self._matches(pattern, names, module) for pattern in self.ignore):
             return None
-        found = {scheme for targets, scheme in self.groups if any(_matches(t, names, module) for t in targets)}
+        found = {scheme for targets, scheme in self.groups if any(self._matches(t, names, module) for t in targets)}
         if len(found) > 1:
             raise CheckpointError(f"config_groups give {next(iter(names))!r} more than one number format")
         return next(iter(found), None)
+
+    def _matches(self, pattern: str, names: Collection[str], module: nn.Module) -> bool:
+        """Whether a target means this module.
+
+        A target is the full name of a module, the name of its class, or ``re:`` and an expression that a name starts with.
+        """
+        if not pattern.startswith("re:"):
+            return pattern in names or any(pattern == cls.__name__ for cls in type(module).__mro__)
+        import regex
+
+        start = time.perf_counter()
+        try:
+            return any(regex.match(pattern[3:], name, timeout=max(self._left, 1e-3)) is not None for name in names)
+        except TimeoutError:
+            raise CheckpointError(f"the expression {pattern[3:83]!r} takes too long to match: refused") from None
+        finally:
+            self._left -= time.perf_counter() - start
 
 
 def describe(layers: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
@@ -166,21 +186,14 @@ def _patterns(where: str, value: Any) -> tuple[str, ...]:
 
 
 def _check_expression(expression: str) -> None:
-    """Raise a CheckpointError if a regular expression is none, or could take for ever to match: it comes from a stranger."""
-    wild = sum(expression.count(sign) for sign in "*+{")
+    """Raise a CheckpointError if a regular expression is none, or much too long."""
+    if len(expression) > LONGEST:
+        raise CheckpointError(f"the expression {expression[:80]!r} has {len(expression)} characters: refused")
     try:
-        if len(expression) > 500 or wild > MAX_WILDCARDS or UNREPEATABLE.search(expression):
-            raise CheckpointError(f"the expression {expression[:80]!r} could take for ever to match: refused")
-        re.compile(expression)
-    except (re.error, RecursionError, OverflowError) as error:
+        import regex  # comes with transformers, and unlike re it can be told when to give up
+    except ImportError as error:
+        raise CheckpointError(f"its expressions need a package that is not installed: {PIP_HINT} ({error})") from None
+    try:
+        regex.compile(expression)
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"the expression {expression[:80]!r} is none: {error}") from None
-
-
-def _matches(pattern: str, names: Collection[str], module: nn.Module) -> bool:
-    """Whether a target means this module.
-
-    A target is the full name of a module, the name of its class, or ``re:`` and an expression that a name starts with.
-    """
-    if pattern.startswith("re:"):
-        return any(re.match(pattern[3:], name) is not None for name in names)
-    return pattern in names or any(pattern == cls.__name__ for cls in type(module).__mro__)

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint.files import read_object
 from quantkit.core.errors import ModelError, QuantkitError
 from quantkit.integrations.folders import is_checkpoint, load
-from quantkit.integrations.transformers.files import CONFIG, PIP_HINT, model_class
+from quantkit.integrations.transformers.files import CONFIG, PIP_HINT, model_class, read_config
 
 SMOLLM2 = "smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
@@ -45,7 +44,7 @@ def check_float(path: str) -> None:
         raise ModelError(f"{path} does not exist: name a folder with a transformers model, a .gguf file, or '{SMOLLM2}'")
     if not place.is_dir():
         return
-    quantization = read_object(place, CONFIG).get("quantization_config") if (place / CONFIG).is_file() else None
+    quantization = read_config(place).get("quantization_config") if (place / CONFIG).is_file() else None
     if is_checkpoint(path) or (isinstance(quantization, dict) and quantization.get("quant_method") == "quantkit"):
         raise ModelError(f"{path} is quantized already: name the folder of the model in floating point")
     if not (place / CONFIG).is_file():
