@@ -6,7 +6,8 @@ from, such as the weights, the data, the options and the pieces before it (:clas
 repeated, a piece is read back if there is a file with the same key. A file with another key belongs to another run and is
 refused, never overwritten.
 
-A file is either whole or not there: it is written under another name, flushed to the disk, and renamed.
+A file is either whole or not there: it is written under another name, flushed to the disk, and renamed. It has a hash of its
+own content, and the folder is locked while somebody works in it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.core.errors import MethodError
+from quantkit.core.locks import HeldError, lock
 from quantkit.model.modules import memory_of
 
 
@@ -65,32 +69,57 @@ class Work:
 
 
 class Store:
-    """A folder with one safetensors file for each finished piece of work.
+    """A folder with one safetensors file for each finished piece of work; ``with`` makes it and locks it.
 
     Args:
-        folder: made when the first piece is written.
+        folder: where.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self._held: int | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._held = lock(self.folder)
+        except HeldError:
+            raise MethodError(f"{self.folder} is in use by another run: wait until it ends, or choose another folder") from None
+        except OSError as error:
+            raise MethodError(f"{self.folder} cannot be used for finished work: {error}") from error
+        for unfinished in self.folder.glob("*.new"):
+            unfinished.unlink()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def write(self, name: str, key: str, work: Work) -> None:
-        """Write a finished piece of work to the file called ``name``, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write a finished piece of work to the file called ``name``, whole or not at all.
+
+        Raises:
+            MethodError: the system refuses.
+        """
         file = self._file(name)
         new = file.with_suffix(".new")
+        tensors = {name: t.detach().cpu().contiguous() for name, t in work.tensors.items()}
         facts = {"key": key} | {name: float(number).hex() for name, number in work.numbers.items()}
-        save_file({name: t.detach().cpu().contiguous() for name, t in work.tensors.items()}, new, metadata=facts)
-        with new.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(new, file)
+        try:
+            save_file(tensors, new, metadata=facts | {"content": _content(tensors, facts)})
+            with new.open("rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(new, file)
+        except (SafetensorError, OSError) as error:
+            raise MethodError(f"{file} cannot be written: {error}") from error
 
     def read(self, name: str, key: str, tensors: Mapping[str, Tensor], numbers: Collection[str]) -> Work | None:
         """The piece of work in the file called ``name``, on the CPU; None if there is no such file, so that it has to be done.
 
         Args:
             name, key: as they were written.
-            tensors: tensors with the names and shapes that the file should have.
+            tensors: tensors with the names, shapes and types that the file should have.
             numbers: the names of the numbers that it should have.
 
         Raises:
@@ -103,10 +132,12 @@ class Store:
             with safe_open(file, framework="pt") as handle:
                 facts = handle.metadata() or {}
                 stored = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  safe_open is no mapping
+            if facts.pop("content", None) != _content(stored, facts):
+                raise ValueError("its content is not what was written")
             work = Work(stored, {name: float.fromhex(facts[name]) for name in numbers})
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise MethodError(f"{file} is damaged: delete it, and what it holds is computed again ({error})") from None
-        if facts.get("key") != key or {k: t.shape for k, t in stored.items()} != {k: t.shape for k, t in tensors.items()}:
+        if facts.get("key") != key or _forms(stored) != _forms(tensors):
             raise MethodError(
                 f"{file} is of another run (model, data, options or earlier blocks differ): choose another folder"
             )
@@ -114,3 +145,15 @@ class Store:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def _content(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    """A hash of everything in a file."""
+    whole = Fingerprint(repr(sorted(facts.items())))
+    for name in sorted(tensors):
+        whole.add(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}", tensors[name])
+    return whole.key
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (t.shape, t.dtype) for name, t in tensors.items()}

@@ -27,12 +27,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantkit.core.errors import CheckpointError
+from quantkit.core.locks import HeldError, lock
 from quantkit.core.text import read_text
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 MAX_JSON_BYTES = 64 * 2**20
@@ -117,37 +113,24 @@ def _locked_folder(target: Path) -> Iterator[Path]:
     """A new folder beside ``target``, locked, which is removed at the end if it is still there."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f"{_stem(target)}.quantkit-", dir=target.parent))
-        lock = _lock(folder)
-        if folder.exists():  # nobody took it for a leftover before it was locked
+        try:
+            held = lock(folder)
             break
+        except (HeldError, FileNotFoundError):  # somebody took it for a leftover before it was locked
+            continue
     try:
         folder.chmod(0o755)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        if held is not None:
+            os.close(held)
 
 
 def _stem(target: Path) -> str:
     """What the names of temporary folders of a target begin with; a name that leaves no room for more is hashed."""
     name = target.name
     return f".{name if len(os.fsencode(name)) < 200 else hashlib.sha256(os.fsencode(name)).hexdigest()}"
-
-
-def _lock(folder: Path) -> int | None:
-    """A handle that locks a folder until it is closed; None if somebody else holds it, or nobody can."""
-    if fcntl is None:
-        return None
-    handle = None
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # also of file systems without locks
-        if handle is not None:
-            os.close(handle)
-        return None
-    return handle
 
 
 def _leftovers(target: Path, *kinds: str) -> list[Path]:
@@ -161,9 +144,13 @@ def _leftovers(target: Path, *kinds: str) -> list[Path]:
 
 def _remove_leftovers(target: Path, *kinds: str) -> None:
     for folder in _leftovers(target, *kinds):
-        if (lock := _lock(folder)) is not None:
+        try:
+            held = lock(folder)
+        except (HeldError, OSError):
+            continue
+        if held is not None:  # else nobody can say whether it is in use
             shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+            os.close(held)
 
 
 def _sync(folder: Path) -> None:

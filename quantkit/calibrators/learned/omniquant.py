@@ -18,7 +18,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
@@ -99,6 +99,11 @@ class OmniQuant:
             )
 
     def plan(self, view: View) -> Plan:
+        with nullcontext() if self.folder is None else Store(self.folder) as store:
+            return self._plan(view, store)
+
+    def _plan(self, view: View, store: Store | None) -> Plan:
+        """With the folder that finished blocks are kept in, if there is one."""
         blocks = find_blocks(view.model, [name for site in view.sites for name in site.linears])
         samples = samples_of(view.batches(), self.samples)
         if len(samples) < 2:
@@ -107,7 +112,6 @@ class OmniQuant:
         inputs = HiddenStates(self.offload, target.device)
         for i in range(len(samples)):
             inputs[i] = target[i]
-        store = None if self.folder is None else Store(self.folder)
         plan = Plan()
         key = self._key(view, target, len(samples))
         for index, name in enumerate(view.progress(blocks, self.name)):

@@ -179,8 +179,8 @@ def _run(command: list[str], place: Path) -> None:
 
 
 def _folders() -> Iterator[Path]:
-    """Where the library may be, in this order: the cache of the user; a folder for temporary files, where a home is read-only or
-    runs no code; and at last one for this process alone."""
+    """Where the library may be, in this order: the cache of the user; a folder for temporary files, where a home is
+    read-only or runs no code; and at last one for this process alone."""
     own = os.environ.get("QUANTKIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "quantkit")
     temporary = Path(tempfile.gettempdir(), f"quantkit-{os.getuid() if hasattr(os, 'getuid') else 'cache'}")
     makers: list[Callable[[], Path]] = [lambda: _made(Path(own)), lambda: _made(temporary), _private_folder]
