@@ -32,7 +32,7 @@ def rewritten(
     Args:
         x: ``[..., K]``.
         shift: ``[K]``, subtracted.
-        outliers: ``[n]`` int64, channels that are taken aside, before the scale, and are 0 from then on.
+        outliers: ``[n]`` int64, channels that are taken aside, before the scale, and are 0 from then on, or NaN if not finite.
         scaled: what else happens to each channel.
         permutation: ``[K]`` int64: channel i is then what ``permutation[i]`` was.
         rotated: what mixes the channels at last.
@@ -45,8 +45,9 @@ def rewritten(
     aside = None if outliers is None else x.index_select(-1, outliers)
     if scaled is not None:
         x = scaled(x)
-    if outliers is not None:
-        x = x.index_fill(-1, outliers, 0.0)
+    if aside is not None:
+        assert outliers is not None
+        x = x.index_copy(-1, outliers, (aside * 0.0).to(x.dtype))  # 0, or NaN where it is not finite, as in any other channel
     if permutation is not None:
         x = x.index_select(-1, permutation)
     return (x if rotated is None else rotated(x)), aside

@@ -259,6 +259,20 @@ def test_rows_that_are_zero_or_not_finite(backend: str, scheme: str, steps: tupl
     assert y[[0, 1, 5]].isfinite().all()
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "w8a8-asym"])
+@pytest.mark.parametrize("steps", [("outliers",), ("shift", "scale", "outliers"), ("permutation", "outliers")], ids=str)
+def test_outlier_columns_that_are_not_finite(backend: str, scheme: str, steps: tuple[str, ...]) -> None:
+    """In the product of floats beside the INT8 product an infinity would stay one."""
+    module = layer(64, 8, scheme, steps=steps)
+    assert module.outlier_index is not None
+    x = torch.randn(5, 64)
+    for row, value in enumerate((math.nan, math.inf, -math.inf), 1):
+        x[row, module.outlier_index[row % len(module.outlier_index)]] = value
+    y = check(module, x)
+    assert y[1:4].isnan().all()
+    assert y[[0, 4]].isfinite().all()
+
+
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym"])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("m", [1, 2])
