@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ENGINE ?= .venv-engine
 
-.PHONY: demo test check lint types house dist transformers-matrix transformers-oldest compressed-tensors-matrix engine-test env clean
+.PHONY: attack demo test check lint types house dist transformers-matrix transformers-oldest compressed-tensors-matrix engine-test env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/quantkit demo --output demo-out
@@ -19,6 +19,10 @@ types: $(VENV)/.ready
 	$(BIN)/mypy
 
 check: lint types test
+
+# Kills, interrupts, damaged checkpoints and hostile inputs by the thousand: under an hour, result in benchmarks/results/attack.json.
+attack: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/attack/attack.py
 
 house: $(VENV)/.ready
 	$(BIN)/python tests/house.py

@@ -19,7 +19,7 @@ from quantkit.checkpoint.files import inside, sha256_of
 from quantkit.checkpoint.record import RECORD_FILE, check_cast_buffers, empty_layer, empty_quantizers, read_record
 from quantkit.checkpoint.rerun import CHECK_FILE, Check, read_check
 from quantkit.checkpoint.tensors import read_tensors
-from quantkit.core.errors import CheckpointError, ModelError
+from quantkit.core.errors import CheckpointError, ModelError, QuantkitError
 from quantkit.core.report import Report, attach
 from quantkit.layers.attention import CHILD, AttentionQuantizer, attach_attention
 from quantkit.layers.linear import W8A8Linear
@@ -69,7 +69,7 @@ def open_checkpoint(folder: Path, *, verify: bool = True) -> Checkpoint:
     tensors = _two_axes(read_tensors(folder, weights), record["layers"])
     try:
         report = Report.from_dict(record["report"])
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, QuantkitError) as error:
         raise CheckpointError(f"{folder / RECORD_FILE} is damaged: its report cannot be read ({error})") from None
     return Checkpoint(folder, record, report, tensors, read_check(folder, record))
 

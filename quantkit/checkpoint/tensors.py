@@ -31,6 +31,9 @@ TYPES = {
 }  # fmt: skip
 """What safetensors calls each type of numbers. Files hold the last of these first, so that wide numbers lie at multiples of
 their size."""
+UNREADABLE = (SafetensorError, OSError, RuntimeError, TypeError, AttributeError)
+"""What safetensors and torch raise of a file that is none; the last three where it was replaced while it was opened, and of types
+of numbers that torch has not."""
 ORDER = {dtype: place for place, dtype in enumerate(TYPES)}
 
 
@@ -143,7 +146,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         with safe_open(file, framework="pt") as handle:
             parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  safe_open is no mapping
             return {name: Stored(file, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
-    except (SafetensorError, OSError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
 
 
@@ -180,7 +183,7 @@ def read_tensors(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
                     if name in tensors:
                         raise CheckpointError(f"{folder}: tensor {name!r} is stored twice")
                     tensors[name] = handle.get_tensor(name)
-        except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two of types that torch has not
+        except UNREADABLE as error:
             raise CheckpointError(f"{folder / file} is damaged: {error}") from None
     return tensors
 
@@ -194,6 +197,6 @@ def read_tensor(file: Path, name: str) -> Tensor:
     try:
         with safe_open(file, framework="pt") as handle:
             tensor: Tensor = handle.get_tensor(name)
-    except (SafetensorError, OSError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"tensor {name!r} of {file} cannot be read: {error}") from None
     return tensor

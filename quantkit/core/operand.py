@@ -18,13 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.core.errors import MethodError
+from quantkit.core.errors import MethodError, ModelError
 from quantkit.core.facts import Facts, check_exact
 from quantkit.core.formats import Float, Format, PerGroup, Quantized, groups_fault
 from quantkit.core.groups import shares
 from quantkit.core.rewrite import Rewrite
 from quantkit.core.rotation import Rotation
 from quantkit.core.scheme import Scheme
+from quantkit.core.tracing import in_memory
+
+WHOLE = ("permutation", "outliers", "input_zero_point")
+FLOATING = ("shift", "pre_scale", "outlier_weight", "bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,18 +85,30 @@ class Operand:
             "bias": (self.bias, (n,)),
             **{name: (getattr(self.rewrite, name), (k,)) for name in ("shift", "pre_scale", "permutation")},
         }
-        if self.rewrite.outliers is not None:
-            wanted["outlier_weight"] = (self.outlier_weight, (n, len(self.rewrite.outliers)))
+        if (rotation := self.rewrite.rotation) is not None:
+            wanted["signs"] = (rotation.signs, (k,))
+        if (outliers := self.rewrite.outliers) is not None:
+            wanted |= {
+                "outliers": (outliers, (outliers.numel(),)),
+                "outlier_weight": (self.outlier_weight, (n, outliers.numel())),
+            }
         kinds = {"stored": self.weight.storage.dtype, "scale": torch.float32, "input_scale": torch.float32}
+        real = in_memory(self.stored) and not self.stored.is_meta
         for name, (tensor, shape) in wanted.items():
             if tensor is None:
                 continue
             if tuple(tensor.shape) != shape:
                 return f"{name} is {list(tensor.shape)}, not {list(shape)}"
-            if tensor.dtype != kinds.get(name, tensor.dtype) or tensor.is_complex():
-                return f"{name} is {tensor.dtype}, not {kinds.get(name, 'real')}"
+            if name in WHOLE or name in FLOATING:
+                fits = tensor.dtype in (torch.int32, torch.int64) if name in WHOLE else tensor.is_floating_point()
+            else:
+                fits = tensor.dtype == kinds.get(name, tensor.dtype) and not tensor.is_complex()
+            if not fits:
+                return f"{name} is {tensor.dtype}"
             if tensor.device != self.device or tensor.layout != torch.strided:
                 return f"{name} is a {tensor.layout} tensor on {tensor.device}, and its codes are on {self.device}"
+            if real and not tensor.data_ptr() and tensor.numel():
+                return f"{name} has no memory: its storage was given back, or never was"
         if bool(groups) != (self.multipliers is not None):
             return f"groups {groups} and multipliers go together"
         if self.input_groups not in ((), groups):
@@ -107,7 +123,6 @@ class Operand:
             return "a static, asymmetric input has a zero point, and no other has one"
         if (self.rewrite.outliers is None) != (self.outlier_weight is None):
             return "outlier channels and outlier_weight go together"
-        rotation = self.rewrite.rotation
         if rotation is not None and (k % rotation.block or any(size % rotation.block for size in self.input_groups)):
             return f"a rotation of {rotation.block} divides neither {k} channels nor groups of {groups}"
         return None
@@ -301,11 +316,10 @@ class Operand:
     @classmethod
     def of(cls, facts: Facts, tensors: Mapping[str, Tensor | None]) -> Operand:
         """From what :attr:`facts` and :meth:`tensors` gave; the tensors are used, not copied."""
-        scale = tensors["weight_scale"]
-        assert scale is not None
         weight, groups = facts.scheme.weight, facts.groups
-        stored = tensors["weight"]
-        assert stored is not None
+        scale, stored = tensors.get("weight_scale"), tensors.get("weight")
+        if scale is None or stored is None:
+            raise ModelError(f"an INT8 layer has no {'weight' if stored is None else 'weight_scale'}: somebody took it away")
         input_ = facts.scheme.input
         rotation = None if facts.rotation_block is None else Rotation(facts.rotation_block, tensors.get("rotation_signs"))
         return cls(

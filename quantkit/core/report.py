@@ -6,15 +6,20 @@ Whoever has to do something with every such model, as the bridge to transformers
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 from quantkit.core.errors import ModelError
+from quantkit.core.scheme import Scheme
 from quantkit.core.text import printable
+
+T = TypeVar("T")
 
 ATTRIBUTE = "_quantkit_record"
 LISTENERS: list[Callable[[nn.Module], None]] = []
@@ -122,11 +127,20 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
-        """The report that :meth:`to_dict` wrote."""
+        """The report that :meth:`to_dict` wrote.
+
+        Raises:
+            KeyError, TypeError: it is none; the message says what is wrong.
+            SchemeError: its scheme is none.
+        """
         lists = {"layers": data["layers"], "others": data.get("others", [])}
-        records = {name: [LayerRecord(**record) for record in found] for name, found in lists.items()}
+        records = {name: [_read(LayerRecord, record) for record in found] for name, found in lists.items()}
         verified = data.get("verification")
-        return cls(**{**data, **records, "verification": None if verified is None else Verification(**verified)})
+        verification = None if verified is None else _read(Verification, verified)
+        made = _read(cls, {**data, **records, "verification": verification})
+        if made.scheme is not None:
+            Scheme.parse(made.scheme)
+        return made
 
     def share(self, records: Iterable[LayerRecord]) -> float:
         """What part of all weights these records have, from 0 to 1; 0 where a report of an older version did not count them."""
@@ -175,6 +189,32 @@ class Report:
             said += [f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in r.notes.items()]
             rows.append(f"{r.name:<52} {r.kind:<6} {share:>7} {sqnr:>8}  {'; '.join(said)}")
         return printable("\n".join(rows))
+
+
+def _read(kind: type[T], data: Mapping[str, Any]) -> T:
+    """An instance of a dataclass of this file from plain JSON, each value of the type that its field has."""
+    made = kind(**data)
+    for name, choices in _fields(cast("Any", kind)).items():
+        value = getattr(made, name)
+        if not any(_is_a(value, choice) for choice in choices):
+            raise TypeError(f"{name} is {value!r}")
+    return made
+
+
+@functools.cache
+def _fields(kind: type[Any]) -> dict[str, tuple[Any, ...]]:
+    """The types that each field of a dataclass may have."""
+    hints = get_type_hints(kind)
+    return {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is not list or all(_is_a(item, inner[0]) for item in value))
 
 
 def percent(share: float) -> str:

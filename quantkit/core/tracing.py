@@ -12,7 +12,7 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.compiler import is_dynamo_compiling
 
-from quantkit.core.errors import BackendError
+from quantkit.core.errors import BackendError, ModelError
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,6 +37,14 @@ def in_memory(x: Tensor) -> bool:
     """
     # in this order for Dynamo, which cannot trace the calls into C
     return not is_dynamo_compiling() and type(x) is Tensor and not _len_torch_dispatch_stack() and _get_tracing_state() is None
+
+
+def demand_memory(x: Tensor) -> None:
+    """Raise a ModelError if ``x`` should have memory and has none, as after its storage was freed: reads would be fatal."""
+    if not x.data_ptr() and x.numel() and not x.is_meta:
+        raise ModelError(
+            f"an INT8 layer has or was given a tensor of {list(x.shape)} without memory: its storage was given back"
+        )
 
 
 def in_transform() -> bool:

@@ -13,6 +13,7 @@ from quantkit.core.errors import ModelError
 from quantkit.core.formats import Float, Quantized, Storage
 from quantkit.core.groups import shares
 from quantkit.core.operand import Operand
+from quantkit.core.tracing import demand_memory, in_memory
 from quantkit.ops import reference
 
 
@@ -34,9 +35,13 @@ class PlainPrepared:
         """``x [M, K]`` float to ``[M, N]`` in its dtype, one step after the other. Faster backends hand other dtypes here.
 
         Raises:
-            ModelError: ``x`` is not floating point.
+            ModelError: ``x`` is not floating point, or its memory or that of the codes was given back.
         """
         operand, dtype = self.operand, x.dtype
+        if in_memory(x):
+            demand_memory(operand.stored)
+            if not x._is_zerotensor():  # zeros that lie nowhere, as autograd makes them, which PyTorch knows
+                demand_memory(x)
         if not dtype.is_floating_point:
             raise ModelError(
                 f"an INT8 layer of {operand.in_features} to {operand.out_features} features was called on a tensor of {dtype}: "

@@ -168,7 +168,7 @@ def attack(count: int, seed: int = 0, *, kept: bool = True) -> dict[str, Any]:
     finally:
         guard.KEPT_BYTES = size
         log.setLevel(level)
-    return {"interrupts": sum(found.values()) - found["not interrupted"], "outcomes": dict(found), "wrong": wrong}
+    return {"cases": sum(found.values()) - found["not interrupted"], "outcomes": dict(found), "wrong": wrong}
 
 
 def interrupted(work: Callable[[], Any], after: float) -> str:

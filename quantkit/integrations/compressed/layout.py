@@ -71,7 +71,7 @@ class Compressed:
         start = time.perf_counter()
         try:
             return any(regex.match(pattern[3:], name, timeout=max(self._left, 1e-3)) is not None for name in names)
-        except TimeoutError:
+        except (TimeoutError, MemoryError, RecursionError):
             raise CheckpointError(f"the expression {pattern[3:83]!r} takes too long to match: refused") from None
         finally:
             self._left -= time.perf_counter() - start

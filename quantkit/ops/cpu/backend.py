@@ -150,7 +150,7 @@ class CPUPrepared(PlainPrepared):
             return super().run(x)
         if in_memory(x) and x.is_cpu:
             x = x.contiguous()
-            return super().run(x) if not x.numel() or x.is_neg() or _has_no_memory(x) else _fused(passes, x)
+            return _fused(passes, x) if x.data_ptr() and x.numel() and not x.is_neg() else super().run(x)
         if x.device.type not in ("cpu", "meta"):
             raise BackendError(f"an INT8 layer on the CPU is called with a tensor on {x.device}: move one of them to the other")
         if passes.groups or (torch.compiler.is_compiling() and x.shape[0] <= (0 if passes.block else 1)):
@@ -169,19 +169,6 @@ class CPUPrepared(PlainPrepared):
         if not in_memory(q) or not _has_library() or not q.numel():
             return super().group_sum(q, multipliers, zero)
         return _group_sum(self.passes, _group_products(self.passes, q, in_place=True), multipliers, zero)
-
-
-def _has_no_memory(x: Tensor) -> bool:
-    """Whether ``x`` is zeros that lie nowhere, as autograd makes them.
-
-    Raises:
-        ModelError: its memory was given back.
-    """
-    if x.data_ptr():
-        return False
-    if not x._is_zerotensor():
-        raise ModelError("an INT8 layer is called with a tensor whose memory was given back")
-    return True
 
 
 class CPU(Plain):
@@ -313,8 +300,8 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 def _fused(passes: Passes, x: Tensor) -> Tensor:
     lib, (m, k), n = library(), x.shape, passes.scale.shape[0]
     assert lib is not None
-    if passes.weight.data_ptr() != passes.pointers[1]:
-        raise ModelError("the memory of an INT8 weight was given back, or moved: load the model again")
+    if not passes.pointers[1] or passes.weight.data_ptr() != passes.pointers[1]:
+        raise ModelError("the memory of an INT8 weight was given back, or moved, or is none: load the model again")
     kind, pool, (how, *weight, groups) = TYPES[x.dtype], torch.get_num_threads(), passes.pointers
     if m == 1 and (n * k <= TOKEN_ELEMENTS or not has_integer_product()):
         y = x.new_empty(1, n)  # twice as fast as torch.empty
