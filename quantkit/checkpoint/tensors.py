@@ -32,8 +32,8 @@ TYPES = {
 """What safetensors calls each type of numbers. Files hold the last of these first, so that wide numbers lie at multiples of
 their size."""
 UNREADABLE = (SafetensorError, OSError, RuntimeError, TypeError, AttributeError)
-"""What safetensors and torch raise of a file that is none; the last three where it was replaced while it was opened, and of types
-of numbers that torch has not."""
+"""What safetensors and torch raise of a file that is none; the last three where it was replaced while it was opened, or has
+types of numbers that torch has not."""
 ORDER = {dtype: place for place, dtype in enumerate(TYPES)}
 
 
