@@ -7,7 +7,7 @@ found in this way, and a folder whose files are from two saves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,6 +48,14 @@ def _of_module(module: nn.Module) -> dict[str, tuple[int, int]]:
         if tensor is None or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
             continue  # in no memory here, or only a part of it is
         kind = str(tensor.dtype).removeprefix("torch.")
-        size, number = facts.get(kind, (0, 0))
-        facts[kind] = size + tensor.nbytes, (number * 3 + checksum(tensor)) % 2**64
+        for part in _parts(module, tensor):
+            size, number = facts.get(kind, (0, 0))
+            facts[kind] = size + part.nbytes, (number * 3 + checksum(part)) % 2**64
     return facts
+
+
+def _parts(module: nn.Module, tensor: Tensor) -> Sequence[Tensor]:
+    """What counts of a tensor: not the row of an embedding for padding, which classes set to 0 when they are made."""
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        return tensor[: module.padding_idx], tensor[module.padding_idx + 1 :]
+    return (tensor,)
