@@ -8,6 +8,7 @@ run time: this is a :class:`Rewrite`. :func:`rewritten` is the one definition of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -32,22 +33,22 @@ def rewritten(
     Args:
         x: ``[..., K]``.
         shift: ``[K]``, subtracted.
-        outliers: ``[n]`` int64, channels that are taken aside, before the scale, and are 0 from then on, or NaN if not finite.
+        outliers: ``[n]`` int64, channels that are taken aside, before the scale, and are 0 from then on.
         scaled: what else happens to each channel.
         permutation: ``[K]`` int64: channel i is then what ``permutation[i]`` was.
         rotated: what mixes the channels at last.
 
     Returns:
-        what is quantized ``[..., K]``, and what was taken aside ``[..., n]``, None without outliers.
+        what is quantized ``[..., K]``, and what was taken aside ``[..., n]``, with NaN for infinities; None without outliers.
     """
     if shift is not None:
         x = x - shift
-    aside = None if outliers is None else x.index_select(-1, outliers)
+    # Infinities become NaN, for a product of floats could leave them as they are, and no other channel does.
+    aside = None if outliers is None else x.index_select(-1, outliers).nan_to_num(math.nan, math.nan, math.nan)
     if scaled is not None:
         x = scaled(x)
-    if aside is not None:
-        assert outliers is not None
-        x = x.index_copy(-1, outliers, (aside * 0.0).to(x.dtype))  # 0, or NaN where it is not finite, as in any other channel
+    if outliers is not None:
+        x = x.index_fill(-1, outliers, 0.0)
     if permutation is not None:
         x = x.index_select(-1, permutation)
     return (x if rotated is None else rotated(x)), aside

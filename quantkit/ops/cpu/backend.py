@@ -23,7 +23,7 @@ from torch import Tensor
 from quantkit.core.errors import BackendError, ModelError
 from quantkit.core.formats import Quantized
 from quantkit.core.operand import Operand
-from quantkit.core.tracing import constant_while_tracing, in_memory
+from quantkit.core.tracing import constant_while_tracing, demand_memory, in_memory
 from quantkit.ops.cpu.native import TILE, Groups, Rewrite, library
 from quantkit.ops.plain import Plain, PlainPrepared, other_than_bytes, other_than_w8a8, shares_of
 from quantkit.ops.reference import row_sums
@@ -110,6 +110,10 @@ class Passes:
     row_multipliers: Tensor | None = None
 
     @functools.cached_property
+    def n(self) -> int:
+        return len(self.scale)
+
+    @functools.cached_property
     def sizes(self) -> Tensor:
         return torch.tensor(self.groups, dtype=torch.int64, device="cpu")
 
@@ -150,7 +154,8 @@ class CPUPrepared(PlainPrepared):
             return super().run(x)
         if in_memory(x) and x.is_cpu:
             x = x.contiguous()
-            return _fused(passes, x) if x.data_ptr() and x.numel() and not x.is_neg() else super().run(x)
+            # no address: empty, or zeros that lie nowhere, or an error
+            return _fused(passes, x, address) if (address := x.data_ptr()) and not x.is_neg() else super().run(x)
         if x.device.type not in ("cpu", "meta"):
             raise BackendError(f"an INT8 layer on the CPU is called with a tensor on {x.device}: move one of them to the other")
         if passes.groups or (torch.compiler.is_compiling() and x.shape[0] <= (0 if passes.block else 1)):
@@ -285,8 +290,10 @@ _library.define(
 
 
 def _cpu_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    passes = Passes(weight, *rest)  # the schema above
-    return _fused(passes, x.contiguous())
+    passes, x = Passes(weight, *rest), x.contiguous()  # the schema above
+    if x.numel():
+        demand_memory(x)
+    return _fused(passes, x, x.data_ptr())
 
 
 _library.impl("cpu_linear", _cpu_linear, "CPU")
@@ -297,22 +304,21 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _fused(passes: Passes, x: Tensor) -> Tensor:
-    lib, (m, k), n = library(), x.shape, passes.scale.shape[0]
+def _fused(passes: Passes, x: Tensor, address: int) -> Tensor:
+    lib, (m, k) = library(), x.shape
     assert lib is not None
-    if not passes.pointers[1] or passes.weight.data_ptr() != passes.pointers[1]:
+    (how, codes, *weight, groups), n = passes.pointers, passes.n
+    if not codes or passes.weight.data_ptr() != codes:
         raise ModelError("the memory of an INT8 weight was given back, or moved, or is none: load the model again")
-    kind, pool, (how, *weight, groups) = TYPES[x.dtype], torch.get_num_threads(), passes.pointers
+    kind, pool = TYPES[x.dtype], torch.get_num_threads()
     if m == 1 and (n * k <= TOKEN_ELEMENTS or not has_integer_product()):
         y = x.new_empty(1, n)  # twice as fast as torch.empty
         threads = min(pool, 1 + n * k // (8 * ELEMENTS_PER_THREAD))
-        failed = lib.quantkit_token(y.data_ptr(), x.data_ptr(), how, *weight, groups, n, k, passes.top, kind, threads)
+        failed = lib.quantkit_token(y.data_ptr(), address, how, codes, *weight, groups, n, k, passes.top, kind, threads)
     else:
         q, x_scale = x.new_empty(m, k, dtype=torch.int8), x.new_empty(m, 1 + len(passes.groups), dtype=torch.float32)
         threads = min(pool, 1 + m * k // ELEMENTS_PER_THREAD, m)
-        failed = lib.quantkit_quantize(
-            q.data_ptr(), x_scale.data_ptr(), x.data_ptr(), how, groups, m, k, passes.top, kind, threads
-        )
+        failed = lib.quantkit_quantize(q.data_ptr(), x_scale.data_ptr(), address, how, groups, m, k, passes.top, kind, threads)
         if passes.groups:
             acc = _group_sum(passes, _group_products(passes, q, in_place=True), x_scale[:, 1:], None)
             x_scale = x_scale[:, 0].contiguous()
@@ -321,7 +327,7 @@ def _fused(passes: Passes, x: Tensor) -> Tensor:
         # float32 results take the place of the sums they come from
         y = acc.view(torch.float32) if kind == 0 else x.new_empty(m, n)
         threads = min(pool, 1 + m * n // ELEMENTS_PER_THREAD, m)
-        lib.quantkit_finish(y.data_ptr(), acc.data_ptr(), x_scale.data_ptr(), *weight[2:], m, n, kind, threads)
+        lib.quantkit_finish(y.data_ptr(), acc.data_ptr(), x_scale.data_ptr(), *weight[1:], m, n, kind, threads)
     if failed:
         raise MemoryError("no memory for the scratch buffers of an INT8 layer")
     return y

@@ -188,10 +188,11 @@ def quantize_kernel(
         ).to(tl.float32)
         if SHIFT is not None:
             side = side - tl.load(SHIFT + column, mask=some, other=0.0)[None, :]
+        side = tl.where(tl.abs(side) < float("inf"), side, float("nan"))  # a product of floats could leave an infinity as it is
         there = (row < M)[:, None] & (n < side_stride)[None, :]
         tl.store(SIDE + row[:, None] * side_stride + n[None, :], side.to(SIDE.dtype.element_ty), mask=there)
     if SIDE_MASK is not None:  # a byte a channel: the index itself would be searched for every channel
-        x = tl.where((tl.load(SIDE_MASK + source, mask=real, other=0) != 0)[None, :], x * 0.0, x)  # NaN if it is not finite
+        x = tl.where((tl.load(SIDE_MASK + source, mask=real, other=0) != 0)[None, :], 0.0, x)
     if PRE is not None:
         x = x * tl.load(PRE + source, mask=real, other=0.0)[None, :]
     if ROTATION > 0:

@@ -30,8 +30,8 @@ class CodesRequest(NamedTuple):
         pre_scale: ``[K]`` float32, by which channels are multiplied, the signs of a rotation included.
         permutation: ``[K]`` whole numbers: which channel of x a code is of. With groups ``[P]``, -1 where a code is padding.
         rotation: channels of a block of the Hadamard rotation; 0 for none.
-        side_index: ``[n]`` int64, channels that are also given back as they are after the shift, for the side product.
-        side_mask: ``[K]`` int8, 1 at the channels of ``side_index``, which are 0 in the codes, and NaN if not finite.
+        side_index: ``[n]`` int64, channels that are given back after the shift, with NaN for infinities, for the side product.
+        side_mask: ``[K]`` int8, 1 at the channels of ``side_index``, which are 0 in the codes.
         in_scale, in_zero: static scale ``[1]`` (with G groups ``[1 + G]``, base scale and multipliers) and zero point ``[1]``
             (``[G]`` int32); left out, each token gets its own.
         clusters: with G > 1 groups of channels, ``[P / 16]`` int32: to which of them each 16 of the P codes of a row belong.
