@@ -27,7 +27,10 @@ from quantkit.core import formats
 from quantkit.integrations.transformers.models import SMOLLM2, load_float
 from quantkit.ops import table
 
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 EXAMPLES = {f"{page.name}: {name}": code for page in PAGES for name, code in examples(page).items()}
 
 

@@ -31,14 +31,14 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "interrupts": Kind("interrupts", 12, 2500, {"kept": True}),
-    "interrupts of large models": Kind("interrupts", 8, 500, {"kept": False}),
+    "interrupts": Kind("interrupts", 8, 2500, {"kept": True}),
+    "interrupts of large models": Kind("interrupts", 4, 500, {"kept": False}),
     "checkpoints of others": Kind("mutations", 50, 10_000, {"bases": "other_bases"}),
-    "checkpoints": Kind("mutations", 150, 10_000, {"bases": "own_bases"}),
+    "checkpoints": Kind("mutations", 100, 10_000, {"bases": "own_bases"}),
     "kills": Kind("kills", 20, 500),
     "readers beside writers": Kind("readers", 60, 2000),
     "tensors and states": Kind("states", 800, 50_000),
-    "clocks": Kind("clocks", 100, 6000),
+    "clocks": Kind("clocks", 60, 6000),
     "native cache": Kind("caches", 4, 200),
 }
 
@@ -65,7 +65,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time; 2 by default")
     parser.add_argument("--output", type=Path, help="a file for the result; benchmarks/results/attack.json by default")
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     rows = []
     with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         tasks = {}

@@ -21,17 +21,28 @@ from quantkit.ops.cpu.native import library
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library, built once; tests have copies."""
+    folder = tmp_path_factory.mktemp("built")
+    folder.chmod(0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CC", raising=False)
+        patch.setenv("QUANTKIT_CACHE", str(folder))
+        return path_of(library.__wrapped__())
+
+
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache with the library in it; temporary files are beside it."""
     folder = tmp_path / "cache"
     folder.mkdir(mode=0o700)
     (tmp_path / "tmp").mkdir()
+    shutil.copy(built, folder)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("QUANTKIT_CACHE", str(folder))
     monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path / "tmp"))
     native._private_folder.cache_clear()
-    assert isinstance(library.__wrapped__(), ctypes.CDLL)
     yield folder
     native._private_folder.cache_clear()
 
