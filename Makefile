@@ -20,7 +20,7 @@ types: $(VENV)/.ready
 
 check: lint types test
 
-# Kills, interrupts, damaged checkpoints and hostile inputs by the thousand: under an hour, result in benchmarks/results/attack.json.
+# Kills, interrupts, damaged checkpoints and hostile inputs by the thousand: under an hour, result in benchmarks/results/attack-*.json.
 attack: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/attack/attack.py
 

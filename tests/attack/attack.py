@@ -63,7 +63,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, help="cases of each kind, in place of its own")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn; 0 by default")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time; 2 by default")
-    parser.add_argument("--output", type=Path, help="a file for the result; benchmarks/results/attack.json by default")
+    parser.add_argument("--output", type=Path, help="a file for the result; long forms write benchmarks/results/attack-*.json")
     arguments = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     rows = []
@@ -83,12 +83,14 @@ def main() -> int:
 
 
 def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Everything into one file where one is asked for; else each kind into its own, and only in its long form."""
     if arguments.output:
         arguments.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    elif not arguments.short:
+    elif not arguments.short and not arguments.count:
         from common import record
 
-        record("attack", rows, seed=arguments.seed)
+        for row in rows:
+            record(f"attack-{row['attack'].replace(' ', '-')}", [row], seed=arguments.seed)
 
 
 if __name__ == "__main__":

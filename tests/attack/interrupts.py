@@ -116,7 +116,7 @@ def process() -> tuple[Any, ...]:
 def outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
-        return tensors_in(run(model, batch))
+        return list(tensors_in(run(model, batch)))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -144,15 +144,15 @@ def attack(count: int, seed: int = 0, *, kept: bool = True) -> dict[str, Any]:
     size, guard.KEPT_BYTES = guard.KEPT_BYTES, guard.KEPT_BYTES if kept else 0
     try:
         for name, (make, batch, change) in places.items():
-            model = make()
-            change(make())  # imports and caches
+            model = made(make)
+            change(made(make))  # imports and caches
             start = time.perf_counter()
             change(model)
             known[name] = time.perf_counter() - start, outputs(model, batch)
         while sum(found.values()) - found["not interrupted"] < count:
             name = moments.choice(list(places))
             make, batch, change = places[name]
-            model, seconds = make(), known[name][0]
+            model, seconds = made(make), known[name][0]
             said = outputs(model, batch)
             before, around = snapshot(model), process()
             outcome = interrupted(functools.partial(change, model), moments.uniform(0, 1.05) * seconds)
@@ -169,6 +169,12 @@ def attack(count: int, seed: int = 0, *, kept: bool = True) -> dict[str, Any]:
         guard.KEPT_BYTES = size
         log.setLevel(level)
     return {"cases": sum(found.values()) - found["not interrupted"], "outcomes": dict(found), "wrong": wrong}
+
+
+def made(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model with the same weights each time."""
+    torch.manual_seed(0)
+    return make()
 
 
 def interrupted(work: Callable[[], Any], after: float) -> str:
