@@ -20,7 +20,7 @@ def lock(folder: Path) -> int | None:
 
     Raises:
         HeldError: somebody holds it.
-        OSError: there is no such folder, or it may not be read.
+        OSError: there is no such folder, not any more, or it may not be read.
     """
     if fcntl is None:
         return None
@@ -33,4 +33,10 @@ def lock(folder: Path) -> int | None:
     except OSError:  # some network file systems have none
         os.close(handle)
         return None
-    return handle
+    try:
+        if os.path.samestat(os.fstat(handle), os.stat(folder)):
+            return handle
+    except OSError:
+        pass
+    os.close(handle)
+    raise FileNotFoundError(f"{folder} was removed before it was locked")

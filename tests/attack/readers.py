@@ -6,8 +6,9 @@ import collections
 import os
 import signal
 import tempfile
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,19 @@ def writing(saved: list[nn.Module], folder: Path) -> Iterator[None]:
                 while True:
                     for model in saved[turn:] + saved[:turn]:
                         quantkit.save(model, folder)
+            except BaseException:  # noqa: BLE001  nobody else would see it
+                traceback.print_exc()
             finally:
                 os._exit(1)
         children.append(child)
     try:
         yield
-        assert all(os.waitpid(child, os.WNOHANG) == (0, 0) for child in children), "a writer failed"
+        assert [os.waitpid(child, os.WNOHANG)[0] for child in children] == [0] * WRITERS, "a writer failed"
     finally:
         for child in children:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
 
 
 def read(folder: Path, known: dict[int, nn.Module], *, verify: bool) -> str:
