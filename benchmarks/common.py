@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ def record(name: str, rows: Any, **facts: Any) -> Path:
     """Write ``results/NAME.json``: the rows, and everything needed to read them."""
     body = {
         "benchmark": name,
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", _program(), *map(shlex.quote, sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         # a machine that only has a copy of the tree is told the commit
         "commit": os.environ.get("QUANTKIT_COMMIT") or _git("rev-parse", "HEAD"),
@@ -63,6 +64,12 @@ def interleaved(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str,
 def spread(values: list[float]) -> dict[str, float]:
     """Median, minimum and maximum."""
     return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def _program() -> str:
+    """The path of the running program, in the repository if it is there."""
+    path = Path(sys.argv[0]).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def _git(*args: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.compiler import is_dynamo_compiling
+from torch.overrides import TorchFunctionMode
 
 from quantkit.core.errors import BackendError, ModelError
 
@@ -45,6 +46,21 @@ def demand_memory(x: Tensor) -> None:
         raise ModelError(
             f"an INT8 layer has or was given a tensor of {list(x.shape)} without memory: its storage was given back"
         )
+
+
+class FunctionMode(TorchFunctionMode):
+    """A mode that an interruption passes through.
+
+    PyTorch takes modes off its stack for a moment whenever it calls one. If Ctrl-C comes right then, leaving a mode is an error of
+    its own, which would hide the interruption.
+    """
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        except RuntimeError:
+            if kind is None or issubclass(kind, Exception):
+                raise
 
 
 def in_transform() -> bool:

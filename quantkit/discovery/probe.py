@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from quantkit.core.tracing import FunctionMode
 from quantkit.layers.linear import PLACEHOLDER, placeholder
 from quantkit.model.experts import running_everywhere
 from quantkit.model.modules import call, evaluating, tensors_in, weight_of
@@ -206,7 +206,7 @@ def _norm_hook(name: str, trace: Trace, multiplier: Tensor | None) -> Any:
     return hook
 
 
-class TopKWatch(TorchFunctionMode):
+class TopKWatch(FunctionMode):
     """Notes from which linears' outputs a few are chosen, by top-k, argmax or sorting: these linears are routers.
 
     An output is followed through functions that keep its number of elements and its last dimension, such as softmax, casts

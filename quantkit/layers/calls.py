@@ -13,12 +13,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from quantkit.core.errors import ModelError
+from quantkit.core.tracing import FunctionMode
 
 
-class AttentionCalls(TorchFunctionMode):
+class AttentionCalls(FunctionMode):
     """A context in which ``answer`` is called in place of ``scaled_dot_product_attention``, with the same arguments.
 
     Contexts may be nested, since a module that calls attention may contain another one that does. The innermost answers alone:
