@@ -51,11 +51,11 @@ def demand_memory(x: Tensor) -> None:
 class FunctionMode(TorchFunctionMode):
     """A mode that an interruption passes through.
 
-    PyTorch takes modes off its stack for a moment whenever it calls one. If Ctrl-C comes right then, leaving a mode is an error of
-    its own, which would hide the interruption.
+    PyTorch takes modes off its stack for a moment whenever it calls one. If Ctrl-C comes right then, leaving a mode is an error
+    of its own, which would hide the interruption.
     """
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
             super().__exit__(kind, error, trace)
         except RuntimeError:
