@@ -51,7 +51,7 @@ class Trace:
     _alive: list[Tensor] = field(default_factory=list)  # so that no address in `identities` is used twice within the pass
 
 
-PATIENCE = 0.5
+PATIENCE = 2.0
 """For how many seconds a first pass may go on before it is compared with the model itself."""
 SLOWER = 20
 """How many times as long as the model itself a pass may take, where it takes longer than that."""
