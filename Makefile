@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ENGINE ?= .venv-engine
 
-.PHONY: attack demo test check lint types house dist transformers-matrix transformers-oldest compressed-tensors-matrix engine-test env clean
+.PHONY: attack bits demo test check lint types house dist transformers-matrix transformers-oldest compressed-tensors-matrix engine-test env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/quantkit demo --output demo-out
@@ -23,6 +23,10 @@ check: lint types test
 # Kills, interrupts, damaged checkpoints and hostile inputs by the thousand: under an hour, result in benchmarks/results/attack-*.json.
 attack: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/attack/attack.py
+
+# The record of bits whole; the suite leaves out its longest model.
+bits: $(VENV)/.ready
+	QUANTKIT_BITS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bits
 
 house: $(VENV)/.ready
 	$(BIN)/python tests/house.py
