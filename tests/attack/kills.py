@@ -69,6 +69,17 @@ def attack(count: int, seed: int = 0) -> dict[str, Any]:
 
 
 def kill_one(saved: list[nn.Module], folder: Path, step: bool, after: float) -> None:
+    child = saving(saved, folder, step)
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, "a save failed by itself"
+
+
+def saving(saved: list[nn.Module], folder: Path, step: bool = True) -> int:
+    """The number of a new process that saves these models to a folder, one after the other, for ever.
+
+    Without ``step`` it does so as where two folders cannot change places in one step.
+    """
     child = os.fork()
     if not child:
         try:
@@ -81,9 +92,7 @@ def kill_one(saved: list[nn.Module], folder: Path, step: bool, after: float) -> 
             traceback.print_exc()
         finally:
             os._exit(1)
-    time.sleep(after)
-    os.kill(child, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, "a save failed by itself"
+    return child
 
 
 def verdict(folder: Path, known: dict[int, nn.Module], step: bool) -> str:

@@ -6,14 +6,13 @@ import collections
 import os
 import signal
 import tempfile
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from helpers import mlp
-from kills import mark_of, models
+from kills import mark_of, models, saving
 from torch import nn
 
 import quantkit
@@ -44,18 +43,7 @@ def attack(count: int, seed: int = 0) -> dict[str, Any]:
 @contextmanager
 def writing(saved: list[nn.Module], folder: Path) -> Iterator[None]:
     """Inside, processes write the models to the folder, one after the other, as fast as they can."""
-    children = []
-    for turn in range(WRITERS):
-        if not (child := os.fork()):
-            try:
-                while True:
-                    for model in saved[turn:] + saved[:turn]:
-                        quantkit.save(model, folder)
-            except BaseException:  # noqa: BLE001  nobody else would see it
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        children.append(child)
+    children = [saving(saved[turn:] + saved[:turn], folder) for turn in range(WRITERS)]
     try:
         yield
         assert [os.waitpid(child, os.WNOHANG)[0] for child in children] == [0] * WRITERS, "a writer failed"
