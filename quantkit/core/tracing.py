@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
@@ -26,6 +27,16 @@ def constant_while_tracing(function: F) -> F:
     importing all of quantkit, also for those who never compile anything.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the attribute that Dynamo looks for
+    return function
+
+
+def not_compiled_alone(function: F) -> F:
+    """Have Dynamo compile ``function`` as a part of what calls it, or else leave it and all that it calls to Python.
+
+    Dynamo gives up on a caller whose frame it cannot trace, in this process for good, and goes on with what that one calls.
+    What asks whether it is being compiled would then be compiled by itself, and answer yes in a call that nobody else traces.
+    """
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
     return function
 
 

@@ -20,7 +20,7 @@ from quantkit.core.formats import Format, Quantized, groups_fault
 from quantkit.core.numerics import absmax_scale, range_scale
 from quantkit.core.operand import Operand, empty_operand, weight_tensors
 from quantkit.core.scheme import Scheme
-from quantkit.core.tracing import apart
+from quantkit.core.tracing import apart, not_compiled_alone
 from quantkit.core.transform import Transform
 from quantkit.core.validity import value_fault
 from quantkit.model.modules import applied_but_float32, weight_of
@@ -263,6 +263,7 @@ class W8A8Linear(nn.Linear):
         return linear(self.prepared, input.reshape(-1, self.in_features)).view(*input.shape[:-1], self.out_features)
 
     @property
+    @not_compiled_alone
     def prepared(self) -> Prepared:
         """The operand as the backend of its device runs it, made at first use."""
         # not self.weight: Module.__getattr__ costs a microsecond, of which a token has few

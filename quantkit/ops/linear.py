@@ -12,6 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.jit._trace import is_tracing
 
 from quantkit.core.operand import Operand
+from quantkit.core.tracing import not_compiled_alone
 from quantkit.core.validity import check_indices
 from quantkit.ops.table import Prepared, choose
 
@@ -27,6 +28,7 @@ def prepare(operand: Operand) -> Prepared:
     return choose(operand).prepare(operand)
 
 
+@not_compiled_alone
 def linear(prepared: Prepared, x: Tensor) -> Tensor:
     """``[M, N]`` of ``x [M, K]``. Gradients flow to ``x`` as if nothing were rounded (straight through)."""
     # not in_transform(): a call costs a tenth of a microsecond

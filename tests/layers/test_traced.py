@@ -189,6 +189,26 @@ def test_compiled_with_gradients(model: nn.Module) -> None:
     torch.testing.assert_close(got.grad, wanted.grad)
 
 
+def test_compiled_where_the_compiler_gave_up(model: nn.Module) -> None:
+    """A frame that could not be traced once is never tried again, but what it calls is."""
+    eval_frame, graphs = torch._C._dynamo.eval_frame, []
+    strategy, action, code = eval_frame._FrameExecStrategy, eval_frame._FrameAction, W8A8Linear.forward.__code__
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch.compiler.reset()
+    eval_frame.set_code_exec_strategy(code, strategy(action.SKIP, action.DEFAULT))
+    try:
+        with torch.no_grad():
+            for x in (X, ONE):
+                assert_same(torch.compile(int8(model)[0], backend=backend)(x), int8(model)[0](x))
+    finally:
+        eval_frame.set_code_exec_strategy(code, strategy())
+    assert not graphs  # no pieces: its operators are called as without a compiler
+
+
 def test_inputs_on_other_devices(model: nn.Module) -> None:
     for layer in int8(model):
         try:
