@@ -10,7 +10,6 @@ Multipliers are powers of two. These stay exact in every floating-point format, 
 
 from __future__ import annotations
 
-import math
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -54,7 +53,10 @@ class Trace:
 PATIENCE = 2.0
 """For how many seconds a first pass may go on before it is compared with the model itself."""
 SLOWER = 20
-"""How many times as long as the model itself a pass may take, where it takes longer than that."""
+"""How many times as long as the model itself a first pass may take, where it takes longer than that, and how many times as long
+as the first one later passes may take."""
+LONGEST = 20.0
+"""For how many seconds a later pass may go on in any case."""
 
 
 class EndlessError(Exception):
@@ -74,7 +76,7 @@ class Probe:
     def __init__(self, model: nn.Module, linears: dict[str, nn.Module], norms: dict[str, nn.Module], batch: Any):
         self.model, self.linears, self.norms, self.batch = model, linears, norms, batch
         self._made_up: dict[tuple[str, int], Tensor] = {}
-        self._paced = False
+        self._limit: float | None = None
 
     def run(
         self,
@@ -95,9 +97,9 @@ class Probe:
             hidden: names of linears that have the parameters of an INT8 layer meanwhile, see :func:`parameters_hidden`.
 
         Raises:
-            EndlessError: the first pass takes far longer than one of the model itself.
+            EndlessError: the first pass takes far longer than one of the model itself, or this one than the first.
         """
-        if not self._paced:
+        if self._limit is None:
             self._pace()
         trace = Trace()
 
@@ -111,6 +113,7 @@ class Probe:
 
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
+            stack.enter_context(self._limited())
             stack.enter_context(running_everywhere(self.model))
             for name, linear in self.linears.items():
                 stack.enter_context(forward_replaced(linear, self._stand_in(name, linear, trace, change)))
@@ -126,35 +129,43 @@ class Probe:
 
     def _pace(self) -> None:
         """See to it that passes end: made-up durations of sounds, say, can be a thousand times too long."""
-        self._paced, start = True, time.monotonic()
-        limit = PATIENCE
+        self._limit = PATIENCE
+        start = time.monotonic()
+        if not self._ends():
+            start = time.monotonic()
+            with evaluating(self.model):
+                call(self.model, self.batch)
+            itself, start = time.monotonic() - start, time.monotonic()
+            self._limit = SLOWER * itself
+            if self._limit < PATIENCE or not self._ends():
+                raise EndlessError(
+                    f"a pass was not over after {max(PATIENCE, self._limit):.0f} s, where the model itself takes {itself:.1f} s"
+                )
+        self._limit = max(LONGEST, SLOWER * (time.monotonic() - start))
+
+    def _ends(self) -> bool:
+        """Whether a pass is over within the limit."""
+        try:
+            self.run({})
+        except EndlessError:
+            return False
+        return True
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """While the context is open, the model runs until the limit at most."""
+        assert self._limit is not None
+        start, limit = time.monotonic(), self._limit
 
         def check(*_: Any) -> None:
             if time.monotonic() - start > limit:
-                raise EndlessError
+                raise EndlessError(f"a pass was not over after {limit:.0f} s")
 
-        def within_limit() -> bool:
-            with ExitStack() as stack:
-                for module in self.model.modules():
-                    if next(module.children(), None) is None:
-                        stack.callback(module.register_forward_pre_hook(check).remove)
-                try:
-                    self.run({})
-                except EndlessError:
-                    return False
-            return True
-
-        if within_limit():
-            return
-        start, limit = time.monotonic(), math.inf
-        with evaluating(self.model):
-            call(self.model, self.batch)
-        itself = time.monotonic() - start
-        start, limit = time.monotonic(), SLOWER * itself
-        if limit < PATIENCE or not within_limit():
-            raise EndlessError(
-                f"a pass was not over after {max(PATIENCE, limit):.0f} s, where the model itself takes {itself:.1f} s"
-            )
+        with ExitStack() as stack:
+            for module in self.model.modules():
+                if next(module.children(), None) is None:
+                    stack.callback(module.register_forward_pre_hook(check).remove)
+            yield
 
     def _stand_in(self, name: str, linear: nn.Module, trace: Trace, change: Callable[[str, Tensor], Tensor]) -> Any:
         """The forward of a linear in the probe: notes what it reads in ``trace``, and puts out changed made-up values."""

@@ -423,3 +423,28 @@ def test_a_tie_is_kept_where_nothing_else_is_known() -> None:
     kinds = {layer.name: layer.kind for layer in quantkit.report(model).layers}
     assert kinds["first"] == "float"
     assert kinds["second"] == kinds["out"] == "int8"
+
+
+class Sounds(nn.Module):
+    """Runs long if its linear ``length`` puts out a number above 8, as made-up values are once they are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length, self.up, self.down = nn.Linear(8, 1), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        for _ in range(3_000_000 if self.length(x).abs().max() > 8 else 1):
+            y = self.act(y)
+        out: Tensor = self.down(y)
+        return out
+
+
+def test_later_passes_end_too(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("quantkit.discovery.probe.LONGEST", 1.0)
+    model, x = Sounds(), normal(4, 8)
+    quantkit.quantize(model, calibration=[x], progress=False)
+    assert "nothing is folded" in caplog.text
+    assert "EndlessError: a pass was not over after 1 s" in caplog.text
+    assert {layer.name for layer in quantkit.report(model).layers if layer.kind == "int8"} >= {"up"}
