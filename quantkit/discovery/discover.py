@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quantkit.core.sites import Discovery, Kept, Site
@@ -73,14 +74,39 @@ def _discover(model: nn.Module, batch: Any, *, carriers: bool, real: Collection[
 UNKNOWN = "the model does not run while its linears put out made-up values"
 
 
-def runs(model: nn.Module, batch: Any, real: Collection[str]) -> bool:
-    """Whether the model runs while all linears but those called ``real`` put out made-up values."""
+def runs(model: nn.Module, batch: Any, real: Collection[str], *, passes: int = 1) -> bool:
+    """Whether the model runs while all linears but those called ``real`` put out made-up values.
+
+    All but the first of several ``passes`` multiply these by random powers of two, as :func:`discover` does.
+    """
     linears = {name: linear for name, linear in linears_of(model).items() if name not in real}
+    random = torch.Generator().manual_seed(0)
     try:
-        Probe(model, linears, {}, batch).run({})
+        probe = Probe(model, linears, {}, batch)
+        for again in range(passes):
+            powers = {
+                name: torch.exp2(
+                    torch.randint(0, 4, (len(weight_of(m)),), generator=random, dtype=torch.int64, device="cpu").float()
+                )
+                for name, m in linears.items()
+                if again
+            }
+            probe.run(powers)
     except Exception:  # noqa: BLE001  the model may raise anything
         return False
     return True
+
+
+def cause_of_failure(model: nn.Module, batch: Any, ignored: Sequence[str]) -> str | None:
+    """Name of a linear with which the model runs if it computes what it does, beside those that are ``ignored``.
+
+    Half of the linears are real, then half of these, and so on, so that few passes tell. None if one alone is not enough.
+    """
+    names = [name for name in linears_of(model) if name not in ignored]
+    while len(names) > 1:
+        halves = names[: len(names) // 2], names[len(names) // 2 :]
+        names = next((half for half in halves if runs(model, batch, [*half, *ignored])), [])
+    return names[0] if names and runs(model, batch, [*names, *ignored], passes=4) else None
 
 
 def linears_alone(model: nn.Module, batch: Any) -> Discovery:

@@ -17,7 +17,7 @@ from quantkit.core.errors import CalibrationError, ModelError, QuantkitError
 from quantkit.core.facts import check_exact
 from quantkit.core.scheme import Scheme
 from quantkit.core.sites import Discovery, Kept, Site
-from quantkit.discovery.discover import discover, linears_alone, runs
+from quantkit.discovery.discover import cause_of_failure, discover, linears_alone
 from quantkit.discovery.probe import EndlessError
 from quantkit.model.modules import lookalikes_of, weight_of
 from quantkit.model.targets import chosen, matches
@@ -55,9 +55,9 @@ def find_sites(model: nn.Module, request: Request, data: Data, linears: dict[str
     """
     orders = request.scheme is not None and any(c.stage == Stage.PARTITION for c in request.calibrators)
     ignored = [n for n, module in linears.items() if any(matches(n, module, pattern) for pattern in request.ignore)]
-    discovery = discovered(model, data.piece, linears, ignored, carriers=orders)
+    discovery = discovered(model, data.piece, ignored, carriers=orders)
     if Kept.NEVER_RAN in discovery.kept.values():
-        discovery = discovered(model, data.first, linears, ignored, carriers=orders)  # more tokens reach more experts
+        discovery = discovered(model, data.first, ignored, carriers=orders)  # more tokens reach more experts
     fixed = discovery.kept | dict.fromkeys(data.written, Kept.WRITTEN)
     kept = lookalikes_of(model) | chosen(linears, fixed, request.ignore, request.targets)
     placed = {name for site in discovery.sites for name in site.linears}
@@ -80,9 +80,7 @@ def find_sites(model: nn.Module, request: Request, data: Data, linears: dict[str
     return Found(linears, sites, {**kept, **unreached}, statistics)
 
 
-def discovered(
-    model: nn.Module, batch: Any, linears: Mapping[str, nn.Module], ignored: Sequence[str], *, carriers: bool
-) -> Discovery:
+def discovered(model: nn.Module, batch: Any, ignored: Sequence[str], *, carriers: bool) -> Discovery:
     """What :func:`discover` finds.
 
     If the model does not run with made-up outputs of all linears, ``ignored`` ones keep theirs. Where no other linear would
@@ -98,26 +96,16 @@ def discovered(
             raise
         except Exception as error:  # noqa: BLE001  the model may raise anything
             failed = error
-    # With EndlessError each of these tries would take long.
-    others = [] if isinstance(failed, EndlessError) else [name for name in linears if name not in ignored]
-    cause = next((name for name in others if runs(model, batch, [name, *ignored])), None)
+    # With EndlessError each try would take long.
+    cause = None if isinstance(failed, EndlessError) else cause_of_failure(model, batch, ignored)
     what = (
         f"{type(model).__name__} does not run while its linears put out made-up values, by which quantkit finds out how it is "
         f"connected ({type(failed).__name__}: {failed})"
     )
-    if cause is not None and _discovers(model, batch, [*ignored, cause]):
+    if cause is not None:
         raise ModelError(f"{what}; it runs if {cause!r} computes what it does: pass ignore={[*ignored, cause]}") from failed
     log.warning("%s: nothing is folded, and what methods ask for is done at run time", what)
     return linears_alone(model, batch)
-
-
-def _discovers(model: nn.Module, batch: Any, real: Sequence[str]) -> bool:
-    """Whether to ignore these linears would help: the model runs with more than one set of made-up values."""
-    try:
-        discover(model, batch, real=real)
-    except Exception:  # noqa: BLE001  the model may raise anything
-        return False
-    return True
 
 
 def check_found(
