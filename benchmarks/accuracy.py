@@ -98,6 +98,38 @@ def bitsandbytes(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
     return model
 
 
+class FP8Linear(nn.Module):
+    """As engines do FP8: e4m3, a scale for each row of the weight, and for each token; or for the weight alone.
+
+    Products of values of e4m3 are exact in float32, which adds them up.
+    """
+
+    def __init__(self, linear: nn.Linear, activations: bool) -> None:
+        super().__init__()
+        self.activations, self.bias = activations, linear.bias
+        self.register_buffer("weight", self.rounded(linear.weight.detach()))
+
+    @staticmethod
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        e4m3 = torch.float8_e4m3fn
+        scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / torch.finfo(e4m3).max
+        return (x / scale).to(e4m3).to(x.dtype) * scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.rounded(x) if self.activations else x, self.get_buffer("weight"), self.bias)
+
+
+def fp8(*, activations: bool) -> Quantizer:
+    def run(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+        for name in decoder_linears(model):
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            model.set_submodule(name, FP8Linear(linear, activations))
+        return model
+
+    return run
+
+
 def llmcompressor(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
     """Its INT8 recipe: SmoothQuant 0.8 and GPTQ. Needs an environment of its own."""
     from datasets import Dataset
@@ -132,6 +164,13 @@ CANDIDATES: dict[str, Quantizer] = {
     "SmoothQuant + LLMInt8(columns=16)": ours(["smoothquant", quantkit.LLMInt8(columns=16)]),
     "LLMInt8 + SmoothQuant": ours(["llm_int8", "smoothquant"]),
     "LLMInt8(threshold=6)": ours(quantkit.LLMInt8(threshold=6.0)),
+    "best": ours("best"),
+    "only the head": ours("rtn", targets=["lm_head"], heads=True),
+    "RTN, head": ours("rtn", heads=True),
+    "SmoothQuant, head": ours("smoothquant", heads=True),
+    "best, head": ours("best", heads=True),
+    "FP8": fp8(activations=True),
+    "FP8, weights alone": fp8(activations=False),
     "only q, k, v": ours("smoothquant", targets=["q_proj", "k_proj", "v_proj"]),
     "only o": ours("smoothquant", targets=["o_proj"]),
     "only gate, up": ours("smoothquant", targets=["gate_proj", "up_proj"]),

@@ -8,6 +8,7 @@ so that a checkpoint of another model leaves this one as it was.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from quantkit.layers.attention import CHILD, AttentionQuantizer, attach_attentio
 from quantkit.layers.linear import W8A8Linear
 from quantkit.model.experts import put_back, unfuse
 from quantkit.model.modules import all_names, linears_of, parents_of, replace_module, weight_of
+from quantkit.model.ties import tied_to_embeddings, untie
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device: torch.device | str) -
         if fault := module.damage_in({key: tensors[f"{name}.{key}"] for key in module.state_dict()}):
             put_back(model, taken_apart)
             raise CheckpointError(f"{name!r} is damaged: {fault}")
+    untie(model, [name for name in tied_to_embeddings(model) if name in layers], ExitStack())
     parents = parents_of(model)
     for name, layer in layers.items():
         replace_module(model, name, layer, parents)

@@ -95,6 +95,9 @@ def quantize(
         list[str] | None, typer.Option(help="Layer name or glob that stays in floating point; repeatable.")
     ] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Quantize only these names or globs; repeatable.")] = None,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="Quantize output heads too; embeddings that they are tied to stay as they are.")
+    ] = False,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "auto"],
         typer.Option(help="What stays in floating point; auto is what the files have."),
@@ -104,7 +107,8 @@ def quantize(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="A .yaml or .json file, or a checkpoint to repeat. In place of --method, --scheme, --seed, --ignore, --targets"
+            help="A .yaml or .json file, or a checkpoint to repeat. In place of --method, --scheme, --seed, --ignore, "
+            "--targets and --heads"
         ),
     ] = None,
     import_calibrators: Annotated[
@@ -116,12 +120,13 @@ def quantize(
     """Quantize a model of transformers to INT8 and save it.
 
     The class that its config.json names is made: a language model, an embedding or reward model, a classifier. Linear layers
-    become INT8; embeddings, output heads, routers and tied weights stay in floating point. Outlier scales are folded into the
-    layers before them wherever a probe proves that this is safe.
+    become INT8; embeddings, output heads (without --heads), routers and tied weights stay in floating point. Outlier scales are
+    folded into the layers before them wherever a probe proves that this is safe.
     """
     # One function because a command has a parameter for each of its options.
     how: dict[str, Any] = {
         "method": method or "smoothquant", "scheme": scheme, "seed": seed, "ignore": ignore or [], "targets": targets,
+        "heads": heads,
     }  # fmt: skip
     if recipe is not None:
         sources = {name: context.get_parameter_source(name) for name in how}

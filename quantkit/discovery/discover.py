@@ -27,13 +27,16 @@ from quantkit.model.modules import call, evaluating, linears_of, weight_of
 
 
 @eagerly
-def discover(model: nn.Module, batch: Any, *, carriers: bool = False, real: Collection[str] = ()) -> Discovery:
+def discover(
+    model: nn.Module, batch: Any, *, carriers: bool = False, heads: bool = False, real: Collection[str] = ()
+) -> Discovery:
     """Find the sites of ``model`` by running it on a small ``batch``; the model is only watched, never changed.
 
     Args:
         model: any module, in any dtype, with its weights in memory.
         batch: a tensor, a dict of keyword arguments or a tuple of arguments, with at least two tokens.
         carriers: also find out for each site which rows can be reordered in place of its channels. This takes more passes.
+        heads: also make a site of an output head that reads an activation alone, since it is to be quantized too.
         real: names of linears that compute what they do, since the model does not run with made-up values in their places.
             Nothing is found out about them.
 
@@ -46,12 +49,12 @@ def discover(model: nn.Module, batch: Any, *, carriers: bool = False, real: Coll
     model = uncompiled(model)
     guard = Guard(model)
     try:
-        return _discover(model, batch, carriers=carriers, real=real)
+        return _discover(model, batch, carriers=carriers, heads=heads, real=real)
     finally:
         guard.give_back()
 
 
-def _discover(model: nn.Module, batch: Any, *, carriers: bool, real: Collection[str]) -> Discovery:
+def _discover(model: nn.Module, batch: Any, *, carriers: bool, heads: bool, real: Collection[str]) -> Discovery:
     linears = {name: m for name, m in linears_of(model).items() if name not in real}
     norms, adapters = norms_of(model), Adapters.of(model)
     probe = Probe(model, linears, norms, batch)
@@ -59,10 +62,11 @@ def _discover(model: nn.Module, batch: Any, *, carriers: bool, real: Collection[
     reference = probe.run({}, watch=watch)
     prober = Prober(probe, reference)
 
-    origins, heads = prober.origins()
-    seen = Seen(watch.routers, heads, read_by_others(probe, reference), set(adapters.parts))
+    origins, found_heads = prober.origins()
+    seen = Seen(watch.routers, found_heads, read_by_others(probe, reference), set(adapters.parts))
     kept = kept_in_float(model, linears, reference, seen)
-    sites = join(linears, norms, reference, origins, kept)
+    left_out = {name: why for name, why in kept.items() if not heads or why is not Kept.HEAD}
+    sites = join(linears, norms, reference, origins, left_out)
     sites = [_with_parameters(_apart_from(adapters, site), linears, norms, reference) for site in sites]
     sites = _rehearsed(model, batch, sites)
     sites = _with_proven_shifts(model, batch, sites, linears)

@@ -74,7 +74,11 @@ NEVER = (Kept.ADAPTER, Kept.TIED, Kept.READ, Kept.WRITTEN, Kept.NEVER_RAN)
 
 
 def chosen(
-    linears: Mapping[str, nn.Module], kept: Mapping[str, Kept], ignore: Sequence[Any], targets: Sequence[Any] | None
+    linears: Mapping[str, nn.Module],
+    kept: Mapping[str, Kept],
+    ignore: Sequence[Any],
+    targets: Sequence[Any] | None,
+    heads: bool = False,
 ) -> dict[str, str]:
     """Name of each linear that stays in floating point -> the reason, as a text.
 
@@ -85,6 +89,7 @@ def chosen(
         targets: if given, what matches none of these patterns stays in floating point, and what matches one does not, even if
             it is in ``kept``; except for parts of adapters, which stay trainable, and for linears that share a weight with
             another module, whose weight is read or written by others, or that never ran, which cannot be quantized.
+        heads: output heads do not stay in floating point for being such.
     """
     float_: dict[str, str] = dict(kept)
     for name, module in linears.items():
@@ -93,6 +98,8 @@ def chosen(
                 float_.pop(name, None)
             else:
                 float_[name] = NOT_TARGETED
+        if heads and kept.get(name) == Kept.HEAD:
+            float_.pop(name, None)
         if any(matches(name, module, pattern) for pattern in ignore):
             float_[name] = IGNORED
     return float_

@@ -32,6 +32,7 @@ class Request:
         calibrators: in the order in which they decide.
         scheme: number formats; None leaves the model in floating point.
         ignore, targets: names, globs or classes of linears, see :func:`quantkit.quantize`.
+        heads: whether output heads are quantized too.
         seed: of everything random.
         progress: how to tell how far the work is.
     """
@@ -40,6 +41,7 @@ class Request:
     scheme: Scheme | None
     ignore: Sequence[Any] = ()
     targets: Sequence[Any] | None = None
+    heads: bool = False
     seed: int = 0
     progress: Progress = None
 
@@ -83,6 +85,8 @@ def check(model: Any, request: Request) -> None:
         raise MethodError(
             f"scheme=None leaves the model in floating point, so there is nothing to round: drop {rounder}, or pass a scheme"
         )
+    if scheme is None and request.heads:
+        raise MethodError("scheme=None leaves the model in floating point, output heads too: drop heads=, or pass a scheme")
     if scheme is not None and (reason := why_simulated(scheme)):
         log.warning("scheme %s is a simulation: rounded as it says, but no kernel computes so (%s)", scheme.name, reason)
 

@@ -30,6 +30,7 @@ from quantkit.model.modules import linears_of, parents_of, replace_module, weigh
 from quantkit.pipeline.account import account
 from quantkit.pipeline.check import check_model
 from quantkit.pipeline.fold import Fold, Pieces, Reorder, Rows, changed_rows, row_sources, split_all, store_norms
+from quantkit.pipeline.heads import free_planned_heads
 from quantkit.pipeline.rotate import rotate
 
 Tokens = Callable[[str], Tensor | None]
@@ -46,6 +47,7 @@ def carry_out(model: nn.Module, plan: ModelPlan, progress: Progress = None) -> R
     try:
         apart = unfuse(model) if plan.scheme is not None or plan.rotations else []
         check_fits(model, plan)
+        free_planned_heads(model, plan, guard.undo)
         for what in plan.rotations:
             rotate(model, what, guard.undo)
         report = convert_rotated(model, plan, progress=progress, undo=guard.undo if guard.let_go() else None)

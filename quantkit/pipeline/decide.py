@@ -102,7 +102,7 @@ def _recipe(request: Request) -> dict[str, Any] | None:
     if not all(isinstance(pattern, str) for pattern in (*request.ignore, *(request.targets or ()))):
         return None
     targets = None if request.targets is None else tuple(request.targets)
-    return Recipe(request.calibrators, request.scheme, request.seed, tuple(request.ignore), targets).to_dict()
+    return Recipe(request.calibrators, request.scheme, request.seed, tuple(request.ignore), targets, request.heads).to_dict()
 
 
 def _ask(

@@ -55,11 +55,13 @@ def find_sites(model: nn.Module, request: Request, data: Data, linears: dict[str
     """
     orders = request.scheme is not None and any(c.stage == Stage.PARTITION for c in request.calibrators)
     ignored = [n for n, module in linears.items() if any(matches(n, module, pattern) for pattern in request.ignore)]
-    discovery = discovered(model, data.piece, ignored, carriers=orders)
+    discovery = discovered(model, data.piece, ignored, carriers=orders, heads=request.heads)
     if Kept.NEVER_RAN in discovery.kept.values():
-        discovery = discovered(model, data.first, ignored, carriers=orders)  # more tokens reach more experts
+        discovery = discovered(
+            model, data.first, ignored, carriers=orders, heads=request.heads
+        )  # more tokens reach more experts
     fixed = discovery.kept | dict.fromkeys(data.written, Kept.WRITTEN)
-    kept = lookalikes_of(model) | chosen(linears, fixed, request.ignore, request.targets)
+    kept = lookalikes_of(model) | chosen(linears, fixed, request.ignore, request.targets, request.heads)
     placed = {name for site in discovery.sites for name in site.linears}
     # Heads and routers have no site unless something else reads their input; targets= may still ask for them.
     alone = [Site(n, (n,), (n,), weight_of(linears[n]).shape[1]) for n in linears if n not in placed and n not in kept]
@@ -80,7 +82,7 @@ def find_sites(model: nn.Module, request: Request, data: Data, linears: dict[str
     return Found(linears, sites, {**kept, **unreached}, statistics)
 
 
-def discovered(model: nn.Module, batch: Any, ignored: Sequence[str], *, carriers: bool) -> Discovery:
+def discovered(model: nn.Module, batch: Any, ignored: Sequence[str], *, carriers: bool, heads: bool) -> Discovery:
     """What :func:`discover` finds.
 
     If the model does not run with made-up outputs of all linears, ``ignored`` ones keep theirs. Where no other linear would
@@ -91,7 +93,7 @@ def discovered(model: nn.Module, batch: Any, ignored: Sequence[str], *, carriers
     """
     for real in dict.fromkeys(((), tuple(ignored))):
         try:
-            return discover(model, batch, carriers=carriers, real=real)
+            return discover(model, batch, carriers=carriers, heads=heads, real=real)
         except (QuantkitError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # noqa: BLE001  the model may raise anything

@@ -37,6 +37,7 @@ def plan(
     scheme: str | Scheme | None = "w8a8",
     ignore: Sequence[str | type] = (),
     targets: Sequence[str | type] | None = None,
+    heads: bool = False,
     seed: int = 0,
     progress: Progress = None,
 ) -> ModelPlan:
@@ -50,7 +51,7 @@ def plan(
     Raises:
         QuantkitError: as :func:`quantkit.quantize`.
     """
-    request = Request.of(method, scheme, ignore=ignore, targets=targets, seed=seed, progress=progress)
+    request = Request.of(method, scheme, ignore=ignore, targets=targets, heads=heads, seed=seed, progress=progress)
     model = uncompiled(model)
     check(model, request)
     guard = Guard(model)

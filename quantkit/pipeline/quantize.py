@@ -42,6 +42,7 @@ from quantkit.pipeline.convert import convert_rotated
 from quantkit.pipeline.data import Data
 from quantkit.pipeline.decide import Decision, decide
 from quantkit.pipeline.find import find_sites
+from quantkit.pipeline.heads import free_heads
 from quantkit.pipeline.prove import prove
 from quantkit.pipeline.spaces import rotate_spaces
 from quantkit.pipeline.verify import hear, verified
@@ -63,6 +64,7 @@ def quantize(
     scheme: str | Scheme | None = "w8a8",
     ignore: Sequence[str | type] = (),
     targets: Sequence[str | type] | None = None,
+    heads: bool = False,
     seed: int = 0,
     progress: Progress = None,
     verify: bool = True,
@@ -83,6 +85,8 @@ def quantize(
         ignore: layer names, globs or classes that stay in floating point.
         targets: if given, only these are quantized; they may include output heads, routers, and what transformers lists for
             float32.
+        heads: quantize output heads as well. One that is tied to an embedding gets codes of its own, and the embedding stays as
+            it is.
         seed: for sampled calibration data and for calibrators.
         progress: show progress bars, or call this function of ``(what, done, total)``; None decides by the terminal.
         verify: run the converted model on a piece of the data, and raise if it is farther from the float model than its layers
@@ -96,7 +100,7 @@ def quantize(
         ModelError, EquivalenceError: the converted model cannot run, or is not the same model any more. It is given back in
             floating point, unless the message says that it is too large for that.
     """
-    request = Request.of(method, scheme, ignore=ignore, targets=targets, seed=seed, progress=progress)
+    request = Request.of(method, scheme, ignore=ignore, targets=targets, heads=heads, seed=seed, progress=progress)
     inner = uncompiled(model)
     check(inner, request)
     guard = Guard(inner)
@@ -128,10 +132,11 @@ def decided(
     linears = linears_to_choose_from(model, request)
     data = Data.of(model, request, calibration, tokenizer, linears)
     heard = hear(model, data) if listen else None
-    heads = attention_to_round(model, request, data)
+    attention_heads = attention_to_round(model, request, data)
+    freed = free_heads(model, request, data.piece, undo)
     rotations, said = rotate_spaces(model, request, data, undo)
     found = find_sites(model, request, data, linears)
-    decision = decide(model, request, data, found, rotations, said)
+    decision = decide(model, request, data, found, rotations, [*freed, *said])
     plan = prove(model, decision.plan, probe_batch(model, data.first, PROOF_TOKENS), undo)
-    attention = decide_attention(model, plan, request, data, heads)
+    attention = decide_attention(model, plan, request, data, attention_heads)
     return replace(decision, plan=replace(plan, attention=attention), heard=heard)

@@ -25,7 +25,7 @@ from quantkit.core.text import read_text
 DEEPEST = 20
 MOST = 2**20
 """Bytes of a recipe. The record of a checkpoint has a report beside it."""
-KEYS = ("method", "scheme", "seed", "ignore", "targets")
+KEYS = ("method", "scheme", "seed", "ignore", "targets", "heads")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Recipe:
         method: calibrators, in order.
         scheme: number format; None leaves the model in floating point.
         seed: of everything random.
-        ignore, targets: layer names and globs, see :func:`quantkit.quantize`.
+        ignore, targets, heads: which layers, see :func:`quantkit.quantize`.
     """
 
     method: tuple[Calibrator, ...]
@@ -46,6 +46,7 @@ class Recipe:
     seed: int = 0
     ignore: tuple[str, ...] = ()
     targets: tuple[str, ...] | None = None
+    heads: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -60,6 +61,7 @@ class Recipe:
             "seed": self.seed,
             "ignore": list(self.ignore),
             "targets": None if self.targets is None else list(self.targets),
+            "heads": self.heads,
         }
 
     @classmethod
@@ -67,7 +69,7 @@ class Recipe:
         """What :meth:`to_dict` wrote, or a person: ``method`` is a name, ``{"name": ..., option: value}``, or a list of both.
 
         Args:
-            data: a mapping with ``method``, and any of ``scheme``, ``seed``, ``ignore`` and ``targets``.
+            data: a mapping with ``method``, and any of ``scheme``, ``seed``, ``ignore``, ``targets`` and ``heads``.
             imports: allow calibrators that no method is named after, given as ``{"import": "package.module:Class", ...}``. This
                 runs their code: never for a recipe that you have not read.
 
@@ -92,6 +94,8 @@ class Recipe:
             raise MethodError(f"the recipe has seed {seed!r}, which is no whole number")
         if scheme is not None and not isinstance(scheme, str):
             raise SchemeError(f"the recipe has scheme {scheme!r}: write its name, such as w8a8, or null for floating point")
+        if not isinstance(heads := data.get("heads", False), bool):
+            raise MethodError(f"the recipe has heads {heads!r}: write true or false")
         parts = method if isinstance(method, Sequence) and not isinstance(method, str) else [method]
         return cls(
             tuple(resolve([_calibrator(part, imports, written) for part in parts])),
@@ -99,6 +103,7 @@ class Recipe:
             seed,
             _names(data, "ignore") or (),
             _names(data, "targets"),
+            heads,
         )
 
     @classmethod

@@ -22,7 +22,7 @@ from quantkit.core.errors import MethodError
 from quantkit.core.spaces import ResidualStream, SpaceRotation
 from quantkit.discovery.norms import values_of
 from quantkit.model.modules import weight_of
-from quantkit.model.ties import owners_of_memory
+from quantkit.model.ties import owners_of_memory, untie
 
 log = logging.getLogger("quantkit")
 
@@ -158,19 +158,8 @@ def _untie(model: nn.Module, stream: ResidualStream, undo: ExitStack) -> dict[st
     Raises:
         MethodError: a weight that has to be rotated is shared in another way, or would be tied again on loading.
     """
-    apart = {name: model.get_submodule(name).get_parameter("weight").nbytes for name in _to_untie(model, stream)}
-    for name in apart:
-        linear: Any = model.get_submodule(name)
-        old = linear.weight
-        undo.callback(setattr, linear, "weight", old)
-        linear.weight = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+    apart = untie(model, _to_untie(model, stream), undo)
     if apart:
-        _tell_transformers(model, undo)
-        again = apart.keys() & {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", ())}
-        if again:
-            raise MethodError(
-                f"{', '.join(again)} has to have a weight of its own, and {type(model).__name__} would tie it again on loading"
-            )
         log.warning("%s: no longer tied to the embedding, since the gain of the last norm goes into it", ", ".join(apart))
     return apart
 
@@ -195,15 +184,3 @@ def _to_untie(model: nn.Module, stream: ResidualStream) -> list[str]:
         if not bool((factor == 1).all()) or absorbs_bias:
             found.append(name)
     return found
-
-
-def _tell_transformers(model: Any, undo: ExitStack) -> None:
-    """Note in the model's config that head and embedding are two weights now, for whoever opens a checkpoint of it."""
-    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
-        if getattr(config, "tie_word_embeddings", False):
-            undo.callback(setattr, config, "tie_word_embeddings", True)
-            config.tie_word_embeddings = False
-    for module in model.modules():
-        if hasattr(module, "all_tied_weights_keys") and hasattr(module, "get_expanded_tied_weights_keys"):
-            undo.callback(setattr, module, "all_tied_weights_keys", module.all_tied_weights_keys)
-            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=False)

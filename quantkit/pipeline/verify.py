@@ -26,6 +26,7 @@ from quantkit.core.report import Report, Verification
 from quantkit.core.sites import Kept
 from quantkit.discovery.equivalence import decibels, run_alike, tolerance_for
 from quantkit.layers.attention import attention_quantizers
+from quantkit.layers.linear import W8A8Linear
 from quantkit.pipeline.data import Data
 
 SLACK_DB = 10.0
@@ -208,7 +209,7 @@ def _vocabularies(model: nn.Module, report: Report) -> set[int]:
     """Sizes of what output heads put out."""
     heads = [model.get_submodule(r.name) for r in report.layers if r.kind == "float" and r.reason in (Kept.HEAD, Kept.TIED)]
     own = getattr(model, "get_output_embeddings", lambda: None)()
-    return {int(head.out_features) for head in (*heads, own) if isinstance(head, nn.Linear)}
+    return {int(head.out_features) for head in (*heads, own) if isinstance(head, nn.Linear | W8A8Linear)}
 
 
 def _predictions(wanted: Tensor, got: Tensor) -> dict[str, float]:

@@ -60,7 +60,7 @@ from quantkit.pipeline.quantize import quantize
 
 log = logging.getLogger("quantkit")
 NAME = "quantkit"
-OPTIONAL = ("attention", "checksums")
+OPTIONAL = ("attention", "checksums", "heads")
 """What ``config.json`` has only where there is any."""
 NOT_STORED = "not quantized in the checkpoint"
 NOT_TRIED = (
@@ -72,8 +72,8 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What ``from_pretrained`` shall do, and what ``save_pretrained`` writes into ``config.json``.
 
     Two methods need no data, so that weights are rounded one by one while they are read: ``"rtn"``, and ``"llm_int8"`` by
-    itself, which means the paper's method with its threshold here. Other methods, and lists of several, first load the model
-    whole.
+    itself, which means the paper's method with its threshold here. Other methods, lists of several, and any with ``heads``
+    first load the model whole.
 
     The arguments are the keys in ``config.json``. The last four are for models that were saved; nobody writes them by hand.
 
@@ -81,6 +81,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         method: as in :func:`quantkit.quantize`: a name, a calibrator, or a list of them.
         scheme: name of the number formats, such as ``"w8a8"``.
         ignore: names, parts of names or globs of linears that stay in floating point, besides output heads and tied weights.
+        heads: quantize output heads too, as in :func:`quantkit.quantize`.
         threshold: for ``"llm_int8"``: columns of the activation with an element of this magnitude or more are not rounded; 6.0
             as in the paper.
         calibration, tokenizer: as in :func:`quantkit.quantize`, for methods that need data; left out, a causal language model
@@ -102,6 +103,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         scheme: str = "w8a8",
         *,
         ignore: Sequence[str] = (),
+        heads: bool = False,
         threshold: float = 6.0,
         calibration: Any = None,
         tokenizer: Any = None,
@@ -125,7 +127,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self._read_version, self.format_version, self.attention = format_version, version_of(attention), attention
         self.scheme = Scheme.parse(scheme).name
         self.ignore, self.threshold, self.seed, self.layers = list(ignore), threshold, seed, layers
-        self.checksums = checksums
+        self.checksums, self.heads = checksums, heads
         self._calibration, self._tokenizer = calibration, tokenizer
         parts = list(method) if isinstance(method, (list, tuple)) else [method]
         self._calibrators, self.method = [], parts
@@ -152,7 +154,7 @@ class QuantKitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def streams(self) -> bool:
         """Whether weights can be rounded while they are read: nothing has to be known of the model."""
         scheme = Scheme.parse(self.scheme)
-        if scheme.quantizes_attention or scheme.norm_input is not None:
+        if self.heads or scheme.quantizes_attention or scheme.norm_input is not None:
             return False
         return all(isinstance(c, RTN) or (isinstance(c, LLMInt8) and c.threshold) for c in self._calibrators)
 
@@ -327,7 +329,7 @@ class QuantKitQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized and not config.streams:
             quantize(
                 model, config._calibrators, calibration=config._calibration, tokenizer=config._tokenizer, scheme=config.scheme,
-                ignore=config.ignore, seed=config.seed,
+                ignore=config.ignore, heads=config.heads, seed=config.seed,
             )  # fmt: skip
         elif not has_report(model):
             layers = [
