@@ -29,6 +29,7 @@ from quantkit.calibrators import (
     View,
     register_method,
 )
+from quantkit.capture.step import CapturedStep
 from quantkit.checkpoint.plans import load_plan, save_plan
 from quantkit.core.errors import (
     BackendError,
@@ -65,11 +66,11 @@ from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.recipe import Recipe
 
 __all__ = [
-    "Backend", "BackendError", "CalibrationError", "Calibrator", "Carriers", "CheckpointError", "Codes", "Discovery",
-    "Equivalence", "EquivalenceError", "GPTQ", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError", "ModelError",
-    "ModelPlan", "OmniQuant", "PerSite", "Plan", "PluginError", "Producer", "Progress", "QuantkitError", "RPTQ", "RTN",
-    "Range", "Recipe", "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant", "Stage",
-    "Statistic", "TargetError", "TokenSample", "Transform", "Verification", "View", "W8A8Linear", "__version__",
+    "Backend", "BackendError", "CalibrationError", "Calibrator", "CapturedStep", "Carriers", "CheckpointError", "Codes",
+    "Discovery", "Equivalence", "EquivalenceError", "GPTQ", "Hadamard", "Hessian", "LLMInt8", "LayerRecord", "MethodError",
+    "ModelError", "ModelPlan", "OmniQuant", "PerSite", "Plan", "PluginError", "Producer", "Progress", "QuantkitError", "RPTQ",
+    "RTN", "Range", "Recipe", "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant",
+    "Stage", "Statistic", "TargetError", "TokenSample", "Transform", "Verification", "View", "W8A8Linear", "__version__",
     "backends", "compressed_tensors_as_int8", "convert", "discover", "export", "load", "load_plan", "plan", "quantize",
     "register_backend", "register_method", "register_with_transformers", "report", "save", "save_plan", "use_backend",
     "verify_equivalence", "why_simulated",
@@ -85,4 +86,8 @@ def __getattr__(name: str) -> object:
         from quantkit.integrations.transformers.quantizer import QuantKitConfig
 
         return QuantKitConfig
+    if name in ("capture_decoding", "release_decoding"):
+        from quantkit.integrations.transformers import decoding
+
+        return getattr(decoding, name)
     raise AttributeError(f"module 'quantkit' has no attribute {name!r}")

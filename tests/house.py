@@ -23,8 +23,8 @@ from pathlib import Path
 from statistics import median
 
 ORDER = (
-    "_version", "core", "model", "ops", "layers", "discovery", "calibration", "calibrators", "pipeline", "checkpoint",
-    "integrations", "evaluation", "_old", "__init__", "cli", "__main__",
+    "_version", "core", "model", "ops", "layers", "capture", "discovery", "calibration", "calibrators", "pipeline",
+    "checkpoint", "integrations", "evaluation", "_old", "__init__", "cli", "__main__",
 )  # fmt: skip
 """From the ground up: a room may import the rooms before it. ``_old`` holds the names of modules that
 have moved; the two with one line each are the version and ``python -m``."""

@@ -7,7 +7,10 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512VNNI__
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -244,6 +247,30 @@ static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t
     acc[2] = _mm512_reduce_add_epi32(a2) - 128 * sums[2];
     acc[3] = _mm512_reduce_add_epi32(a3) - 128 * sums[3];
 }
+#elif defined(__AVX2__)
+#define ROWS 4
+#define AHEAD 8
+/* acc[r] = sum of q[i] * w[r * stride + i] for 4 rows, exact: |w| as u8 times q with the sign of w, two of which fit into int16, since
+ * no code of an activation is -128. Rows are short, and read once: what comes two blocks later is fetched ahead. */
+static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t *restrict w, int64_t stride, int64_t k,
+                            const int32_t *sums) {
+    (void)sums;
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i a[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+    int64_t i = 0;
+    for (; i + 32 <= k; i += 32) {
+        __m256i x = _mm256_loadu_si256((const __m256i *)(q + i));
+        if (i % 64 == 0) for (int r = 0; r < 4; r++) _mm_prefetch((const char *)(w + (r + AHEAD) * stride + i), _MM_HINT_T0);
+        for (int r = 0; r < 4; r++) {
+            __m256i y = _mm256_loadu_si256((const __m256i *)(w + r * stride + i));
+            __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(y), _mm256_sign_epi8(x, y));
+            a[r] = _mm256_add_epi32(a[r], _mm256_madd_epi16(pairs, ones));
+        }
+    }
+    __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(a[0], a[1]), _mm256_hadd_epi32(a[2], a[3]));
+    _mm_storeu_si128((__m128i *)acc, _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1)));
+    for (; i < k; i++) for (int r = 0; r < 4; r++) acc[r] += (int32_t)q[i] * (int32_t)w[r * stride + i];
+}
 #else
 #define ROWS 1
 static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t *restrict w, int64_t stride, int64_t k,
@@ -301,3 +328,5 @@ int quantkit_token(void *y, const void *x, const struct rewrite *how, const int8
     free(scratch);
     return 0;
 }
+
+#include "program.c"

@@ -29,7 +29,7 @@ import torch
 
 log = logging.getLogger("quantkit")
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCE, INCLUDED = Path(__file__).with_name("native.c"), Path(__file__).with_name("program.c")
 # No -ffast-math and no contraction: results equal numerics.py bit for bit.
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 # torch's OpenMP runtime is loaded already and must stay the only one: compile for it, but link no other.
@@ -42,8 +42,10 @@ SIGNATURES = {
     "quantkit_group": (*[POINTER] * 4, LONG, POINTER, LONG, POINTER, LONG, LONG, INT),
     "quantkit_finish": (POINTER, POINTER, POINTER, POINTER, POINTER, LONG, LONG, INT, INT),
     "quantkit_token": (*[POINTER] * 8, LONG, LONG, FLOAT, INT, INT),
+    "quantkit_run": (POINTER, LONG, INT),
 }
 
+RESULTS = {"quantkit_finish": None, "quantkit_group": None, "quantkit_run": LONG}
 
 TILE = 64
 """``factors`` of a rewrite are padded to a multiple of this."""
@@ -91,7 +93,7 @@ def library() -> ctypes.CDLL | None:
 def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     for name, types in SIGNATURES.items():
         getattr(lib, name).argtypes = types
-        getattr(lib, name).restype = None if name in ("quantkit_finish", "quantkit_group") else INT
+        getattr(lib, name).restype = RESULTS.get(name, INT)
     return lib
 
 
@@ -117,7 +119,7 @@ def _library_in(folder: Path, compiler: list[str]) -> ctypes.CDLL:
     said: list[str] = []
     for extra in VARIANTS:
         flags = (*FLAGS, *extra)
-        parts = "\0".join([SOURCE.read_text(), *compiler, *flags, torch.__version__, _processor()])
+        parts = "\0".join([SOURCE.read_text(), INCLUDED.read_text(), *compiler, *flags, torch.__version__, _processor()])
         stem = f"native-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
         try:
             return ctypes.CDLL(str(_whole(folder, stem) or _built(folder, stem, compiler, flags)))

@@ -1,0 +1,203 @@
+"""What a CUDA graph is on a GPU, for a CPU: the operators that a function called, played again on the same memory.
+
+A function is run once while everything that reaches PyTorch is noted, with the tensors that it read and wrote. These stay
+where they are, so that playing the notes writes new results over the old ones. Views need no playing, nor does what depends on
+nothing that can change. Most of the rest becomes a list for C (:mod:`quantkit.ops.cpu.program`); what C does not know calls
+PyTorch again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from quantkit.layers.linear import W8A8Linear
+from quantkit.ops.cpu.native import library
+from quantkit.ops.cpu.program import Program, lowered, lowered_layer
+
+
+class CaptureError(Exception):
+    """A function cannot be captured; the message is the reason."""
+
+
+class Call(NamedTuple):
+    """One operator or INT8 layer that was called, on what, and what came out."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+
+    @property
+    def read(self) -> list[Tensor]:
+        return _tensors((self.args, self.kwargs))
+
+    @property
+    def written(self) -> list[Tensor]:
+        """What it changes in place."""
+        schema = getattr(self.function, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            return []
+        named = zip(schema.arguments, self.args, strict=False)
+        return [value for argument, value in named if argument.alias_info is not None and argument.alias_info.is_write]
+
+    @property
+    def is_view(self) -> bool:
+        """Whether its results lie in the memory of what it read."""
+        memory = {_memory(t) for t in self.read}
+        out = _tensors(self.out)
+        return not self.written and bool(out) and all(_memory(t) in memory for t in out)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class Recorder(TorchDispatchMode):
+    """Notes what is called while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            raise CaptureError(f"it decides by values of tensors ({func})")
+        out = func(*args, **(kwargs or {}))
+        self.calls.append(Call(func, args, kwargs or {}, out))
+        return out
+
+    @contextmanager
+    def layers_as_one(self, model: nn.Module) -> Iterator[None]:
+        """While the context is open, an INT8 layer of ``model`` is one call."""
+        layers = {id(m): m for m in model.modules() if isinstance(m, W8A8Linear)}.values()
+
+        def stand_in(layer: W8A8Linear) -> Callable[[Tensor], Tensor]:
+            def forward(input: Tensor) -> Tensor:
+                with _disable_current_modes():
+                    out = W8A8Linear.forward(layer, input)
+                self.calls.append(Call(layer, (input,), {}, out))
+                return out
+
+            return forward
+
+        with _own_forwards({layer: stand_in(layer) for layer in layers}):
+            yield
+
+
+@contextmanager
+def _own_forwards(forwards: dict[W8A8Linear, Any]) -> Iterator[None]:
+    before = {layer: layer.__dict__.get("forward") for layer in forwards}
+    for layer, forward in forwards.items():
+        layer.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer, old in before.items():
+            if old is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = old  # type: ignore[method-assign]
+
+
+class Recording:
+    """The calls of a function, to be played again.
+
+    Attributes:
+        outputs: what the function returned; playing writes into it.
+        said: how many operators C runs, and which go through PyTorch, how often.
+    """
+
+    def __init__(self, calls: list[Call], outputs: Any) -> None:
+        self.outputs = outputs
+        slow: Counter[str] = Counter()
+        self._parts: list[Program | Callable[[], None]] = []
+        native = library() is not None
+        for call in _worth_playing(calls):
+            program = self._parts[-1] if self._parts and isinstance(self._parts[-1], Program) else Program()
+            if native and _lowered(program, call):
+                if not self._parts or self._parts[-1] is not program:
+                    self._parts.append(program)
+                continue
+            slow["INT8 layers" if isinstance(call.function, nn.Module) else str(call.function)] += 1
+            self._parts.append(_again(call))
+        count = sum(len(part.list) for part in self._parts if isinstance(part, Program))
+        rest = ", ".join(f"{name} ({n})" for name, n in slow.most_common())
+        self.said = f"{count:,} operations in C" + (f"; through PyTorch: {rest}" if rest else "")
+
+    @torch.no_grad()
+    def play(self) -> None:
+        """Do it again on what the tensors hold now."""
+        threads = torch.get_num_threads()
+        for part in self._parts:
+            if isinstance(part, Program):
+                part.run(threads)
+            else:
+                part()
+
+
+def record(function: Callable[[], Any], model: nn.Module) -> Recording:
+    """Run ``function`` once, and keep what it did.
+
+    Args:
+        function: reads and writes only tensors that stay where they are.
+        model: whose INT8 layers it calls.
+
+    Raises:
+        CaptureError: what it does depends on values of tensors, or on random numbers.
+    """
+    recorder, random = Recorder(), torch.get_rng_state()
+    with torch.no_grad(), recorder.layers_as_one(model), recorder:
+        outputs = function()
+    if not torch.equal(random, torch.get_rng_state()):
+        raise CaptureError("it draws random numbers")
+    return Recording(recorder.calls, outputs)
+
+
+def _worth_playing(calls: list[Call]) -> list[Call]:
+    """The calls without views, and without those whose result can never change."""
+    changed = {_memory(t) for call in calls for t in call.written}
+    fixed: set[int] = set()
+    found = []
+    for call in calls:
+        if call.is_view:
+            continue
+        out = _tensors(call.out)
+        memory = {_memory(t) for t in out}
+        constant = not call.written and not isinstance(call.function, nn.Module) and memory.isdisjoint(changed)
+        if constant and out and all(_memory(t) in fixed for t in call.read):
+            fixed |= memory
+        else:
+            found.append(call)
+    return found
+
+
+def _lowered(program: Program, call: Call) -> bool:
+    if isinstance(call.function, W8A8Linear):
+        x = call.args[0]
+        return x.is_contiguous() and lowered_layer(program, call.function.prepared, x, call.out)
+    return lowered(program, call.function, call.args, call.kwargs, call.out)
+
+
+def _again(call: Call) -> Callable[[], None]:
+    function, args, kwargs, old = call
+    if call.written:
+        return lambda: function(*args, **kwargs)
+    targets = _tensors(old)
+
+    def play() -> None:
+        for target, new in zip(targets, _tensors(function(*args, **kwargs)), strict=True):
+            target.copy_(new)
+
+    return play

@@ -1,0 +1,125 @@
+"""A step of a model, called with tensors of the same sizes again and again: captured once, replayed from then on.
+
+On a GPU a step becomes a CUDA graph. On a CPU its operators are recorded, and most of them become a list that C runs
+(:mod:`.record`). Either way nothing of Python runs when it is replayed, which is where the time of a single token goes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.capture.record import CaptureError, record
+from quantkit.core.errors import ModelError
+from quantkit.ops.table import forced
+
+log = logging.getLogger("quantkit")
+
+
+class Capture:
+    """One captured call of a function.
+
+    Args:
+        function: reads its arguments, and other tensors that stay where they are; writes those only in place.
+        inputs: its arguments, all on one device. The function runs on copies of them, once on a CPU.
+        model: whose layers it calls.
+
+    Attributes:
+        outputs: what the function returned. Replaying writes into it.
+        said: what was captured, in a few words.
+
+    Raises:
+        CaptureError: what it does depends on values of tensors, or on random numbers.
+    """
+
+    def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor], model: nn.Module) -> None:
+        self.inputs = [tensor.clone() for tensor in inputs]
+        if inputs[0].is_cuda:
+            graph = torch.cuda.CUDAGraph()
+            before = torch.cuda.memory_allocated()
+            try:
+                with torch.no_grad(), torch.cuda.graph(graph):
+                    self.outputs = function(*self.inputs)
+            except RuntimeError as error:  # what a stream may not do while it is captured, in words of CUDA
+                raise CaptureError(str(error).split("\n", 1)[0]) from error
+            self._replay: Callable[[], Any] = graph.replay
+            self.said = f"a CUDA graph, {(torch.cuda.memory_allocated() - before) / 2**20:.0f} MiB"
+            graph.replay()  # capturing runs nothing
+        else:
+            recording = record(lambda: function(*self.inputs), model)
+            self.outputs, self._replay, self.said = recording.outputs, recording.play, recording.said
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        """The outputs for other values of the inputs."""
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        self._replay()
+        return self.outputs
+
+
+def fingerprint(model: nn.Module) -> tuple[Any, ...]:
+    """What a capture of a model depends on: where its tensors are, its hooks and its backend."""
+    modules = list(model.modules())
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+    return (*(t.data_ptr() for t in tensors), hooks, forced(), model.training)
+
+
+class CapturedStep:
+    """``function`` as one that is captured at its first call with tensors of some sizes, and replayed at later ones.
+
+    For decoding with a module of one's own, whose cache is in tensors of fixed size that it writes in place::
+
+        step = quantkit.CapturedStep(model.step, model)
+        for position in range(length, length + 100):
+            token = step(token, torch.tensor([position])).argmax(-1)
+
+    What a call returns is overwritten by the next call: clone what has to last. A model whose weights move, or that gets other
+    hooks, is captured anew.
+
+    Args:
+        function: takes tensors only. It may read other tensors that stay where they are, and write them in place; what it
+            returns may depend on nothing else. On a GPU it runs once without being captured, so that all that is made at first
+            use is there.
+        model: whose layers it calls.
+        most: captures for so many different sizes of the inputs are kept, the latest used.
+
+    Raises:
+        ModelError: at a call, if the step decides by values of tensors or draws random numbers, so that it cannot be replayed.
+    """
+
+    def __init__(self, function: Callable[..., Any], model: nn.Module, *, most: int = 4) -> None:
+        self.function, self.model, self.most = function, model, most
+        self._captures: dict[Any, Capture] = {}
+        self._warm: set[Any] = set()
+        self._of: tuple[Any, ...] | None = None
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> Any:
+        if not inputs or not all(isinstance(tensor, Tensor) for tensor in inputs):
+            raise ModelError("a captured step takes tensors, at least one: put numbers that change into tensors")
+        now = fingerprint(self.model)
+        if now != self._of:
+            self._captures, self._of = {}, now
+        key = tuple((t.shape, t.dtype, t.device) for t in inputs)
+        capture = self._captures.pop(key, None)
+        if capture is None:
+            if inputs[0].is_cuda and key not in self._warm:
+                self._warm.add(key)
+                return self.function(*inputs)
+            try:
+                capture = Capture(self.function, inputs, self.model)
+            except CaptureError as error:
+                raise ModelError(f"the step of {type(self.model).__name__} cannot be captured: {error}") from error
+            log.info("the step of %s is captured: %s", type(self.model).__name__, capture.said)
+            outputs = capture.outputs
+        else:
+            outputs = capture(inputs)
+        self._captures[key] = capture
+        for oldest in list(self._captures)[: -self.most]:
+            del self._captures[oldest]
+        return outputs

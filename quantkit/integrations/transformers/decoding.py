@@ -1,0 +1,223 @@
+"""``generate()`` of transformers with captured steps: prefill as before, and each token by replaying the step of the first one.
+
+transformers asks a model for what it calls once per token (``get_compiled_call``), where it would put ``torch.compile``.
+Sampling, beams, stopping and streaming stay its own. The step writes its keys and values into a static cache, whose tensors
+have to stay where they are: those of the cache of each new call of ``generate()`` are copied into the captured ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from quantkit.capture.record import CaptureError
+from quantkit.capture.step import Capture, fingerprint
+from quantkit.core.errors import ModelError
+
+log = logging.getLogger("quantkit")
+
+MOST = 4
+"""So many captures of a model are kept, the latest used: of different batches and lengths."""
+EAGER = ("output_attentions", "output_hidden_states", "labels")
+"""What asks for results that a replay would overwrite."""
+
+
+def capture_decoding(model: Any) -> Any:
+    """Let ``model.generate()`` replay a captured step for each token, in place; see docs/fast.md.
+
+    Greedy search, sampling, beams, batches, padding, streamers and stopping stay what they are. The cache is static: it has
+    room for all tokens that a call may produce, and keys behind the last one are masked. Calls that cannot be captured run as
+    before, and the log says why, once.
+
+    Args:
+        model: a causal language model of transformers, in floating point or quantized.
+
+    Returns:
+        The same object. :func:`release_decoding` takes it back.
+
+    Raises:
+        ModelError: it has no ``generate()`` that takes a static cache.
+    """
+    if not hasattr(model, "get_compiled_call") or not hasattr(model, "generate"):
+        raise ModelError(f"{type(model).__name__} has no generate() of transformers: capture its step with CapturedStep")
+    if not getattr(model, "_can_compile_fullgraph", True) or model.config.is_encoder_decoder:
+        raise ModelError(f"{type(model).__name__} takes no static cache, in which a captured step writes")
+    if "_quantkit_decoding" not in vars(model):
+        vars(model)["_quantkit_decoding"] = Decoding(model)
+    return model
+
+
+def release_decoding(model: Any) -> Any:
+    """Take back what :func:`capture_decoding` did, and give the memory of captured steps back."""
+    decoding = vars(model).pop("_quantkit_decoding", None)
+    if decoding is not None:
+        decoding.release()
+    return model
+
+
+class Decoding:
+    """The captured steps of one model, and what of its methods is replaced."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+        self._steps: dict[Any, _Step] = {}
+        self._of: tuple[Any, ...] | None = None
+        self._said: set[str] = set()
+        self._generate = model.generate
+        vars(model).update(
+            generate=self.generate, get_compiled_call=self.get_compiled_call,
+            _valid_auto_compile_criteria=self._valid_auto_compile_criteria,
+        )  # fmt: skip
+
+    def release(self) -> None:
+        model = self._model()
+        for name in ("generate", "get_compiled_call", "_valid_auto_compile_criteria"):
+            vars(model).pop(name, None)
+        self._steps.clear()
+
+    # ---- in place of methods of the model
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """With a static cache, unless the call says something about its cache."""
+        config = kwargs.get("generation_config") or self._model().generation_config  # type: ignore[union-attr]
+        own = any(kwargs.get(name) is not None for name in ("past_key_values", "cache_implementation", "assistant_model"))
+        asked = kwargs.get("use_cache", getattr(config, "use_cache", True))
+        if not own and asked is not False and getattr(config, "cache_implementation", None) is None:
+            kwargs["cache_implementation"] = "static"
+        return self._generate(*args, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        cache = model_kwargs.get("past_key_values")
+        if getattr(generation_config, "disable_compile", False):
+            return False
+        if cache is None or not getattr(cache, "is_compileable", False) or not hasattr(cache, "layers"):
+            self._say(f"the cache is a {type(cache).__name__}, which grows")
+            return False
+        return True
+
+    def get_compiled_call(self, compile_config: Any = None) -> Any:
+        """What is called once per token; asked for once per call of ``generate()``."""
+        now = fingerprint(self._model())  # type: ignore[arg-type]
+        if now != self._of:
+            self._steps.clear()
+            self._of = now
+        return self._call
+
+    # ---- a token
+
+    def _call(self, **inputs: Any) -> Any:
+        model: Any = self._model()
+        cache = inputs.pop("past_key_values", None)
+        leaves, form = tree_flatten(inputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        state = list(_tensors_of(cache)) if cache is not None else []
+        why = self._why_not(inputs, state, rest)
+        if why:
+            self._say(why)
+            return model(past_key_values=cache, **inputs)
+        key = (form, rest, *((t.shape, t.stride(), t.dtype, t.device) for t in (*tensors, *(t for _, _, t in state))))
+        step = self._steps.pop(key, None)
+        if step is None:
+            step = _Step()
+        outputs = step.run(model, cache, state, leaves, tensors, form, self._say)
+        self._steps[key] = step
+        for oldest in list(self._steps)[:-MOST]:
+            del self._steps[oldest]
+        return outputs
+
+    def _why_not(self, inputs: dict[str, Any], state: list[Any], rest: tuple[Any, ...]) -> str:
+        if not state:
+            return "there is no cache"
+        if asked := next((name for name in EAGER if inputs.get(name) not in (None, False)), None):
+            return f"{asked} asks for what a replay would overwrite"
+        try:
+            hash(rest)
+        except TypeError:
+            return "an argument of the model is neither a tensor nor a plain value"
+        return ""
+
+    def _say(self, why: str) -> None:
+        if why not in self._said:
+            self._said.add(why)
+            log.info("generate() of %s does not replay captured steps: %s", type(self._model()).__name__, why)
+
+
+class _Step:
+    """One step under way: run once as it is on a GPU, then captured, then replayed."""
+
+    def __init__(self) -> None:
+        self.capture: Capture | None = None
+        self.failed = False
+        self.ran = False
+        self._state: list[Tensor] = []
+        self._owner: Any = None
+
+    def run(
+        self, model: Any, cache: Any, state: list[Any], leaves: list[Any], tensors: list[Tensor], form: Any, say: Any
+    ) -> Any:
+        if self.capture is None and not self.failed and (self.ran or not tensors[0].is_cuda):
+            self._capture(model, cache, state, leaves, tensors, form, say)
+            if self.capture is not None:
+                return self._outputs(cache)
+        if self.capture is None:
+            self.ran = True
+            return model(past_key_values=cache, **tree_unflatten(leaves, form))
+        self._adopt(cache, state)
+        self.capture(tensors)
+        return self._outputs(cache)
+
+    def _capture(
+        self, model: Any, cache: Any, state: list[Any], leaves: list[Any], tensors: list[Tensor], form: Any, say: Any
+    ) -> None:
+        def step(*values: Tensor) -> Any:
+            given = iter(values)
+            filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return model(past_key_values=cache, **tree_unflatten(filled, form))
+
+        before = [tensor.clone() for _, _, tensor in state] if not tensors[0].is_cuda else []
+        try:
+            self.capture = Capture(step, tensors, model)
+        except CaptureError as error:
+            self.failed = True
+            for (owner, name, tensor), old in zip(state, before, strict=False):  # it may have run half way
+                setattr(owner, name, tensor.copy_(old))
+            say(str(error))
+            return
+        self._state, self._owner = [tensor for _, _, tensor in state], weakref.ref(cache)
+        log.info("generate() of %s replays a captured step: %s", type(model).__name__, self.capture.said)
+
+    def _adopt(self, cache: Any, state: list[Any]) -> None:
+        """Give ``cache`` the tensors that were captured, with what its own hold."""
+        if all(own is mine for (_, _, own), mine in zip(state, self._state, strict=True)):
+            return
+        before = self._owner()
+        if before is not None and before is not cache:  # somebody keeps it: it gets tensors of its own
+            for owner, name, tensor in list(_tensors_of(before)):
+                if any(tensor is mine for mine in self._state):
+                    setattr(owner, name, tensor.clone())
+        for (owner, name, own), mine in zip(state, self._state, strict=True):
+            if own is not mine:
+                mine.copy_(own)
+                setattr(owner, name, mine)
+        self._owner = weakref.ref(cache)
+
+    def _outputs(self, cache: Any) -> Any:
+        assert self.capture is not None
+        outputs = self.capture.outputs
+        if "past_key_values" in outputs:
+            outputs["past_key_values"] = cache
+        return outputs
+
+
+def _tensors_of(cache: Any) -> Iterator[tuple[Any, str, Tensor]]:
+    """Where the tensors of a cache are: the object that has them, the name there, and the tensor."""
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor):
+                yield layer, name, value

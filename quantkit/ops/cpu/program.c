@@ -1,0 +1,265 @@
+/* A list of small operations at fixed addresses, run one after the other: what PyTorch would do for a token, without PyTorch.
+ *
+ * Beside the products of its layers a token has little to compute, and its operators cost their calls. Here a call is a turn of a
+ * loop. Whoever writes the list keeps the memory alive. Included by native.c, whose passes it uses.
+ *
+ * Floating point is float32, or bfloat16 that is computed in float32 and rounded once, as PyTorch does it.
+ */
+
+enum { LONG = 2, BOOL = 3 }; /* beside F32 and BF16 */
+enum {
+    ADD, SUB, MUL, DIV, LE, LT, GE, GT, EQ, NE, AND, OR, WHERE,                                /* of two or three */
+    COPY, NEG, RSQRT, SQRT, SQUARE, EXP, SILU, RELU, TANH, SIGMOID, GELU, GELU_TANH, COS, SIN, /* of one */
+    TO_FLOAT, WIDEN, NARROW, MEAN, LAYER_NORM, INDEX_COPY, EMBEDDING, ATTENTION, LINEARS
+};
+
+enum { DIMS = 4 };
+
+struct view { char *data; int64_t strides[DIMS]; }; /* in elements; 0 where it is broadcast */
+
+/* One layer of those that read the same rows: as the arguments of quantkit_token. */
+struct layer { char *y; const int8_t *w; const int32_t *sums; const float *sw, *bias; const struct groups *c; int64_t n; };
+
+/* What is added to scores, or which keys count. */
+struct mask { const char *data; int64_t strides[DIMS]; int64_t type; };
+
+struct instruction {
+    int64_t op, type;
+    int64_t sizes[DIMS];
+    struct view out, a, b, c;
+    double scalar;
+    const void *how; /* struct rewrite of layers, struct mask of attention, or 0 */
+    struct layer *layers;
+    int64_t count, k;
+    float *scratch;
+};
+
+typedef uint16_t half; /* bfloat16 */
+static inline float get(const void *x, int64_t i, int64_t type) {
+    return type == F32 ? ((const float *)x)[i] : from_bits((uint32_t)((const half *)x)[i] << 16);
+}
+static inline void put(void *x, int64_t i, int64_t type, float value) {
+    if (type == F32) ((float *)x)[i] = value;
+    else ((half *)x)[i] = to_bf16(value);
+}
+static inline int64_t bytes(int64_t type) { return type == F32 ? 4 : type == BF16 ? 2 : type == LONG ? 8 : 1; }
+static inline char *place(const struct view *v, int64_t type, int64_t i, int64_t j, int64_t l) {
+    return v->data + (i * v->strides[0] + j * v->strides[1] + l * v->strides[2]) * bytes(type);
+}
+
+/* e^x to the last bit or two, in a form that loops over it become vectors of; x below -87 gives what -87 gives. */
+static inline float exponential(float x) {
+    float y = x < -87.0f ? -87.0f : x > 88.7228f ? 88.7228f : x;
+    float shifted = y * 1.44269504f + ROUND, n = shifted - ROUND;
+    float r = y - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    float scale = from_bits((to_bits(shifted) - to_bits(ROUND) + 126) << 23); /* half of it: 2^128 is no float */
+    p = p * scale * 2;
+    return x > 88.7228f ? INFINITY : x != x ? x : p;
+}
+
+/* Sum of a[e] * b[e], in 16 sums side by side. */
+#define DOT(sum, load) do {                                                                                          \
+    float part[16] = {0};                                                                                            \
+    int64_t e = 0;                                                                                                   \
+    for (; e + 16 <= width; e += 16) for (int u = 0; u < 16; u++) part[u] += q[e + u] * load(key[e + u]);            \
+    for (; e < width; e++) part[0] += q[e] * load(key[e]);                                                           \
+    for (int step = 8; step; step /= 2) for (int u = 0; u < step; u++) part[u] += part[u + step];                    \
+    sum = part[0];                                                                                                   \
+} while (0)
+
+#define AT(v, t, i, j, l) ((t *)(v).data + (i) * (v).strides[0] + (j) * (v).strides[1] + (l) * (v).strides[2])
+#define SAME(x) (x)
+#define WIDER(x) from_bits((uint32_t)(x) << 16)
+
+/* Every element, the innermost in a loop that compilers make vectors of where strides are 0 or 1. */
+#define EACH(tout, tin, value, load, store, expression)                                                              \
+    for (int64_t i = 0; i < s[0]; i++) for (int64_t j = 0; j < s[1]; j++) for (int64_t l = 0; l < s[2]; l++) {       \
+        tout *o = AT(x->out, tout, i, j, l);                                                                         \
+        const tin *pa = AT(x->a, const tin, i, j, l), *pb = AT(x->b, const tin, i, j, l);                            \
+        int64_t so = x->out.strides[3], sa = x->a.strides[3], sb = x->b.strides[3];                                  \
+        if (so == 1 && sa == 1 && sb == 1)                                                                           \
+            for (int64_t e = 0; e < s[3]; e++) {                                                                     \
+                value a = load(pa[e]), b = load(pb[e]); (void)b; o[e] = store(expression);                           \
+            }                                                                                                        \
+        else if (so == 1 && sa == 1 && sb == 0) {                                                                    \
+            value b = load(pb[0]); (void)b;                                                                          \
+            for (int64_t e = 0; e < s[3]; e++) { value a = load(pa[e]); o[e] = store(expression); }                  \
+        } else for (int64_t e = 0; e < s[3]; e++) {                                                                  \
+            value a = load(pa[e * sa]), b = load(pb[e * sb]); (void)b; o[e * so] = store(expression);                \
+        }                                                                                                            \
+    }
+
+#define FLOATS(expression)                                                                                           \
+    if (x->type == BF16) { EACH(half, half, float, WIDER, to_bf16, expression) }                                     \
+    else { EACH(float, float, float, SAME, SAME, expression) }
+#define ONE(name, expression) case name: FLOATS(expression) break;
+#define PAIR(name, expression) case name:                                                                            \
+    if (x->type == LONG) { EACH(int64_t, int64_t, int64_t, SAME, SAME, expression) } else { FLOATS(expression) } break;
+#define COMPARE(name, expression) case name:                                                                         \
+    if (x->type == LONG) { EACH(uint8_t, int64_t, int64_t, SAME, SAME, expression) }                                 \
+    else if (x->type == BF16) { EACH(uint8_t, half, float, WIDER, SAME, expression) }                                \
+    else { EACH(uint8_t, float, float, SAME, SAME, expression) } break;
+
+static inline float gelu(float a) { return a * 0.5f * (1 + erff(a * 0.70710678118654752f)); }
+static inline float gelu_tanh(float a) { return 0.5f * a * (1 + tanhf(0.79788456080286536f * (a + 0.044715f * a * a * a))); }
+
+/* Mean or layer norm of rows of the innermost dimension, summed in float64. */
+static void over_rows(const struct instruction *x) {
+    const int64_t *s = x->sizes, type = x->type;
+    for (int64_t i = 0; i < s[0]; i++) for (int64_t j = 0; j < s[1]; j++) for (int64_t l = 0; l < s[2]; l++) {
+        char *o = place(&x->out, type, i, j, l);
+        const char *a = place(&x->a, type, i, j, l);
+        int64_t sa = x->a.strides[3], so = x->out.strides[3];
+        double sum = 0, squares = 0;
+        for (int64_t e = 0; e < s[3]; e++) sum += get(a, e * sa, type);
+        double mean = sum / (double)s[3];
+        if (x->op == MEAN) { put(o, 0, type, (float)mean); continue; }
+        for (int64_t e = 0; e < s[3]; e++) { double d = get(a, e * sa, type) - mean; squares += d * d; }
+        float rest = (float)(1 / sqrt(squares / (double)s[3] + x->scalar)), middle = (float)mean;
+        for (int64_t e = 0; e < s[3]; e++) {
+            float w = x->b.data ? get(x->b.data, e, type) : 1, b = x->c.data ? get(x->c.data, e, type) : 0;
+            put(o, e * so, type, (get(a, e * sa, type) - middle) * rest * w + b);
+        }
+    }
+}
+
+/* out [B, H, L, D] = softmax(a [B, H, L, D] b^T * scalar + mask) c, with `count` keys b and values c [B, H / k, count, D]. What the
+ * mask leaves out is not read. A row without any key is zero, or NaN if there are none to begin with. */
+static void attention(const struct instruction *x, int threads) {
+    const int64_t *s = x->sizes, keys = x->count, width = s[3], type = x->type;
+    const struct mask *m = (const struct mask *)x->how;
+    int64_t rows = s[0] * s[1] * s[2];
+    #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * keys * width > 65536)
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t l = r % s[2], h = r / s[2] % s[1], i = r / s[2] / s[1], last = 0;
+        float *score = x->scratch + r * (keys + 2 * width), *q = score + keys, *y = q + width, top = -INFINITY, sum = 0;
+        const char *from = place(&x->a, type, i, h, l);
+        for (int64_t e = 0; e < width; e++) { q[e] = get(from, e, type) * (float)x->scalar; y[e] = 0; }
+        for (int64_t t = 0; t < keys; t++) {
+            float add = 0;
+            if (m) {
+                int64_t at = i * m->strides[0] + h * m->strides[1] + l * m->strides[2] + t * m->strides[3];
+                add = m->type == BOOL ? (((const uint8_t *)m->data)[at] ? 0 : -INFINITY) : get(m->data, at, m->type);
+            }
+            score[t] = -INFINITY;
+            if (add == -INFINITY) continue;
+            const char *place_of_key = place(&x->b, type, i, h / x->k, t);
+            float dot;
+            if (type == F32) { const float *key = (const float *)place_of_key; DOT(dot, SAME); }
+            else { const half *key = (const half *)place_of_key; DOT(dot, WIDER); }
+            score[t] = dot + add;
+            top = score[t] > top || score[t] != score[t] ? score[t] : top;
+            last = t + 1;
+        }
+        for (int64_t t = 0; t < last; t++) {
+            float p = exponential(score[t] - top);
+            const char *value = place(&x->c, type, i, h / x->k, t);
+            if (score[t] == -INFINITY) continue;
+            sum += p;
+            if (type == F32) for (int64_t e = 0; e < width; e++) y[e] += p * ((const float *)value)[e];
+            else for (int64_t e = 0; e < width; e++) y[e] += p * WIDER(((const half *)value)[e]);
+        }
+        char *o = place(&x->out, type, i, h, l);
+        for (int64_t e = 0; e < width; e++) put(o, e, type, last ? y[e] / sum : 0);
+    }
+}
+
+/* Layers that read the same `sizes[2]` rows: they are quantized once, and all threads share all output channels. */
+static void linears(const struct instruction *x, int threads) {
+    const struct rewrite *how = (const struct rewrite *)x->how;
+    int convert = x->type != F32 || how;
+    const struct groups *c = x->layers[0].c;
+    int64_t m = x->sizes[2], groups = c ? c->count : 1, total = 0;
+    float *scales = x->scratch + (convert ? tiled(x->k) : 0);
+    int8_t *q = (int8_t *)(scales + m * (1 + groups));
+    for (int64_t r = 0; r < m; r++) {
+        const float *row = (const float *)x->a.data + r * x->k;
+        if (convert) { load_row(x->scratch, x->a.data, r, x->k, how, (int)x->type); row = x->scratch; }
+        quantize_row(q + r * x->k, scales + r * (1 + groups), row, x->k, c, (float)x->scalar);
+    }
+    for (int64_t i = 0; i < x->count; i++) total += x->layers[i].n;
+    #pragma omp parallel num_threads(threads) if (threads > 1 && m * total * x->k > 131072)
+    {
+        int64_t part = 0, parts = 1, begin = 0;
+        #ifdef _OPENMP
+        part = omp_get_thread_num(), parts = omp_get_num_threads();
+        #endif
+        int64_t from = part * total / parts / ROWS * ROWS, to = (part + 1) * total / parts / ROWS * ROWS;
+        if (part + 1 == parts) to = total;
+        for (int64_t i = 0; i < x->count; begin += x->layers[i++].n) {
+            const struct layer *y = x->layers + i;
+            int64_t j = from > begin ? from - begin : 0, end = to - begin < y->n ? to - begin : y->n;
+            while (j < end) {
+                int64_t rows = end - j < ROWS ? 1 : ROWS;
+                for (int64_t r = 0; r < m; r++)
+                    token_rows(y->y + r * y->n * bytes(x->type), q + r * x->k, scales + r * (1 + groups), y->w, y->sums, y->sw,
+                               y->bias, j, rows, y->n, x->k, y->c, (int)x->type);
+                j += rows;
+            }
+        }
+    }
+}
+
+/* Runs them. Returns 0, or 1 + the number of the instruction whose index points outside of its tensor. */
+int64_t quantkit_run(const struct instruction *list, int64_t count, int threads) {
+    for (int64_t at = 0; at < count; at++) {
+        const struct instruction *x = list + at;
+        const int64_t *s = x->sizes, type = x->type;
+        switch (x->op) {
+            PAIR(ADD, a + b) PAIR(SUB, a - b) PAIR(MUL, a * b)
+            ONE(DIV, a / b)
+            COMPARE(LE, a <= b) COMPARE(LT, a < b) COMPARE(GE, a >= b) COMPARE(GT, a > b) COMPARE(EQ, a == b) COMPARE(NE, a != b)
+            case AND: EACH(uint8_t, uint8_t, uint8_t, SAME, SAME, a & b) break;
+            case OR: EACH(uint8_t, uint8_t, uint8_t, SAME, SAME, a | b) break;
+            case COPY:
+                if (type == LONG) { EACH(int64_t, int64_t, int64_t, SAME, SAME, a) }
+                else if (type == BOOL) { EACH(uint8_t, uint8_t, uint8_t, SAME, SAME, a) }
+                else if (type == BF16) { EACH(half, half, half, SAME, SAME, a) }
+                else { EACH(float, float, float, SAME, SAME, a) }
+                break;
+            case TO_FLOAT: EACH(float, int64_t, int64_t, SAME, SAME, (float)a) break;
+            case WIDEN: EACH(float, half, float, WIDER, SAME, a) break;
+            case NARROW: EACH(half, float, float, SAME, to_bf16, a) break;
+            case WHERE:
+                for (int64_t i = 0; i < s[0]; i++) for (int64_t j = 0; j < s[1]; j++) for (int64_t l = 0; l < s[2]; l++)
+                    for (int64_t e = 0; e < s[3]; e++) {
+                        const struct view *chosen = AT(x->c, uint8_t, i, j, l)[e * x->c.strides[3]] ? &x->a : &x->b;
+                        put(place(&x->out, type, i, j, l), e * x->out.strides[3], type,
+                            get(place(chosen, type, i, j, l), e * chosen->strides[3], type));
+                    }
+                break;
+            ONE(NEG, -a) ONE(RSQRT, 1 / sqrtf(a)) ONE(SQRT, sqrtf(a)) ONE(SQUARE, a * a) ONE(EXP, expf(a))
+            ONE(SILU, a / (1 + exponential(-a))) ONE(RELU, a > 0 || a != a ? a : 0) ONE(TANH, tanhf(a)) ONE(SIGMOID, 1 / (1 + exponential(-a)))
+            ONE(GELU, gelu(a)) ONE(GELU_TANH, gelu_tanh(a)) ONE(COS, cosf(a)) ONE(SIN, sinf(a))
+            case MEAN: case LAYER_NORM: over_rows(x); break;
+            case INDEX_COPY: /* a [i, j, t, e] goes to out [i, j, b[t], e], which has `count` places */
+                for (int64_t t = 0; t < s[2]; t++) {
+                    int64_t to = ((const int64_t *)x->b.data)[t * x->b.strides[0]];
+                    if (to < 0 || to >= x->count) return at + 1;
+                    for (int64_t i = 0; i < s[0]; i++) for (int64_t j = 0; j < s[1]; j++) {
+                        char *o = place(&x->out, type, i, j, to), *a = place(&x->a, type, i, j, t);
+                        for (int64_t e = 0; e < s[3]; e++)
+                            memcpy(o + e * x->out.strides[3] * bytes(type), a + e * x->a.strides[3] * bytes(type), (size_t)bytes(type));
+                    }
+                }
+                break;
+            case EMBEDDING: /* rows b[t] of a, which has `count` */
+                for (int64_t t = 0; t < s[2]; t++) {
+                    int64_t from = ((const int64_t *)x->b.data)[t];
+                    if (from < 0 || from >= x->count) return at + 1;
+                    memcpy(place(&x->out, type, 0, 0, t), place(&x->a, type, 0, 0, from), (size_t)(s[3] * bytes(type)));
+                }
+                break;
+            case ATTENTION: attention(x, threads); break;
+            case LINEARS: linears(x, threads); break;
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,161 @@
+"""Captured steps of modules that no library knows: the same results, for as long as they may be replayed."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import VOCAB, assert_same, quantized, tokens
+from torch import Tensor, nn
+
+import quantkit
+from quantkit import CapturedStep, ModelError
+
+WIDTH, LENGTH, HEADS = 32, 24, 4
+
+
+class NanoGPT(nn.Module):
+    """Its cache is in two buffers that ``step`` writes at a position."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wte, self.wpe = nn.Embedding(VOCAB, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(1, HEADS, LENGTH, WIDTH // HEADS), persistent=False)
+
+    def attend(self, x: Tensor, mask: Tensor, position: Tensor | None) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        if position is not None:
+            k, v = self.keys.index_copy_(2, position, k), self.values.index_copy_(2, position, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+    def body(self, x: Tensor, mask: Tensor, position: Tensor | None = None) -> Tensor:
+        x = x + self.proj(self.attend(self.first(x), mask, position))
+        logits: Tensor = self.head(x + self.down(F.gelu(self.up(self.second(x)))))
+        return logits
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1])
+        return self.body(self.wte(ids) + self.wpe(places), places[:, None] >= places)
+
+    def step(self, token: Tensor, position: Tensor) -> Tensor:
+        mask = (torch.arange(LENGTH) <= position).view(1, 1, 1, -1)
+        return self.body(self.wte(token) + self.wpe(position), mask, position)
+
+
+@pytest.mark.parametrize("method", [None, "rtn", "best"])
+def test_a_module_of_ones_own(method: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="quantkit")
+    model, ids = NanoGPT().eval(), tokens(1, LENGTH)
+    if method:
+        quantized(model, method, calibration=[tokens(2, LENGTH)], heads=True)
+    with torch.no_grad():
+        wanted = model(ids)
+    step = CapturedStep(model.step, model)
+    for position in range(LENGTH):
+        got = step(ids[:, position : position + 1], torch.tensor([position]))
+        # a code that falls to the other side of a half moves a logit by a hundredth
+        torch.testing.assert_close(got[:, 0], wanted[:, position], rtol=0, atol=1e-5 if method is None else 3e-2)
+    assert caplog.text.count("is captured") == 1
+    if method:
+        assert "through PyTorch" not in caplog.text
+
+
+def test_a_step_is_captured_for_each_size_and_again_for_other_weights(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="quantkit")
+    layer = nn.Linear(4, 3)
+    step = CapturedStep(layer, layer, most=2)
+    for rows in (1, 2, 1, 3, 2):  # 2 is no longer kept the second time
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(step(x), layer(x))
+    assert caplog.text.count("is captured") == 4
+    with torch.no_grad():
+        layer.weight.mul_(2)  # in place: a replay reads it
+    torch.testing.assert_close(step(x), layer(x))
+    assert caplog.text.count("is captured") == 4
+    layer.weight = nn.Parameter(torch.ones(3, 4))
+    torch.testing.assert_close(step(x), layer(x))
+    assert caplog.text.count("is captured") == 5
+
+
+class Of(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.register_buffer("state", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def counting(module: Of, x: Tensor) -> Tensor:
+    module.get_buffer("state").add_(1)
+    return x + module.get_buffer("state")
+
+
+def scratch(module: Of, x: Tensor) -> Tensor:
+    """What begins as a constant, and is written in place."""
+    total = torch.zeros(3)
+    total += x
+    total[1:].mul_(2)
+    return total * 1
+
+
+def several(module: Of, x: Tensor) -> dict[str, Any]:
+    top, where = x.sort()
+    return {"top": top, "where": [where, x.sum(0)], "rest": (3, None)}
+
+
+GOOD = {
+    "state": counting,
+    "constants that are written": scratch,
+    "several results": several,
+    "views of inputs": lambda _, x: (x, x[1:], x.flip(0)),
+    "operators that C has not": lambda _, x: x.cumsum(0).erfinv().nan_to_num().unsqueeze(0) @ torch.eye(3),
+    "type": lambda _, x: x.double() / 3,
+    "nothing": lambda _, x: x[:0] + 1,
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_replays(case: str) -> None:
+    captured, plain = Of(GOOD[case]), Of(GOOD[case])
+    step = CapturedStep(captured, captured)
+    for i in range(4):
+        x = torch.rand(3, generator=torch.Generator().manual_seed(i))
+        assert_same(step(x), plain(x.clone()))
+
+
+BAD = {
+    "a branch": (lambda _, x: x if x[0] > 0 else -x, "values of tensors"),
+    "a number": (lambda _, x: x * x.sum().item(), "values of tensors"),
+    "a size": (lambda _, x: x.nonzero(), "values of tensors"),
+    "noise": (lambda _, x: x + torch.rand(3), "random numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_replayed(case: str) -> None:
+    function, why = BAD[case]
+    module = Of(function)
+    with pytest.raises(ModelError, match=why):
+        CapturedStep(module, module)(torch.ones(3))
+
+
+def test_arguments() -> None:
+    layer = nn.Linear(4, 3)
+    for args in ((), (3,), (torch.ones(1, 4), 2)):
+        with pytest.raises(ModelError, match="takes tensors"):
+            CapturedStep(layer, layer)(*args)  # type: ignore[arg-type]
+    assert quantkit.CapturedStep is CapturedStep
