@@ -401,6 +401,47 @@ def methods(result: Result) -> str:
     )  # fmt: skip
 
 
+def heads(result: Result) -> str:
+    """What an output head in INT8 adds to the error."""
+    rows = [r for r in result["rows"] if not r["method"].startswith("FP8")]
+    body = table(
+        ("model", "method", "KL", "perplexity", "top-1"),
+        ((r["model"], r["method"], f"{r['kl']:.4f}", f"{r['perplexity']:.3f}", f"{r['top1']:.1%}") for r in rows),
+    )
+    return f"{body}\n\n{result['windows']} windows of {result['length']} tokens."
+
+
+def fp8(result: Result) -> str:
+    """INT8 beside FP8, the same layers."""
+    names = {"RTN": "INT8, naive", "SmoothQuant": "INT8, SmoothQuant", "best": 'INT8, `"best"`'}
+    rows = [r for r in result["rows"] if r["method"] in names or r["method"].startswith("FP8")]
+    body = table(
+        ("model", "", "KL", "perplexity", "top-1"),
+        (
+            (
+                r["model"], names.get(r["method"], r["method"]), f"{r['kl']:.4f}", f"{r['perplexity']:.3f}", f"{r['top1']:.1%}",
+            )
+            for r in sorted(rows, key=lambda r: (r["model"], -r["kl"]))
+        ),
+    )  # fmt: skip
+    base = rows[0]["reference_perplexity"]
+    return f"{body}\n\n{result['windows']} windows of {result['length']} tokens; perplexity of fp32: {base:.3f}."
+
+
+def decode(result: Result) -> str:
+    """Tokens per second of SmolLM2 on a CPU."""
+    found: dict[str, dict[str, float]] = {}
+    for r in result["rows"]:
+        tokens = result["prefill"] if r["what"] == "prefill" else 1
+        found.setdefault(r["name"], {})[r["what"]] = tokens / r["seconds"]["median"]
+    columns = list(dict.fromkeys(r["what"] for r in result["rows"]))
+    body = table(
+        ("tokens/s", *columns),
+        ((name, *(f"{own[c]:,.0f}" if c in own else "" for c in columns)) for name, own in found.items()),
+    )
+    return f"{body}\n\nMedians of {result['rounds']} rounds; SmolLM2-135M in float32 but for its INT8 layers."
+
+
 def architectures(result: Result) -> str:
     """What became of every class of models; where several results have one, the last counts."""
     rows = list({r["model"]: r for r in result["rows"]}.values())
@@ -478,6 +519,9 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "quantize": ("quantize", quantize),
     "segments": ("gemm-segments", segments),
     "kernels": ("model", kernels),
+    "accuracy-heads": ("accuracy-heads", heads),
+    "fp8": ("accuracy-heads", fp8),
+    "decode": ("decode", decode),
     "architectures": ("architectures-*", architectures),
 }
 

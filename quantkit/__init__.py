@@ -55,6 +55,7 @@ from quantkit.discovery import Equivalence, discover, verify_equivalence
 from quantkit.integrations.compressed.export import export
 from quantkit.integrations.compressed.folder import compressed_tensors_as_int8
 from quantkit.integrations.folders import load, save
+from quantkit.integrations.transformers.decoding import capture_decoding, release_decoding
 from quantkit.integrations.transformers.register import count_parameters as _count_parameters
 from quantkit.integrations.transformers.register import prepare_for_saving as _prepare_for_saving
 from quantkit.integrations.transformers.register import register_with_transformers
@@ -71,9 +72,9 @@ __all__ = [
     "ModelError", "ModelPlan", "OmniQuant", "PerSite", "Plan", "PluginError", "Producer", "Progress", "QuantkitError", "RPTQ",
     "RTN", "Range", "Recipe", "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant",
     "Stage", "Statistic", "TargetError", "TokenSample", "Transform", "Verification", "View", "W8A8Linear", "__version__",
-    "backends", "compressed_tensors_as_int8", "convert", "discover", "export", "load", "load_plan", "plan", "quantize",
-    "register_backend", "register_method", "register_with_transformers", "report", "save", "save_plan", "use_backend",
-    "verify_equivalence", "why_simulated",
+    "backends", "capture_decoding", "compressed_tensors_as_int8", "convert", "discover", "export", "load", "load_plan",
+    "plan", "quantize", "register_backend", "register_method", "register_with_transformers", "release_decoding", "report",
+    "save", "save_plan", "use_backend", "verify_equivalence", "why_simulated",
 ]  # fmt: skip
 
 _LISTENERS.extend([_prepare_for_saving, _count_parameters, _watch_adapters])
@@ -86,8 +87,4 @@ def __getattr__(name: str) -> object:
         from quantkit.integrations.transformers.quantizer import QuantKitConfig
 
         return QuantKitConfig
-    if name in ("capture_decoding", "release_decoding"):
-        from quantkit.integrations.transformers import decoding
-
-        return getattr(decoding, name)
     raise AttributeError(f"module 'quantkit' has no attribute {name!r}")

@@ -61,12 +61,26 @@ class Capture:
         return self.outputs
 
 
-def fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """What a capture of a model depends on: where its tensors are, its hooks and its backend."""
-    modules = list(model.modules())
-    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
-    return (*(t.data_ptr() for t in tensors), hooks, forced(), model.training)
+class Held:
+    """What a capture of a model depends on: its modules and hooks, where its tensors are, and its backend."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._model, self._asked, self._training = model, forced(), model.training
+        tensors = [(d, name, t) for m in modules for d in (m._parameters, m._buffers) for name, t in d.items() if t is not None]
+        self._tensors = [(d, name, t, t.data_ptr()) for d, name, t in tensors]
+        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self._hooks: list[Any] = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._count = sum(map(len, self._hooks))
+
+    def same(self) -> bool:
+        """Whether all of it is as it was. This is asked at every step, so it looks at each thing once."""
+        return (
+            all(d.get(name) is t and t.data_ptr() == at for d, name, t, at in self._tensors)
+            and all(d.get(name) is child for d, name, child in self._children)
+            and sum(map(len, self._hooks)) == self._count
+            and (forced(), self._model.training) == (self._asked, self._training)
+        )
 
 
 class CapturedStep:
@@ -96,15 +110,14 @@ class CapturedStep:
         self.function, self.model, self.most = function, model, most
         self._captures: dict[Any, Capture] = {}
         self._warm: set[Any] = set()
-        self._of: tuple[Any, ...] | None = None
+        self._held: Held | None = None
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
         if not inputs or not all(isinstance(tensor, Tensor) for tensor in inputs):
             raise ModelError("a captured step takes tensors, at least one: put numbers that change into tensors")
-        now = fingerprint(self.model)
-        if now != self._of:
-            self._captures, self._of = {}, now
+        if self._held is None or not self._held.same():
+            self._captures, self._held = {}, Held(self.model)
         key = tuple((t.shape, t.dtype, t.device) for t in inputs)
         capture = self._captures.pop(key, None)
         if capture is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from quantkit.capture.record import CaptureError
-from quantkit.capture.step import Capture, fingerprint
+from quantkit.capture.step import Capture, Held
 from quantkit.core.errors import ModelError
 
 log = logging.getLogger("quantkit")
@@ -66,7 +66,7 @@ class Decoding:
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
         self._steps: dict[Any, _Step] = {}
-        self._of: tuple[Any, ...] | None = None
+        self._held: Held | None = None
         self._said: set[str] = set()
         self._generate = model.generate
         vars(model).update(
@@ -102,10 +102,9 @@ class Decoding:
 
     def get_compiled_call(self, compile_config: Any = None) -> Any:
         """What is called once per token; asked for once per call of ``generate()``."""
-        now = fingerprint(self._model())  # type: ignore[arg-type]
-        if now != self._of:
+        if self._held is None or not self._held.same():
             self._steps.clear()
-            self._of = now
+            self._held = Held(self._model())  # type: ignore[arg-type]
         return self._call
 
     # ---- a token
