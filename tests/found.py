@@ -22,7 +22,7 @@ ALIVE: list[tuple[type, dict[str, Any]]] = []
 """Classes and attributes of models that were searched: nothing else gets an address that is part of a key."""
 
 
-def find(model: nn.Module, batch: Any, *, carriers: bool = False, real: Any = frozenset()) -> Discovery:
+def find(model: nn.Module, batch: Any, *, carriers: bool = False, heads: bool = False, real: Any = frozenset()) -> Discovery:
     """As :func:`quantkit.discover`."""
     code = [(name, id(type(m)), said(m)) for name, m in model.named_modules()]
     values = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -40,12 +40,13 @@ def find(model: nn.Module, batch: Any, *, carriers: bool = False, real: Any = fr
         shared,
         given,
         sorted(real),
+        heads,
     )
     key = hashlib.sha256(repr(facts).encode()).hexdigest()
     for with_carriers in {carriers, True}:  # what asks for no carriers does not look at them
         if (key, with_carriers) in FOUND:
             return FOUND[key, with_carriers]
-    FOUND[key, carriers] = discover(model, batch, carriers=carriers, real=real)
+    FOUND[key, carriers] = discover(model, batch, carriers=carriers, heads=heads, real=real)
     ALIVE.extend((type(module), own(module)) for module in model.modules())
     return FOUND[key, carriers]
 

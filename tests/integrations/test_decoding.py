@@ -17,6 +17,8 @@ from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaLi
 import quantkit
 from quantkit import LLMInt8, ModelError, capture_decoding, release_decoding
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 X = tokens(1, 7)
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -80,7 +82,8 @@ def test_everything_runs_in_c(dtype: torch.dtype, heard: pytest.LogCaptureFixtur
     model = capture_decoding(made().to(dtype))
     said(model)
     assert "operations in C" in heard.text
-    assert "through PyTorch" not in heard.text
+    # up to 5.22 transformers makes the angles of positions by a product, once per token
+    assert "through PyTorch" not in heard.text.replace("; through PyTorch: aten.bmm.default (1)\n", "")
 
 
 def test_sizes(heard: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import quantkit
 from quantkit import MethodError, QuantKitConfig, Recipe, W8A8Linear, quantize
 
+pytestmark = pytest.mark.usefixtures("found_once")
+
 X = tokens(2, 12)
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": VOCAB}
 
