@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import logging
 from typing import Any
 
@@ -163,7 +164,9 @@ def test_models_that_change() -> None:
     said(model)
     state = {k: v for k, v in other.state_dict().items() if k in model.state_dict()}
     model.load_state_dict(state, assign=True)
-    wanted = said(release_decoding(copy.copy(model)))
+    plain = made("rtn")
+    plain.load_state_dict(state, assign=True)
+    wanted = said(plain)
     alike(said(model), wanted)
     seen = []
     model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
@@ -193,6 +196,22 @@ def test_architectures(kind: str, method: str) -> None:
     capture_decoding(model)
     for _ in range(2):
         alike(said(model), wanted)
+
+
+def test_copies() -> None:
+    """A copy captures steps of its own, and so does one that was saved as a whole."""
+    model = capture_decoding(made("float"))
+    first = said(model)
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    for other in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
+        with torch.no_grad():
+            other.lm_head.weight.zero_()
+        assert not any(logits.any() for logits in said(other).logits)
+        release_decoding(other)
+        assert "generate" in vars(model)
+    assert torch.equal(said(model).sequences, first.sequences)
 
 
 def test_models_without_a_static_cache() -> None:

@@ -23,6 +23,8 @@ log = logging.getLogger("quantkit")
 
 MOST = 4
 """So many captures of a model are kept, the latest used: of different batches and lengths."""
+REPLACED = ("generate", "get_compiled_call", "_valid_auto_compile_criteria")
+"""Methods of the model."""
 EAGER = ("output_attentions", "output_hidden_states", "labels")
 """What asks for results that a replay would overwrite."""
 
@@ -64,32 +66,43 @@ class Decoding:
     """The captured steps of one model, and what of its methods is replaced."""
 
     def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)
+        vars(model).update({name: getattr(self, name) for name in REPLACED})
+        self._begin(model)
+
+    def _begin(self, model: Any) -> None:
+        self._model = model
         self._steps: dict[Any, _Step] = {}
         self._held: Held | None = None
         self._said: set[str] = set()
-        self._generate = model.generate
-        vars(model).update(
-            generate=self.generate, get_compiled_call=self.get_compiled_call,
-            _valid_auto_compile_criteria=self._valid_auto_compile_criteria,
-        )  # fmt: skip
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decoding:
+        """For the copy of the model, which captures its own steps."""
+        memo[id(self)] = new = Decoding.__new__(Decoding)
+        new._begin(memo.get(id(self._model), self._model))
+        return new
+
+    def __getstate__(self) -> Any:
+        return self._model
+
+    def __setstate__(self, model: Any) -> None:
+        self._begin(model)
 
     def release(self) -> None:
-        model = self._model()
-        for name in ("generate", "get_compiled_call", "_valid_auto_compile_criteria"):
-            vars(model).pop(name, None)
+        for name in REPLACED:
+            vars(self._model).pop(name, None)
         self._steps.clear()
+        self._held = None
 
     # ---- in place of methods of the model
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """With a static cache, unless the call says something about its cache."""
-        config = kwargs.get("generation_config") or self._model().generation_config  # type: ignore[union-attr]
+        config = kwargs.get("generation_config") or self._model.generation_config
         own = any(kwargs.get(name) is not None for name in ("past_key_values", "cache_implementation", "assistant_model"))
         asked = kwargs.get("use_cache", getattr(config, "use_cache", True))
         if not own and asked is not False and getattr(config, "cache_implementation", None) is None:
             kwargs["cache_implementation"] = "static"
-        return self._generate(*args, **kwargs)
+        return type(self._model).generate(self._model, *args, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         cache = model_kwargs.get("past_key_values")
@@ -104,14 +117,13 @@ class Decoding:
         """What is called once per token; asked for once per call of ``generate()``."""
         if self._held is None or not self._held.same():
             self._steps.clear()
-            self._held = Held(self._model())  # type: ignore[arg-type]
+            self._held = Held(self._model)
         return self._call
 
     # ---- a token
 
     def _call(self, **inputs: Any) -> Any:
-        model: Any = self._model()
-        cache = inputs.pop("past_key_values", None)
+        model, cache = self._model, inputs.pop("past_key_values", None)
         leaves, form = tree_flatten(inputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
@@ -144,7 +156,7 @@ class Decoding:
     def _say(self, why: str) -> None:
         if why not in self._said:
             self._said.add(why)
-            log.info("generate() of %s does not replay captured steps: %s", type(self._model()).__name__, why)
+            log.info("generate() of %s does not replay captured steps: %s", type(self._model).__name__, why)
 
 
 class _Step:
