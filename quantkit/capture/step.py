@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantkit.capture.record import CaptureError, record
 from quantkit.core.errors import ModelError
+from quantkit.layers.linear import W8A8Linear
 from quantkit.ops.table import forced
 
 log = logging.getLogger("quantkit")
@@ -69,7 +70,13 @@ class Held:
         self._model, self._asked, self._training = model, forced(), model.training
         tensors = [(d, name, t) for m in modules for d in (m._parameters, m._buffers) for name, t in d.items() if t is not None]
         self._tensors = [(d, name, t, t.data_ptr()) for d, name, t in tensors]
-        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self._children: list[tuple[dict[str, Any], str, Any]] = [
+            (m._modules, name, child) for m in modules for name, child in m._modules.items()
+        ]
+        for layer in modules:
+            if isinstance(layer, W8A8Linear):
+                layer.prepared  # noqa: B018  made now, so that another one later is a change
+                self._children.append((vars(layer), "_prepared", layer._prepared))
         self._hooks: list[Any] = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._count = sum(map(len, self._hooks))
 

@@ -89,6 +89,24 @@ def test_a_step_is_captured_for_each_size_and_again_for_other_weights(caplog: py
     assert caplog.text.count("is captured") == 5
 
 
+def test_states_that_are_loaded() -> None:
+    """Into the same memory, though what was made of it for the kernels lies elsewhere."""
+    torch.manual_seed(0)
+    ids = tokens(1, LENGTH)
+    model, other = NanoGPT().eval(), NanoGPT().eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(torch.rand_like(parameter) + 0.5)
+    for one in (model, other):
+        quantized(one, [quantkit.LLMInt8(columns=0), quantkit.Hadamard(32)], calibration=[ids])
+    step, args = CapturedStep(model.step, model), (ids[:, :1], torch.tensor([0]))
+    first = step(*args).clone()
+    model.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        assert_same(step(*args), other.step(*args))
+    assert not torch.equal(step(*args), first)
+
+
 class Of(nn.Module):
     def __init__(self, function: Any) -> None:
         super().__init__()
