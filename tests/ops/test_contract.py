@@ -61,6 +61,8 @@ VARIANTS = [(name, how) for name in backends() for how in (("native", "plain", "
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each backend; that of the CPU also without its C passes, and as on processors without a product for INT8."""
     name, how = request.param
+    if how == "no-vnni" and not cpu.has_integer_product():
+        pytest.skip("this processor has none, so that cpu-plain is the same")
     if how != "native":
         monkeypatch.setenv("QUANTKIT_NATIVE", "0")
     library.cache_clear()

@@ -10,7 +10,7 @@ enum { LONG = 2, BOOL = 3 }; /* beside F32 and BF16 */
 enum {
     ADD, SUB, MUL, DIV, LE, LT, GE, GT, EQ, NE, AND, OR, WHERE,                                /* of two or three */
     COPY, NEG, RSQRT, SQRT, SQUARE, EXP, SILU, RELU, TANH, SIGMOID, GELU, GELU_TANH, COS, SIN, /* of one */
-    TO_FLOAT, WIDEN, NARROW, MEAN, LAYER_NORM, INDEX_COPY, EMBEDDING, ATTENTION, LINEARS
+    MEAN, LAYER_NORM, INDEX_COPY, EMBEDDING, ATTENTION, LINEARS
 };
 
 enum { DIMS = 4 };
@@ -24,7 +24,7 @@ struct layer { char *y; const int8_t *w; const int32_t *sums; const float *sw, *
 struct mask { const char *data; int64_t strides[DIMS]; int64_t type; };
 
 struct instruction {
-    int64_t op, type;
+    int64_t op, type, to; /* types of what is read and written */
     int64_t sizes[DIMS];
     struct view out, a, b, c;
     double scalar;
@@ -74,41 +74,85 @@ static inline float exponential(float x) {
     sum = part[0];                                                                                                   \
 } while (0)
 
-#define AT(v, t, i, j, l) ((t *)(v).data + (i) * (v).strides[0] + (j) * (v).strides[1] + (l) * (v).strides[2])
-#define SAME(x) (x)
 #define WIDER(x) from_bits((uint32_t)(x) << 16)
+#define SAME(x) (x)
 
-/* Every element, the innermost in a loop that compilers make vectors of where strides are 0 or 1. */
-#define EACH(tout, tin, value, load, store, expression)                                                              \
-    for (int64_t i = 0; i < s[0]; i++) for (int64_t j = 0; j < s[1]; j++) for (int64_t l = 0; l < s[2]; l++) {       \
-        tout *o = AT(x->out, tout, i, j, l);                                                                         \
-        const tin *pa = AT(x->a, const tin, i, j, l), *pb = AT(x->b, const tin, i, j, l);                            \
-        int64_t so = x->out.strides[3], sa = x->a.strides[3], sb = x->b.strides[3];                                  \
-        if (so == 1 && sa == 1 && sb == 1)                                                                           \
-            for (int64_t e = 0; e < s[3]; e++) {                                                                     \
-                value a = load(pa[e]), b = load(pb[e]); (void)b; o[e] = store(expression);                           \
-            }                                                                                                        \
-        else if (so == 1 && sa == 1 && sb == 0) {                                                                    \
-            value b = load(pb[0]); (void)b;                                                                          \
-            for (int64_t e = 0; e < s[3]; e++) { value a = load(pa[e]); o[e] = store(expression); }                  \
-        } else for (int64_t e = 0; e < s[3]; e++) {                                                                  \
-            value a = load(pa[e * sa]), b = load(pb[e * sb]); (void)b; o[e * so] = store(expression);                \
-        }                                                                                                            \
+enum { PIECE = 256 }; /* elements at a time */
+
+/* `n` elements in float32, `stride` apart. */
+static void take(float *restrict out, const char *from, int64_t stride, int64_t n, int64_t type) {
+    const float *f = (const float *)from;
+    const half *h = (const half *)from;
+    const int64_t *w = (const int64_t *)from;
+    if (type == F32 && stride == 1) memcpy(out, f, (size_t)n * 4);
+    else if (type == F32) for (int64_t e = 0; e < n; e++) out[e] = f[e * stride];
+    else if (type == LONG) for (int64_t e = 0; e < n; e++) out[e] = (float)w[e * stride];
+    else if (stride == 1) for (int64_t e = 0; e < n; e++) out[e] = WIDER(h[e]);
+    else for (int64_t e = 0; e < n; e++) out[e] = WIDER(h[e * stride]);
+}
+
+static void give(char *to, const float *restrict x, int64_t stride, int64_t n, int64_t type) {
+    if (type == F32 && stride == 1) memcpy(to, x, (size_t)n * 4);
+    else if (type == F32) for (int64_t e = 0; e < n; e++) ((float *)to)[e * stride] = x[e];
+    else if (type == BOOL) for (int64_t e = 0; e < n; e++) ((uint8_t *)to)[e * stride] = x[e] != 0;
+    else for (int64_t e = 0; e < n; e++) ((half *)to)[e * stride] = to_bf16(x[e]);
+}
+
+#define ALL(expression) for (int64_t e = 0; e < n; e++) { float x = a[e], y = b[e]; (void)x, (void)y; o[e] = expression; } break
+
+/* One operation on floats side by side. */
+static void compute(float *restrict o, const float *restrict a, const float *restrict b, int64_t n, int64_t op) {
+    switch (op) {
+        case ADD: ALL(x + y); case SUB: ALL(x - y); case MUL: ALL(x * y); case DIV: ALL(x / y);
+        case LE: ALL(x <= y); case LT: ALL(x < y); case GE: ALL(x >= y); case GT: ALL(x > y); case EQ: ALL(x == y); case NE: ALL(x != y);
+        case NEG: ALL(-x); case RSQRT: ALL(1 / sqrtf(x)); case SQRT: ALL(sqrtf(x)); case SQUARE: ALL(x * x); case EXP: ALL(expf(x));
+        case SILU: ALL(x / (1 + exponential(-x))); case SIGMOID: ALL(1 / (1 + exponential(-x)));
+        case RELU: ALL(x > 0 || x != x ? x : 0); case TANH: ALL(tanhf(x)); case COS: ALL(cosf(x)); case SIN: ALL(sinf(x));
+        case GELU: ALL(x * 0.5f * (1 + erff(x * 0.70710678118654752f)));
+        case GELU_TANH: ALL(0.5f * x * (1 + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x))));
+        default: ALL(x);
     }
+}
 
-#define FLOATS(expression)                                                                                           \
-    if (x->type == BF16) { EACH(half, half, float, WIDER, to_bf16, expression) }                                     \
-    else { EACH(float, float, float, SAME, SAME, expression) }
-#define ONE(name, expression) case name: FLOATS(expression) break;
-#define PAIR(name, expression) case name:                                                                            \
-    if (x->type == LONG) { EACH(int64_t, int64_t, int64_t, SAME, SAME, expression) } else { FLOATS(expression) } break;
-#define COMPARE(name, expression) case name:                                                                         \
-    if (x->type == LONG) { EACH(uint8_t, int64_t, int64_t, SAME, SAME, expression) }                                 \
-    else if (x->type == BF16) { EACH(uint8_t, half, float, WIDER, SAME, expression) }                                \
-    else { EACH(uint8_t, float, float, SAME, SAME, expression) } break;
+static int64_t whole(int64_t a, int64_t b, int64_t op) {
+    switch (op) {
+        case ADD: return a + b; case SUB: return a - b; case MUL: return a * b; case AND: return a & b; case OR: return a | b;
+        case LE: return a <= b; case LT: return a < b; case GE: return a >= b; case GT: return a > b;
+        case EQ: return a == b; case NE: return a != b; default: return a;
+    }
+}
 
-static inline float gelu(float a) { return a * 0.5f * (1 + erff(a * 0.70710678118654752f)); }
-static inline float gelu_tanh(float a) { return 0.5f * a * (1 + tanhf(0.79788456080286536f * (a + 0.044715f * a * a * a))); }
+static inline int64_t whole_at(const char *x, int64_t i, int64_t type) {
+    return type == LONG ? ((const int64_t *)x)[i] : ((const uint8_t *)x)[i];
+}
+
+/* Every element of an operation on integers, booleans or floats, the innermost dimension in pieces. */
+static void each(const struct instruction *x) {
+    const int64_t *s = x->sizes, type = x->type;
+    float a[PIECE], b[PIECE], o[PIECE];
+    for (int64_t i = 0; i < s[0]; i++) for (int64_t j = 0; j < s[1]; j++) for (int64_t l = 0; l < s[2]; l++) {
+        char *out = place(&x->out, x->to, i, j, l);
+        const char *pa = place(&x->a, type, i, j, l), *pb = place(&x->b, type, i, j, l), *pc = place(&x->c, BOOL, i, j, l);
+        int64_t sa = x->a.strides[3], sb = x->b.strides[3], so = x->out.strides[3];
+        if (type == BOOL || (type == LONG && (x->to == LONG || x->to == BOOL))) {
+            for (int64_t e = 0; e < s[3]; e++) {
+                int64_t y = whole(whole_at(pa, e * sa, type), whole_at(pb, e * sb, type), x->op);
+                if (x->to == LONG) ((int64_t *)out)[e * so] = y;
+                else ((uint8_t *)out)[e * so] = (uint8_t)y;
+            }
+            continue;
+        }
+        for (int64_t at = 0; at < s[3]; at += PIECE) {
+            int64_t n = s[3] - at < PIECE ? s[3] - at : PIECE;
+            take(a, pa + at * sa * bytes(type), sa, n, type);
+            if (x->op <= WHERE) take(b, pb + at * sb * bytes(type), sb, n, type);
+            if (x->op == WHERE)
+                for (int64_t e = 0; e < n; e++) o[e] = ((const uint8_t *)pc)[(at + e) * x->c.strides[3]] ? a[e] : b[e];
+            else compute(o, a, x->op < WHERE ? b : a, n, x->op);
+            give(out + at * so * bytes(x->to), o, so, n, x->to);
+        }
+    }
+}
 
 /* Mean or layer norm of rows of the innermost dimension, summed in float64. */
 static void over_rows(const struct instruction *x) {
@@ -213,31 +257,6 @@ int64_t quantkit_run(const struct instruction *list, int64_t count, int threads)
         const struct instruction *x = list + at;
         const int64_t *s = x->sizes, type = x->type;
         switch (x->op) {
-            PAIR(ADD, a + b) PAIR(SUB, a - b) PAIR(MUL, a * b)
-            ONE(DIV, a / b)
-            COMPARE(LE, a <= b) COMPARE(LT, a < b) COMPARE(GE, a >= b) COMPARE(GT, a > b) COMPARE(EQ, a == b) COMPARE(NE, a != b)
-            case AND: EACH(uint8_t, uint8_t, uint8_t, SAME, SAME, a & b) break;
-            case OR: EACH(uint8_t, uint8_t, uint8_t, SAME, SAME, a | b) break;
-            case COPY:
-                if (type == LONG) { EACH(int64_t, int64_t, int64_t, SAME, SAME, a) }
-                else if (type == BOOL) { EACH(uint8_t, uint8_t, uint8_t, SAME, SAME, a) }
-                else if (type == BF16) { EACH(half, half, half, SAME, SAME, a) }
-                else { EACH(float, float, float, SAME, SAME, a) }
-                break;
-            case TO_FLOAT: EACH(float, int64_t, int64_t, SAME, SAME, (float)a) break;
-            case WIDEN: EACH(float, half, float, WIDER, SAME, a) break;
-            case NARROW: EACH(half, float, float, SAME, to_bf16, a) break;
-            case WHERE:
-                for (int64_t i = 0; i < s[0]; i++) for (int64_t j = 0; j < s[1]; j++) for (int64_t l = 0; l < s[2]; l++)
-                    for (int64_t e = 0; e < s[3]; e++) {
-                        const struct view *chosen = AT(x->c, uint8_t, i, j, l)[e * x->c.strides[3]] ? &x->a : &x->b;
-                        put(place(&x->out, type, i, j, l), e * x->out.strides[3], type,
-                            get(place(chosen, type, i, j, l), e * chosen->strides[3], type));
-                    }
-                break;
-            ONE(NEG, -a) ONE(RSQRT, 1 / sqrtf(a)) ONE(SQRT, sqrtf(a)) ONE(SQUARE, a * a) ONE(EXP, expf(a))
-            ONE(SILU, a / (1 + exponential(-a))) ONE(RELU, a > 0 || a != a ? a : 0) ONE(TANH, tanhf(a)) ONE(SIGMOID, 1 / (1 + exponential(-a)))
-            ONE(GELU, gelu(a)) ONE(GELU_TANH, gelu_tanh(a)) ONE(COS, cosf(a)) ONE(SIN, sinf(a))
             case MEAN: case LAYER_NORM: over_rows(x); break;
             case INDEX_COPY: /* a [i, j, t, e] goes to out [i, j, b[t], e], which has `count` places */
                 for (int64_t t = 0; t < s[2]; t++) {
@@ -259,6 +278,7 @@ int64_t quantkit_run(const struct instruction *list, int64_t count, int threads)
                 break;
             case ATTENTION: attention(x, threads); break;
             case LINEARS: linears(x, threads); break;
+            default: each(x);
         }
     }
     return 0;

@@ -22,8 +22,8 @@ from quantkit.ops.cpu.native import LONG, POINTER, TILE, library
 
 OPS = (
     "add", "sub", "mul", "div", "le", "lt", "ge", "gt", "eq", "ne", "and", "or", "where", "copy", "neg", "rsqrt", "sqrt",
-    "square", "exp", "silu", "relu", "tanh", "sigmoid", "gelu", "gelu_tanh", "cos", "sin", "to_float", "widen", "narrow",
-    "mean", "layer_norm", "index_copy", "embedding", "attention", "linears",
+    "square", "exp", "silu", "relu", "tanh", "sigmoid", "gelu", "gelu_tanh", "cos", "sin", "mean", "layer_norm", "index_copy",
+    "embedding", "attention", "linears",
 )  # fmt: skip
 """In the order of the enumeration in C."""
 CODE = {name: i for i, name in enumerate(OPS)}
@@ -47,8 +47,9 @@ class Mask(ctypes.Structure):
 
 class Instruction(ctypes.Structure):
     _fields_ = (
-        ("op", LONG), ("type", LONG), ("sizes", LONG * DIMS), ("out", View), ("a", View), ("b", View), ("c", View),
-        ("scalar", ctypes.c_double), ("how", POINTER), ("layers", POINTER), ("count", LONG), ("k", LONG), ("scratch", POINTER),
+        ("op", LONG), ("type", LONG), ("to", LONG), ("sizes", LONG * DIMS), ("out", View), ("a", View), ("b", View),
+        ("c", View), ("scalar", ctypes.c_double), ("how", POINTER), ("layers", POINTER), ("count", LONG), ("k", LONG),
+        ("scratch", POINTER),
     )  # fmt: skip
 
 
@@ -129,7 +130,7 @@ def instruction(name: str, out: Tensor, *tensors: Tensor, type_: torch.dtype | N
     kept = [axis for axis, size in enumerate(shape) if size != 1]
     if len(kept) > DIMS or (type_ or out.dtype) not in TYPES:
         return None
-    made = Instruction(op=CODE[name], type=TYPES[type_ or out.dtype], out=view(out, shape, kept))
+    made = Instruction(op=CODE[name], type=TYPES[type_ or out.dtype], to=TYPES[out.dtype], out=view(out, shape, kept))
     made.sizes = (LONG * DIMS)(*[1] * (DIMS - len(kept)), *(shape[axis] for axis in kept))
     made.a = made.b = made.c = view(tensors[0], shape, kept)
     for field, tensor in zip("abc", tensors, strict=False):
@@ -194,16 +195,14 @@ def _gelu(program: Program, out: Tensor, a: Tensor, *, approximate: str = "none"
     return _of_one("gelu" if approximate == "none" else "gelu_tanh")(program, out, a)
 
 
-CASTS = {
-    (torch.int64, torch.float32): "to_float",
-    (torch.bfloat16, torch.float32): "widen",
-    (torch.float32, torch.bfloat16): "narrow",
-}
+CASTS = (
+    (torch.int64, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16),
+)  # fmt: skip
 
 
 def _copy(program: Program, out: Tensor, a: Tensor, *_: Any, **__: Any) -> list[Instruction] | None:
-    name = "copy" if a.dtype == out.dtype else CASTS.get((a.dtype, out.dtype))
-    made = instruction(name, out, a) if name else None
+    fits = a.dtype == out.dtype or (a.dtype, out.dtype) in CASTS
+    made = instruction("copy", out, a, type_=a.dtype) if fits else None
     return None if made is None else [made]
 
 
