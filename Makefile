@@ -24,7 +24,7 @@ check: lint types test
 attack: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/attack/attack.py
 
-# The record of bits whole; the suite leaves out its longest model.
+# The record of bits whole; the suite looks at one of its models.
 bits: $(VENV)/.ready
 	QUANTKIT_BITS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bits
 

@@ -355,8 +355,9 @@ def test_many_clusters_of_any_loudness(backend: str, scheme: str, dtype: torch.d
         dtype
     )
     y = check(module, x)
-    alone = torch.cat([module(row[None]) for row in x])
-    assert_same(alone, y)
+    some = slice(None, None, 3 if backend == "triton" else 1)  # its interpreter takes a third of a second for a call
+    alone = torch.cat([module(row[None]) for row in x[some]])
+    assert_same(alone, y[some])
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler here")
