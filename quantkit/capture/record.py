@@ -45,8 +45,10 @@ class Call(NamedTuple):
         schema = getattr(self.function, "_schema", None)
         if schema is None or not schema.is_mutable:
             return []
-        named = zip(schema.arguments, self.args, strict=False)
-        return [value for argument, value in named if argument.alias_info is not None and argument.alias_info.is_write]
+        names = [argument.name for argument in schema.arguments]
+        given = dict(zip(names, self.args, strict=False)) | self.kwargs
+        writes = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        return _tensors([given.get(name) for name in writes])
 
     @property
     def is_view(self) -> bool:

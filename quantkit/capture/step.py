@@ -1,7 +1,7 @@
 """A step of a model, called with tensors of the same sizes again and again: captured once, replayed from then on.
 
 On a GPU a step becomes a CUDA graph. On a CPU its operators are recorded, and most of them become a list that C runs
-(:mod:`.record`). Either way nothing of Python runs when it is replayed, which is where the time of a single token goes.
+(:mod:`.record`). Either way the Python of the model does not run when it is replayed, which is where the time of a token goes.
 """
 
 from __future__ import annotations

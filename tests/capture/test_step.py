@@ -142,6 +142,12 @@ GOOD = {
     "views of inputs": lambda _, x: (x, x[1:], x.flip(0)),
     "operators that C has not": lambda _, x: x.cumsum(0).erfinv().nan_to_num().unsqueeze(0) @ torch.eye(3),
     "type": lambda _, x: x.double() / 3,
+    "results put elsewhere": lambda m, x: torch.add(x, 1, out=m.get_buffer("state")) * 2,
+    "lists written in place": lambda m, x: (torch._foreach_add_([m.get_buffer("state")], [x]), m.get_buffer("state") * 1)[1],
+    "means of everything": lambda _, x: x.mean(dim=None, keepdim=True),
+    "one query, causal": lambda _, x: torch.nn.functional.scaled_dot_product_attention(
+        x.view(1, 1, 1, 3), x.cumsum(0).view(1, 1, 3, 1).expand(1, 1, 3, 3), x.outer(x).view(1, 1, 3, 3), is_causal=True
+    ),
     "nothing": lambda _, x: x[:0] + 1,
 }
 

@@ -206,7 +206,7 @@ def test_attention(keys: int, kind: str, share: int, dtype: torch.dtype) -> None
 
 
 X = torch.randn(3, 4)
-LEFT: dict[str, Callable[[], tuple[Any, tuple[Any, ...], Tensor]]] = {
+LEFT: dict[str, Callable[[], tuple[Any, tuple[Any, ...], Any]]] = {
     "float64": lambda: (aten.add.Tensor, (X.double(), X.double()), X.double()),
     "types that differ": lambda: (aten.add.Tensor, (X, X.bfloat16()), X),
     "integers divided": lambda: (aten.div.Tensor, (torch.arange(3), torch.arange(3)), torch.zeros(3)),
@@ -214,6 +214,11 @@ LEFT: dict[str, Callable[[], tuple[Any, tuple[Any, ...], Tensor]]] = {
     "another axis": lambda: (aten.mean.dim, (X, [0], True), X[:1]),
     "nothing": lambda: (aten.neg.default, (X[:0],), X[:0]),
     "six axes": lambda: (aten.neg.default, (torch.zeros([2] * 6),), torch.zeros([2] * 6)),
+    "one query that sees the first of several keys": lambda: (
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        (X.view(1, 3, 1, 4), torch.ones(1, 3, 2, 4), torch.ones(1, 3, 2, 4), 0.0, True),
+        (X.view(1, 3, 1, 4), X[:, :1].view(1, 3, 1)),
+    ),
     "another operator": lambda: (aten.mm.default, (X, X.t()), torch.zeros(3, 3)),
 }
 

@@ -42,7 +42,7 @@ class Layer(ctypes.Structure):
 
 
 class Mask(ctypes.Structure):
-    _fields_ = (("data", POINTER), ("strides", LONG * DIMS), ("bools", LONG))
+    _fields_ = (("data", POINTER), ("strides", LONG * DIMS), ("type", LONG))
 
 
 class Instruction(ctypes.Structure):
@@ -228,7 +228,7 @@ def _where(program: Program, out: Tensor, condition: Tensor, a: Tensor, b: Tenso
 
 
 def _mean(program: Program, out: Tensor, a: Tensor, dim: Any, keepdim: bool = False, **_: Any) -> list[Instruction] | None:
-    if a.dtype not in FLOATS or out.dtype != a.dtype or not a.dim() or [d % a.dim() for d in dim] != [a.dim() - 1]:
+    if a.dtype not in FLOATS or out.dtype != a.dtype or not a.dim() or [d % a.dim() for d in dim or ()] != [a.dim() - 1]:
         return None
     return _rows("mean", out if keepdim else out.unsqueeze(-1), a)
 
@@ -299,7 +299,7 @@ def _attention(
 ) -> list[Instruction] | None:  # fmt: skip
     y = out[0]
     fits = q.dtype in FLOATS and {t.dtype for t in (y, k, v)} == {q.dtype} and all(t.stride(-1) == 1 for t in (y, q, k, v))
-    if not fits or dropout or (causal and q.shape[2] > 1) or v.shape[-1] != q.shape[-1] or q.shape[1] % k.shape[1]:
+    if not fits or dropout or (causal and k.shape[2] > 1) or v.shape[-1] != q.shape[-1] or q.shape[1] % k.shape[1]:
         return None
     keys = k.shape[2]
     made = Instruction(op=CODE["attention"], type=TYPES[q.dtype], count=keys, k=q.shape[1] // k.shape[1])
