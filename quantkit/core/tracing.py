@@ -43,12 +43,13 @@ def not_compiled_alone(function: F) -> F:
 def in_memory(x: Tensor) -> bool:
     """Whether code may read ``x`` and write results by their addresses, as C and Triton do, and be right.
 
-    Not where ``x`` is of a subclass, such as a fake tensor, and not where operators are recorded or replaced: by
-    ``torch.compile``, a dispatch mode, or ``torch.jit.trace``. There, an operator has to do it, that PyTorch sees as one.
-    Transforms of ``torch.func`` are not looked for, see :func:`in_transform`.
+    Not where ``x`` is of a subclass, such as a fake tensor, or the memory has the negative of its values, and not where
+    operators are recorded or replaced: by ``torch.compile``, a dispatch mode, or ``torch.jit.trace``. There an operator has to
+    do it, which PyTorch sees as one. Transforms of ``torch.func`` are not looked for, see :func:`in_transform`.
     """
-    # in this order for Dynamo, which cannot trace the calls into C
-    return not is_dynamo_compiling() and type(x) is Tensor and not _len_torch_dispatch_stack() and _get_tracing_state() is None
+    if is_dynamo_compiling():  # which cannot trace the calls into C
+        return False
+    return type(x) is Tensor and not _len_torch_dispatch_stack() and _get_tracing_state() is None and not x.is_neg()
 
 
 def demand_memory(x: Tensor) -> None:

@@ -260,7 +260,7 @@ class W8A8Linear(nn.Linear):
 
         With activations in floating point, as after any product of floats: infinities may stay such.
         """
-        return linear(self.prepared, input.reshape(-1, self.in_features)).view(*input.shape[:-1], self.out_features)
+        return linear(self.prepared, input)
 
     @property
     @not_compiled_alone

@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.jit._trace import is_tracing
 
 from quantkit.core.operand import Operand
-from quantkit.core.tracing import not_compiled_alone
+from quantkit.core.tracing import in_memory, not_compiled_alone
 from quantkit.core.validity import check_indices
 from quantkit.ops.table import Prepared, choose
 
@@ -30,13 +30,23 @@ def prepare(operand: Operand) -> Prepared:
 
 @not_compiled_alone
 def linear(prepared: Prepared, x: Tensor) -> Tensor:
-    """``[M, N]`` of ``x [M, K]``. Gradients flow to ``x`` as if nothing were rounded (straight through)."""
+    """``[..., N]`` of ``x [..., K]``. Gradients flow to ``x`` as if nothing were rounded (straight through).
+
+    What a backend has prepared may have an attribute ``again``, which is called first: it takes x as it is, and gives the
+    result, or None where it would not be quicker than ``run``.
+    """
     # not in_transform(): a call costs a tenth of a microsecond
     if (not is_dynamo_compiling() and peek_interpreter_stack() is not None) or forward_ad._current_level >= 0:
-        return _Transformed.apply(x, prepared)
-    if x.requires_grad and torch.is_grad_enabled() and not is_tracing():  # which records no functions of autograd
-        return _StraightThrough.apply(x, prepared)
-    return prepared.run(x)
+        run: Any = _Transformed.apply
+    elif x.requires_grad and torch.is_grad_enabled() and not is_tracing():  # which records no functions of autograd
+        run = _StraightThrough.apply
+    else:
+        if in_memory(x) and (again := getattr(prepared, "again", None)) and (y := again(x)) is not None:
+            return y
+        run = None
+    rows = x.reshape(-1, prepared.operand.in_features)
+    y = prepared.run(rows) if run is None else run(rows, prepared)
+    return y.view(*x.shape[:-1], prepared.operand.out_features)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from quantkit.ops import build
 from quantkit.ops.cpu import native
 
 OUTCOMES = ("whole", "whole, elsewhere")
@@ -29,7 +30,7 @@ def attack(count: int, seed: int = 0) -> dict[str, Any]:
         for case in range(count):
             what = damage(first, whole, dice)
             used = path()
-            good = used.read_bytes() == whole and native._is_own(used) and native._is_own(used.parent)
+            good = used.read_bytes() == whole and build._is_own(used) and build._is_own(used.parent)
             outcome = f"{what}: {used} is not what was built" if not good else "whole" if used == first else "whole, elsewhere"
             found[outcome] += 1
             if outcome not in OUTCOMES:

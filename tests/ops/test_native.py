@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.ops.cpu import native
+from quantkit.ops import build
 from quantkit.ops.cpu.native import library
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -41,10 +41,10 @@ def cache(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     shutil.copy(built, folder)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("QUANTKIT_CACHE", str(folder))
-    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path / "tmp"))
-    native._private_folder.cache_clear()
+    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path / "tmp"))
+    build._private_folder.cache_clear()
     yield folder
-    native._private_folder.cache_clear()
+    build._private_folder.cache_clear()
 
 
 def the_library(folder: Path) -> Path:
@@ -59,10 +59,10 @@ def path_of(lib: ctypes.CDLL | None) -> Path:
 
 def test_it_is_kept_under_its_digest(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = the_library(cache)
-    assert native._digest(file) in file.name
+    assert build._digest(file) in file.name
     assert stat.S_IMODE(file.stat().st_mode) == 0o700
     assert list(cache.iterdir()) == [file]  # nothing else is left
-    monkeypatch.setattr(native, "_built", None)  # so that building would fail
+    monkeypatch.setattr(build, "_built", None)  # so that building would fail
     assert path_of(library.__wrapped__()) == file
 
 
@@ -87,7 +87,7 @@ def test_a_flipped_bit_is_found(cache: Path) -> None:
     file.unlink()
     file.write_bytes(whole)
     assert path_of(library.__wrapped__()) == file
-    assert native._digest(file) in file.name
+    assert build._digest(file) in file.name
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770], ids=oct)
@@ -137,7 +137,7 @@ def test_folders_from_which_no_code_may_run(
             raise OSError(f"{name}: failed to map segment from shared object")
         return real(name)
 
-    monkeypatch.setattr(native.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
     assert path_of(library.__wrapped__()).parent == cache.parent / "tmp" / f"quantkit-{os.getuid()}"
 
 
@@ -173,7 +173,7 @@ def test_a_compiler_that_hangs(
 ) -> None:
     """With a child of its own, which holds the output open."""
     monkeypatch.setenv("CC", str(compiler(tmp_path, 'sleep 1000 & echo $! > "$(dirname "$0")/child"; wait')))
-    monkeypatch.setattr(native, "PATIENCE", 0.5)
+    monkeypatch.setattr(build, "PATIENCE", 0.5)
     start = time.monotonic()
     assert library.__wrapped__() is None
     assert time.monotonic() - start < 5  # and the other flags and folders are not tried

@@ -155,7 +155,7 @@ class CPUPrepared(PlainPrepared):
         if in_memory(x) and x.is_cpu:
             x = x.contiguous()
             # no address: empty, or zeros that lie nowhere, or an error
-            return _fused(passes, x, address) if (address := x.data_ptr()) and not x.is_neg() else super().run(x)
+            return _fused(passes, x, address) if (address := x.data_ptr()) else super().run(x)
         if x.device.type not in ("cpu", "meta"):
             raise BackendError(f"an INT8 layer on the CPU is called with a tensor on {x.device}: move one of them to the other")
         if passes.groups or (torch.compiler.is_compiling() and x.shape[0] <= (0 if passes.block else 1)):

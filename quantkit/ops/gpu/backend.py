@@ -7,6 +7,7 @@ Triton is imported with the operators, when an operand first runs on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class GPUPrepared(PlainPrepared):
         vector: whether one token may take the kernel that quantizes on its way in.
         finds_zero: whether zero points are found with the codes.
         bits: of codes of activations.
+        again: calls the kernels once more as they were called before (:mod:`.launch`); None until they were.
     """
 
     codes: Tensor
@@ -58,16 +60,43 @@ class GPUPrepared(PlainPrepared):
     vector: bool
     finds_zero: bool
     bits: int
+    again: Callable[[Tensor], Tensor | None] | None = None
 
     def run(self, x: Tensor) -> Tensor:
-        operand = self.operand
         if x.dtype not in DTYPES or not self.codes.numel():
             return super().run(x)
         ops = kernels()  # also under torch.compile: it registers the operators
         if not in_memory(x):
-            ops = torch.ops.quantkit
-        elif not x.data_ptr() and x.numel():
+            return self._run(x, torch.ops.quantkit)
+        if not x.data_ptr() and x.numel():
             return super().run(x)  # zeros that lie nowhere, or an error
+        tensors = self._tensors()
+        family = launch().family_of(self._kind(), x, len(self.codes), tensors)
+        if family is None:
+            return self._run(x, ops)
+        y = launch().recorded(family, x, tensors, lambda x: self._run(x, ops))
+        self.again = launch().library().Runner(family, tensors)
+        return y
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """All that kernels read."""
+        operand = self.operand
+        held = (
+            self.codes, self.scale, self.wsum, self.side_weight, self.pre_scale, self.borders, operand.bias,
+            operand.input_zero_point, *self.making.values(),
+        )  # fmt: skip
+        return tuple({id(t): t for t in held if isinstance(t, Tensor)}.values())
+
+    def _kind(self) -> tuple[Any, ...]:
+        """What its calls depend on beside them."""
+        operand, making = self.operand, self.making.items()
+        return (
+            operand.facts, operand.bias is None, self.wsum is None, self.align, self.vector, self.finds_zero, self.bits,
+            *((name, None if isinstance(value, Tensor) else value) for name, value in making),
+        )  # fmt: skip
+
+    def _run(self, x: Tensor, ops: Any) -> Tensor:
+        operand = self.operand
         if self.vector and x.shape[0] == 1:
             return ops.gemv(x, self.codes, self.scale, self.bits, operand.bias, self.pre_scale)
         made = ops.quantize(x, **self.making)
@@ -173,6 +202,13 @@ def factors_of(rewrite: Rewrite) -> Tensor | None:
     if rewrite.pre_scale is None or signs is None:
         return signs if rewrite.pre_scale is None else rewrite.pre_scale
     return rewrite.pre_scale * signs
+
+
+def launch() -> Any:
+    """The module that launches kernels again; imported with them."""
+    from quantkit.ops.gpu import launch
+
+    return launch
 
 
 @constant_while_tracing

@@ -21,6 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from quantkit.ops.gpu.codes import order, rows, shapes
 from quantkit.ops.gpu.codes.portable import quantize_kernel
 from quantkit.ops.gpu.codes.reached import list_kernel
+from quantkit.ops.gpu.launch import sizes_in_code, sizes_of
 from quantkit.ops.gpu.layout import BLOCK, SIDE
 from quantkit.ops.gpu.product import columns, few, many, tiles
 from quantkit.ops.gpu.product.kernels import box
@@ -52,6 +53,7 @@ def compiled(
     return {
         "mma": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|dp4a)[.\w:]*", ptx))),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]), "local": int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "passed": sizes_of(result), "taken": sizes_in_code(result),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]), "shared": result.metadata.shared,
     }  # fmt: skip
 

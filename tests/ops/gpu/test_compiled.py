@@ -23,6 +23,7 @@ def test_compiled_for_every_architecture() -> None:
     assert {name.split()[0] for name in kernels} == {"quantize", "rows", "order", "columns", "gemv", "matmul", "hopper"}
     for name, found in kernels.items():
         arch = next(a for a in SHARED if str(a) in name.split())
+        assert found["taken"] == found["passed"], f"{name} takes other parameters than plans pass: {found}"
         assert found["stack"] == found["local"] == 0, f"{name} spills: {found}"
         assert found["shared"] <= SHARED[arch], f"{name}: {found}"
         if name.startswith(("matmul", "hopper")):

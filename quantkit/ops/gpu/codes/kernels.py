@@ -16,6 +16,7 @@ from quantkit.ops.gpu.codes import portable, reached, shapes
 from quantkit.ops.gpu.codes.request import Codes, CodesRequest, allocate
 from quantkit.ops.gpu.devices import PROCESSORS, shared_memory, starts_early
 from quantkit.ops.gpu.kernel import Kernel
+from quantkit.ops.gpu.launch import lasting, launch
 from quantkit.ops.gpu.layout import IN_PAIRS, ceil_div, power_of_two, reachable
 from quantkit.ops.gpu.service import service
 
@@ -63,7 +64,8 @@ class Portable(Kernel):
         columns = 0 if r.side_index is None else r.side_index.shape[0]
         sides = 0 if out.side is None else out.side.shape[1]
         shape = shapes.portable(places, r.clusters is not None, r.warps)
-        portable.quantize_kernel[(ceil_div(m, shape.rows),)](
+        launch(
+            portable.quantize_kernel, (ceil_div(m, shape.rows),),
             x, x2, r.gain, r.bias, r.shift, r.pre_scale, r.permutation, r.side_index, r.side_mask, r.in_scale, r.in_zero,
             r.clusters, r.shares, out.q, out.scale, out.zero, out.side, out.sum, marks, m, k, places, width, *x.stride(),
             *((0, 0) if x2 is None else x2.stride()), columns, sides, r.eps, r.offset, r.threshold, r.source, qmax(r.bits),
@@ -129,7 +131,8 @@ class Rows(Kernel):
         exact = (gate or not r.source) and r.pre_scale is None and x.dtype != torch.float32
         matrix = hadamard_16(r.rotation, x.device, x.dtype if exact else torch.bfloat16) if r.rotation else None
         early = starts_early(x.device)
-        rows.rows_kernel[(min(m, shape.programs) if ring or ahead else m,)](
+        launch(
+            rows.rows_kernel, (min(m, shape.programs) if ring or ahead else m,),
             x, x2, r.gain, r.bias, r.pre_scale, r.permutation, matrix, r.clusters, r.shares, out.q, out.scale, out.sum,
             m, k, width, x.stride(0), 0 if x2 is None else x2.stride(0), r.eps, r.offset, r.source, qmax(r.bits), r.rotation,
             power_of_two(groups), groups, shape.line, shape.block, shape.block == k, ahead,
@@ -172,7 +175,8 @@ class Order(Kernel):
         (m, k), width, groups = x.shape, out.q.shape[1], r.groups
         block = power_of_two(width)
         warps, early = shapes.order_warps(block), starts_early(x.device)
-        order.order_kernel[(min(ceil_div(m, 2), PROCESSORS * (16 // warps)),)](
+        launch(
+            order.order_kernel, (min(ceil_div(m, 2), PROCESSORS * (16 // warps)),),
             x, x2, r.gain, r.pre_scale, r.permutation, r.clusters, r.shares, out.q, out.scale, out.sum, m, k, width,
             x.stride(0), 0 if x2 is None else x2.stride(0), r.eps, r.offset, r.source, qmax(r.bits),
             power_of_two(groups), groups, block, block == k == width, early, **launch_options(warps, early),
@@ -192,13 +196,14 @@ def list_columns(marks: Tensor, early: bool) -> Tensor:
     """``[1 + K]`` int32, how many of ``marks [K]`` int32 are 1 and which, ascending; what lies beyond is undefined."""
     k = len(marks)
     active, block = marks.new_empty(1 + k), 1024
-    reached.list_kernel[(max(ceil_div(k, block), 1),)](
-        marks, active, k, block, 4096, early, num_warps=8, **({"launch_pdl": True} if early else {})
-    )
+    launch(
+        reached.list_kernel, (max(ceil_div(k, block), 1),), marks, active, k, block, 4096, early,
+        num_warps=8, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
     return active
 
 
-@functools.cache
+@lasting
 def hadamard_16(block: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """``[16, 16]``, the part of a Hadamard matrix that :data:`MMA_BITS` make up: bits beyond ``block`` stay as they are."""
     matrix = torch.ones(1, 1, dtype=torch.float32, device="cpu")

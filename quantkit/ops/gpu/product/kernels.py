@@ -14,6 +14,7 @@ from torch import Tensor
 from quantkit.core.numerics import qmax
 from quantkit.ops.gpu.devices import PROCESSORS, capability, processors, starts_early
 from quantkit.ops.gpu.kernel import Kernel
+from quantkit.ops.gpu.launch import launch
 from quantkit.ops.gpu.layout import BLOCK, SIDE, ceil_div, power_of_two, reachable
 from quantkit.ops.gpu.product import columns, portable, tiles, vector
 from quantkit.ops.gpu.product.request import ProductRequest
@@ -57,7 +58,8 @@ class Vector(Kernel):
         r, (n, width), rows = request, request.weight.shape, config.rows * config.groups
         words, x, y = width // 4, reachable(r.q), r.q.new_empty((1, n), dtype=r.dtype)
         early, block = starts_early(x.device), power_of_two(words)
-        vector.gemv_kernel[(ceil_div(n, rows),)](
+        launch(
+            vector.gemv_kernel, (ceil_div(n, rows),),
             x if r.sx is None else x.view(torch.int32), r.sx, r.weight.view(torch.int32), y, r.sw, r.bias, r.pre_scale,
             r.borders, n, x.shape[1], words, x.stride(1), r.groups, r.sw.dim() == 2, qmax(r.bits), config.rows,
             config.groups, block, n % rows == 0, block == words, x.device.type == "cuda", early,
@@ -86,7 +88,8 @@ class Portable(Kernel):
             return y
         side = r.side if r.side is None or r.active is None else reachable(r.side)
         count = ceil_div(m, config.m) * ceil_div(n, config.n)
-        portable.matmul_kernel[(count if done is None else min(count, 2 * PROCESSORS),)](
+        launch(
+            portable.matmul_kernel, (count if done is None else min(count, 2 * PROCESSORS),),
             r.q, r.weight, y, r.sx, r.sw, r.zero, r.wsum, r.bias, side, r.side_weight, r.borders, r.active, m, n, k,
             r.zero_stride, 0 if side is None else side.shape[1], *((0, 0) if side is None else side.stride()), r.groups,
             r.sw.dim() == 2, config.m, config.n, config.k, config.group, k % config.k == 0,
@@ -146,7 +149,8 @@ class Hopper(Kernel):
         pointers = (r.sx, r.sw, r.zero, r.wsum, r.bias, r.active, r.borders, m, n, k, stride)
         if isinstance(config, Gemm):
             count = ceil_div(m, 128) * ceil_div(n, config.columns)
-            many.gemm_kernel[(min(processors(r.q.device), count),)](
+            launch(
+                many.gemm_kernel, (min(processors(r.q.device), count),),
                 described(r.q, 64, config.block_k), described(r.weight, config.part, config.block_k),
                 *described_sides(r, 64, config.part), described(y, 64, config.width), *pointers,
                 config.group, config.columns, config.block_k, config.stages, config.width,
@@ -155,7 +159,8 @@ class Hopper(Kernel):
         else:
             across = ceil_div(m, config.tokens)
             staged = config.staged and n % 8 == 0 and r.dtype in TYPES
-            few.decode_kernel[(across, max(1, min(processors(r.q.device) // across, ceil_div(n, 64))))](
+            launch(
+                few.decode_kernel, (across, max(1, min(processors(r.q.device) // across, ceil_div(n, 64)))),
                 described(r.q, config.tokens, BLOCK), described(r.weight, 64, BLOCK),
                 *described_sides(r, config.tokens, 64), described(y, config.tokens, 64) if staged else None, y, *pointers,
                 config.tokens, config.block_k, config.stages, sides, groups, by_row, config.early,
@@ -196,7 +201,8 @@ def gather(r: ProductRequest) -> tuple[Tensor, Tensor]:
     assert x is not None
     m, k = r.q.shape
     xs, ws = x.new_empty((m, columns.ROOM)), x.new_empty((n, columns.ROOM))
-    columns.gather_kernel[(ceil_div(m, columns.ROWS) + ceil_div(n, columns.ROWS),)](
+    launch(
+        columns.gather_kernel, (ceil_div(m, columns.ROWS) + ceil_div(n, columns.ROWS),),
         x, r.q, r.sx, r.weight, r.sw, r.active, xs, ws, m, n, k, *x.stride(), columns.ROOM, SIDE, columns.ROWS,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
