@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.core.errors import CalibrationError, QuantkitError
+from quantkit.capture.step import CapturedStep
+from quantkit.core.errors import CalibrationError, ModelError, QuantkitError
 from quantkit.core.progress import Progress, counted
 from quantkit.model.modules import all_tensors, call, evaluating, map_tensors, tensors_in
 
@@ -122,13 +123,17 @@ def self_sampled(
     *,
     sequences: int = SELF_SEQUENCES,
     length: int = SELF_LENGTH,
-    batch: int = 16,
+    batch: int | None = None,
     seed: int = 0,
     progress: Progress = None,
 ) -> list[Tensor]:
     """Token windows that a causal LM writes itself: a random first token, then samples from its own distribution.
 
-    A model's own samples follow its training distribution closely enough for activation ranges (LLM-QAT, section 3).
+    A model's own samples follow its training distribution closely enough for activation ranges (LLM-QAT, section 3). On a GPU
+    its step is captured, see :class:`quantkit.CapturedStep`.
+
+    Args:
+        batch: sequences at a time; left out, 16 on a CPU and all on a GPU.
 
     Returns:
         ``sequences / batch`` tensors ``[batch, length]`` int64.
@@ -145,37 +150,68 @@ def self_sampled(
         )
     if sequences > 1:
         log.info("no calibration data: sampling %d x %d tokens from the model itself (seed %d)", sequences, length, seed)
-    random = torch.Generator().manual_seed(seed)
     device = device_of(model)
+    batch = batch or (sequences if device.type == "cuda" else 16)
+    random = torch.Generator(device).manual_seed(seed)
     length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
     out = []
     starts = range(0, sequences, batch)
     with evaluating(model), counted(len(starts) * (length - 1), "sampling", progress, "tok") as advance:
         for start in starts:
-            ids = torch.randint(
-                0, vocabulary, (min(batch, sequences - start), 1), generator=random, dtype=torch.int64, device="cpu"
-            ).to(device)
+            size = (min(batch, sequences - start), 1)
+            ids = torch.randint(0, vocabulary, size, generator=random, dtype=torch.int64, device=device)
             out.append(_continue(model, ids, length, random, advance))
     return out
 
 
 def _continue(model: nn.Module, ids: Tensor, length: int, random: torch.Generator, advance: Callable[[], object]) -> Tensor:
     """Sample until each row of ``ids [B, 1]`` has ``length`` tokens; ``advance`` is called after each step."""
+    captured = _captured(model, length) if ids.is_cuda else None
     step, cache = ids, None
     while ids.shape[1] < length:
-        result = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = getattr(result, "past_key_values", None)
-        probabilities = result.logits[:, -1].float().softmax(-1).cpu()
+        if captured is not None:
+            logits = captured(step, torch.full_like(step, ids.shape[1] - 1))
+        else:
+            result = model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache, logits = getattr(result, "past_key_values", None), result.logits[:, -1]
+        probabilities = logits.float().softmax(-1)
         if not bool(probabilities.isfinite().all()):
             raise CalibrationError(
                 f"{type(model).__name__} cannot sample its own calibration data, since its logits are NaN or Inf: look at its "
                 "weights and its dtype, or pass calibration=[...]"
             )
-        chosen = torch.multinomial(probabilities, 1, generator=random).to(ids.device)
+        chosen = torch.multinomial(probabilities, 1, generator=random)
         ids = torch.cat([ids, chosen], 1)
-        step = chosen if cache is not None else ids
+        step = chosen if cache is not None or captured is not None else ids
         advance()
     return ids
+
+
+def _captured(model: Any, length: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """A step on tokens ``[B, 1]`` at positions ``[B, 1]`` that gives logits ``[B, V]``; None for models without such."""
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return None
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=length)
+
+    def step(token: Tensor, position: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
+        return logits
+
+    captured = CapturedStep(step, model)
+
+    def run(token: Tensor, position: Tensor) -> Tensor:
+        nonlocal captured
+        if captured is not step:
+            try:
+                return captured(token, position)
+            except ModelError as error:
+                log.info("sampling in eager mode: %s", error)
+                captured = step  # type: ignore[assignment]
+        return step(token, position)
+
+    return run
 
 
 def _is_encoder_decoder(model: Any) -> bool:

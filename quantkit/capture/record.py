@@ -94,12 +94,12 @@ class Recorder(TorchDispatchMode):
 
             return forward
 
-        with _own_forwards({layer: stand_in(layer) for layer in layers}):
+        with own_forwards({layer: stand_in(layer) for layer in layers}):
             yield
 
 
 @contextmanager
-def _own_forwards(forwards: dict[W8A8Linear, Any]) -> Iterator[None]:
+def own_forwards(forwards: dict[W8A8Linear, Any]) -> Iterator[None]:
     before = {layer: layer.__dict__.get("forward") for layer in forwards}
     for layer, forward in forwards.items():
         layer.forward = forward  # type: ignore[method-assign]

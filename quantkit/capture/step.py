@@ -12,13 +12,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from quantkit.capture.fuse import Fused
+from quantkit.capture.notes import Notes, Ref
 from quantkit.capture.record import CaptureError, record
 from quantkit.core.errors import ModelError
 from quantkit.layers.linear import W8A8Linear
 from quantkit.ops.table import forced
 
 log = logging.getLogger("quantkit")
+
+
+class Rehearsal:
+    """A call on a GPU that is made for real, and noted, so that it can be captured when it is made again.
+
+    All that is made at first use is there after it. :mod:`.fuse` makes its calls fewer.
+
+    Args:
+        function, inputs, model: as for :class:`Capture`.
+
+    Attributes:
+        outputs: what the function returned.
+    """
+
+    def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor], model: nn.Module) -> None:
+        notes, own = Notes(), [tensor.clone() for tensor in inputs]
+        with torch.no_grad(), notes.on(model):
+            self.outputs = function(*own)
+        self._notes: Notes | None = notes
+        self._given, self._wanted = notes.of(own), notes.of(self.outputs)
+        known = (Ref, int, float, bool, str, type(None))
+        if any(not isinstance(leaf, known) for leaf in tree_leaves(self._wanted) if not hasattr(leaf, "layers")):
+            notes.refused = notes.refused or "it returns something else than tensors"
+
+    def fused(self) -> Fused | None:
+        """The calls, ready to be captured; None where they cannot be made again without the function."""
+        notes = self._notes
+        return None if notes is None or notes.refused else Fused(notes.calls, self._given, self._wanted)
 
 
 class Capture:
@@ -28,6 +59,7 @@ class Capture:
         function: reads its arguments, and other tensors that stay where they are; writes those only in place.
         inputs: its arguments, all on one device. The function runs on copies of them, once on a CPU.
         model: whose layers it calls.
+        rehearsal: an earlier call on a GPU, with inputs of the same sizes.
 
     Attributes:
         outputs: what the function returned. Replaying writes into it.
@@ -37,18 +69,26 @@ class Capture:
         CaptureError: what it does depends on values of tensors, or on random numbers.
     """
 
-    def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor], model: nn.Module) -> None:
+    def __init__(
+        self, function: Callable[..., Any], inputs: Sequence[Tensor], model: nn.Module, rehearsal: Rehearsal | None = None
+    ) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
         if inputs[0].is_cuda:
             graph = torch.cuda.CUDAGraph()
+            fused = None if rehearsal is None else rehearsal.fused()
             before = torch.cuda.memory_allocated()
             try:
-                with torch.no_grad(), torch.cuda.graph(graph):
-                    self.outputs = function(*self.inputs)
+                with torch.no_grad():
+                    if fused is not None:
+                        fused(self.inputs, dry=True)
+                    with torch.cuda.graph(graph):
+                        self.outputs = function(*self.inputs) if fused is None else fused(self.inputs)
             except RuntimeError as error:  # what a stream may not do while it is captured, in words of CUDA
                 raise CaptureError(str(error).split("\n", 1)[0]) from error
+            self._kept = fused  # whose constants the graph reads
             self._replay: Callable[[], Any] = graph.replay
-            self.said = f"a CUDA graph, {(torch.cuda.memory_allocated() - before) / 2**20:.0f} MiB"
+            size = (torch.cuda.memory_allocated() - before) / 2**20
+            self.said = f"a CUDA graph, {size:.0f} MiB" + (f" ({fused.said})" if fused else "")
             graph.replay()  # capturing runs nothing
         else:
             recording = record(lambda: function(*self.inputs), model)
@@ -108,15 +148,16 @@ class CapturedStep:
             use is there.
         model: whose layers it calls.
         most: captures for so many different sizes of the inputs are kept, the latest used.
+        fuse: on a GPU, whether kernels may be joined to larger ones (:mod:`.fuse`), which changes last bits of results.
 
     Raises:
         ModelError: at a call, if the step decides by values of tensors or draws random numbers, so that it cannot be replayed.
     """
 
-    def __init__(self, function: Callable[..., Any], model: nn.Module, *, most: int = 4) -> None:
-        self.function, self.model, self.most = function, model, most
+    def __init__(self, function: Callable[..., Any], model: nn.Module, *, most: int = 4, fuse: bool = True) -> None:
+        self.function, self.model, self.most, self.fuse = function, model, most, fuse
         self._captures: dict[Any, Capture] = {}
-        self._warm: set[Any] = set()
+        self._rehearsed: dict[Any, Rehearsal | None] = {}
         self._held: Held | None = None
 
     @torch.no_grad()
@@ -124,15 +165,16 @@ class CapturedStep:
         if not inputs or not all(isinstance(tensor, Tensor) for tensor in inputs):
             raise ModelError("a captured step takes tensors, at least one: put numbers that change into tensors")
         if self._held is None or not self._held.same():
-            self._captures, self._held = {}, Held(self.model)
+            self._captures, self._rehearsed, self._held = {}, {}, Held(self.model)
         key = tuple((t.shape, t.dtype, t.device) for t in inputs)
         capture = self._captures.pop(key, None)
         if capture is None:
-            if inputs[0].is_cuda and key not in self._warm:
-                self._warm.add(key)
-                return self.function(*inputs)
+            if inputs[0].is_cuda and key not in self._rehearsed:
+                rehearsal = Rehearsal(self.function, inputs, self.model) if self.fuse else None
+                self._rehearsed[key] = rehearsal
+                return self.function(*inputs) if rehearsal is None else rehearsal.outputs
             try:
-                capture = Capture(self.function, inputs, self.model)
+                capture = Capture(self.function, inputs, self.model, self._rehearsed.pop(key, None))
             except CaptureError as error:
                 raise ModelError(f"the step of {type(self.model).__name__} cannot be captured: {error}") from error
             log.info("the step of %s is captured: %s", type(self.model).__name__, capture.said)

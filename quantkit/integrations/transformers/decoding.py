@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from quantkit.capture.record import CaptureError
-from quantkit.capture.step import Capture, Held
+from quantkit.capture.step import Capture, Held, Rehearsal
 from quantkit.core.errors import ModelError
 
 log = logging.getLogger("quantkit")
@@ -29,7 +29,7 @@ EAGER = ("output_attentions", "output_hidden_states", "labels")
 """What asks for results that a replay would overwrite."""
 
 
-def capture_decoding(model: Any) -> Any:
+def capture_decoding(model: Any, *, fuse: bool = True) -> Any:
     """Let ``model.generate()`` replay a captured step for each token, in place; see docs/fast.md.
 
     Greedy search, sampling, beams, batches, padding, streamers and stopping stay what they are. The cache is static: it has
@@ -38,6 +38,7 @@ def capture_decoding(model: Any) -> Any:
 
     Args:
         model: a causal language model of transformers, in floating point or quantized.
+        fuse: on a GPU, whether kernels between the products may be joined to larger ones, which changes last bits of results.
 
     Returns:
         The same object. :func:`release_decoding` takes it back.
@@ -51,6 +52,10 @@ def capture_decoding(model: Any) -> Any:
         raise ModelError(f"{type(model).__name__} takes no static cache, in which a captured step writes")
     if "_quantkit_decoding" not in vars(model):
         vars(model)["_quantkit_decoding"] = Decoding(model)
+    decoding: Decoding = vars(model)["_quantkit_decoding"]
+    if decoding.fuse != fuse:
+        decoding.fuse = fuse
+        decoding.forget()
     return model
 
 
@@ -64,6 +69,8 @@ def release_decoding(model: Any) -> Any:
 
 class Decoding:
     """The captured steps of one model, and what of its methods is replaced."""
+
+    fuse = True
 
     def __init__(self, model: Any) -> None:
         vars(model).update({name: getattr(self, name) for name in REPLACED})
@@ -79,17 +86,23 @@ class Decoding:
         """For the copy of the model, which captures its own steps."""
         memo[id(self)] = new = Decoding.__new__(Decoding)
         new._begin(memo.get(id(self._model), self._model))
+        new.fuse = self.fuse
         return new
 
     def __getstate__(self) -> Any:
-        return self._model
+        return self._model, self.fuse
 
-    def __setstate__(self, model: Any) -> None:
-        self._begin(model)
+    def __setstate__(self, state: Any) -> None:
+        self._begin(state[0])
+        self.fuse = state[1]
 
     def release(self) -> None:
         for name in REPLACED:
             vars(self._model).pop(name, None)
+        self.forget()
+
+    def forget(self) -> None:
+        """Give captured steps back."""
         self._steps.clear()
         self._held = None
 
@@ -135,7 +148,7 @@ class Decoding:
         key = (form, rest, *((t.shape, t.stride(), t.dtype, t.device) for t in (*tensors, *(t for _, _, t in state))))
         step = self._steps.pop(key, None)
         if step is None:
-            step = _Step()
+            step = _Step(self.fuse)
         outputs = step.run(model, cache, state, leaves, tensors, form, self._say)
         self._steps[key] = step
         for oldest in list(self._steps)[:-MOST]:
@@ -160,46 +173,51 @@ class Decoding:
 
 
 class _Step:
-    """One step under way: run once as it is on a GPU, then captured, then replayed."""
+    """One step under way: on a GPU rehearsed, then captured, then replayed."""
 
-    def __init__(self) -> None:
+    def __init__(self, fuse: bool) -> None:
         self.capture: Capture | None = None
         self.failed = False
         self.ran = False
+        self._fuse = fuse
+        self._rehearsal: Rehearsal | None = None
         self._state: list[Tensor] = []
         self._owner: Any = None
 
     def run(
         self, model: Any, cache: Any, state: list[Any], leaves: list[Any], tensors: list[Tensor], form: Any, say: Any
     ) -> Any:
-        if self.capture is None and not self.failed and (self.ran or not tensors[0].is_cuda):
-            self._capture(model, cache, state, leaves, tensors, form, say)
-            if self.capture is not None:
-                return self._outputs(cache)
-        if self.capture is None:
-            self.ran = True
-            return model(past_key_values=cache, **tree_unflatten(leaves, form))
-        self._adopt(cache, state)
-        self.capture(tensors)
-        return self._outputs(cache)
-
-    def _capture(
-        self, model: Any, cache: Any, state: list[Any], leaves: list[Any], tensors: list[Tensor], form: Any, say: Any
-    ) -> None:
         def step(*values: Tensor) -> Any:
             given = iter(values)
             filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             return model(past_key_values=cache, **tree_unflatten(filled, form))
 
+        if self.capture is not None:
+            self._adopt(cache, state)
+            self.capture(tensors)
+            return self._outputs(cache)
+        if self.failed:
+            return step(*tensors)
+        there = all(own is mine for (_, _, own), mine in zip(state, self._state, strict=False)) and self.ran
+        if tensors[0].is_cuda and not there:  # not rehearsed, or on another cache
+            self.ran, self._state = True, [tensor for _, _, tensor in state]
+            self._rehearsal = Rehearsal(step, tensors, model) if self._fuse else None
+            return step(*tensors) if self._rehearsal is None else self._rehearsal.outputs
+        self._capture(step, model, cache, state, tensors, say)
+        return step(*tensors) if self.capture is None else self._outputs(cache)
+
+    def _capture(self, step: Any, model: Any, cache: Any, state: list[Any], tensors: list[Tensor], say: Any) -> None:
         before = [tensor.clone() for _, _, tensor in state] if not tensors[0].is_cuda else []
         try:
-            self.capture = Capture(step, tensors, model)
+            self.capture = Capture(step, tensors, model, self._rehearsal)
         except CaptureError as error:
             self.failed = True
             for (owner, name, tensor), old in zip(state, before, strict=False):  # it may have run half way
                 setattr(owner, name, tensor.copy_(old))
             say(str(error))
             return
+        finally:
+            self._rehearsal = None
         self._state, self._owner = [tensor for _, _, tensor in state], weakref.ref(cache)
         log.info("generate() of %s replays a captured step: %s", type(model).__name__, self.capture.said)
 

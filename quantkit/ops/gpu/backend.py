@@ -96,10 +96,12 @@ class GPUPrepared(PlainPrepared):
         )  # fmt: skip
 
     def _run(self, x: Tensor, ops: Any) -> Tensor:
-        operand = self.operand
         if self.vector and x.shape[0] == 1:
-            return ops.gemv(x, self.codes, self.scale, self.bits, operand.bias, self.pre_scale)
-        made = ops.quantize(x, **self.making)
+            return ops.gemv(x, self.codes, self.scale, self.bits, self.operand.bias, self.pre_scale)
+        return self._product(ops.quantize(x, **self.making), x, ops)
+
+    def _product(self, made: list[Tensor], x: Tensor, ops: Any) -> Tensor:
+        operand = self.operand
         if operand.rewrite.threshold is not None:
             q, scale, active = made
             return ops.matmul(q, scale, self.codes, self.scale, x.dtype, bias=operand.bias, side=x, active=active)
@@ -108,6 +110,35 @@ class GPUPrepared(PlainPrepared):
         return ops.matmul(
             made[0], made[1], self.codes, self.scale, x.dtype, zero, self.wsum, operand.bias, *side, self.borders, self.align
         )
+
+    # ---- in two parts, for those who know what else reads an activation, and what made it
+
+    def why_not_apart(self, dtype: torch.dtype) -> str | None:
+        """None if :meth:`made` and :meth:`multiplied` can be called by themselves, the former with a norm or gate in it."""
+        if dtype not in DTYPES or not self.codes.numel():
+            return "it does not run on its kernels"
+        steps = {"threshold", "side_index"} & set(self.making)
+        return f"it takes columns of the activation aside ({', '.join(steps)})" if steps else None
+
+    def shares_codes(self, other: GPUPrepared) -> bool:
+        """Whether codes that are made for the one serve the other. Compares values."""
+        mine, theirs = self.making, other.making
+
+        def same(a: Any, b: Any) -> bool:
+            if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+                return bool(a == b)
+            return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+
+        return mine.keys() == theirs.keys() and all(same(mine[name], theirs[name]) for name in mine)
+
+    def made(self, x: Tensor, **source: Any) -> list[Tensor]:
+        """Codes of ``x [M, K]`` as the operator ``quantkit::quantize`` gives them; ``source`` are fields of its request."""
+        given: list[Tensor] = kernels().quantize(x, **self.making, **source)
+        return given
+
+    def multiplied(self, made: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """``[M, N]`` of codes; :meth:`run` is this of :meth:`made`."""
+        return self._product(made, made[0].new_empty(0, dtype=dtype), kernels())
 
 
 class GPU(Plain):
