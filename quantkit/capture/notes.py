@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from quantkit.capture.record import own_forwards
 from quantkit.layers.linear import W8A8Linear
 
+LITERALS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+"""What ``torch.tensor(...)`` calls."""
+
 
 class Ref:
     """A tensor of a step.
@@ -118,7 +121,8 @@ class Notes(TorchDispatchMode):
             function, refs, named, self.of(out, made=True, fresh=places.isdisjoint(lies)), _written(function, refs, named)
         )
         random = torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
-        if hasattr(function, "_schema") and not random and not note.written and all(ref.constant for ref in note.read):
+        literal = function in LITERALS  # made of numbers of Python, which is not asked again
+        if hasattr(function, "_schema") and not random and not note.written and all(r.constant or literal for r in note.read):
             for ref, tensor in zip(refs_in(note.out), (t for t in tree_leaves(out) if isinstance(t, Tensor)), strict=True):
                 ref.constant, ref.held = True, tensor
         self.calls.append(note)
