@@ -111,6 +111,12 @@ class Notes(TorchDispatchMode):
 
         return tree_map(ref, tree)
 
+    def survivors(self, outputs: Any) -> list[Ref]:
+        """Tensors that calls made, that are no part of ``outputs``, and that somebody holds all the same."""
+        given = {ref.memory for ref in refs_in(outputs)}
+        some = [ref for weak, ref in self._refs.values() if ref.held is None and weak() is not None]
+        return [ref for ref in some if ref.memory not in given]
+
     def add(self, function: Any, args: Any, kwargs: Any, call: Callable[[], Any]) -> Any:
         """Make a call, and note it."""
         refs, named = self.of(args), self.of(kwargs)

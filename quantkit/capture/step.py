@@ -6,6 +6,7 @@ On a GPU a step becomes a CUDA graph. On a CPU its operators are recorded, and m
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,31 +26,41 @@ log = logging.getLogger("quantkit")
 
 
 class Rehearsal:
-    """A call on a GPU that is made for real, and noted, so that it can be captured when it is made again.
+    """A call that is made for real, and noted, before it is captured when it is made again.
 
-    All that is made at first use is there after it. :mod:`.fuse` makes its calls fewer.
+    All that is made at first use is there after it. On a GPU, :mod:`.fuse` makes its calls fewer.
 
     Args:
         function, inputs, model: as for :class:`Capture`.
 
     Attributes:
         outputs: what the function returned.
+        keeps: sizes of a tensor that it made and somebody holds now, such as a cache that grows; a replay makes no other.
     """
 
     def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor], model: nn.Module) -> None:
         notes, own = Notes(), [tensor.clone() for tensor in inputs]
         with torch.no_grad(), notes.on(model):
             self.outputs = function(*own)
-        self._notes: Notes | None = notes
-        self._given, self._wanted = notes.of(own), notes.of(self.outputs)
-        known = (Ref, int, float, bool, str, type(None))
-        if any(not isinstance(leaf, known) for leaf in tree_leaves(self._wanted) if not hasattr(leaf, "layers")):
-            notes.refused = notes.refused or "it returns something else than tensors"
+        self._notes, self._given, self._wanted = notes, notes.of(own), notes.of(self.outputs)
+        if notes.survivors(self._wanted):
+            gc.collect()
+        kept = notes.survivors(self._wanted)
+        self.keeps = list(kept[0].shape) if kept else None
+        plain = (Ref, int, float, bool, str, type(None))
+        # a cache is an object that stays; whatever else there is might hold tensors
+        self._opaque = any(not isinstance(leaf, plain) and not hasattr(leaf, "layers") for leaf in tree_leaves(self._wanted))
+
+    @property
+    def refused(self) -> str | None:
+        """Why it cannot be captured, if so."""
+        return self._notes.refused
 
     def fused(self) -> Fused | None:
         """The calls, ready to be captured; None where they cannot be made again without the function."""
-        notes = self._notes
-        return None if notes is None or notes.refused else Fused(notes.calls, self._given, self._wanted)
+        if self.refused or self._opaque or self.keeps is not None:
+            return None
+        return Fused(self._notes.calls, self._given, self._wanted)
 
 
 class Capture:
@@ -131,7 +142,7 @@ class Held:
 
 
 class CapturedStep:
-    """``function`` as one that is captured at its first call with tensors of some sizes, and replayed at later ones.
+    """``function`` as one that is captured at its second call with tensors of some sizes, and replayed at later ones.
 
     For decoding with a module of one's own, whose cache is in tensors of fixed size that it writes in place::
 
@@ -144,20 +155,20 @@ class CapturedStep:
 
     Args:
         function: takes tensors only. It may read other tensors that stay where they are, and write them in place; what it
-            returns may depend on nothing else. On a GPU it runs once without being captured, so that all that is made at first
-            use is there.
+            returns may depend on nothing else. Its first call is not captured, so that all that is made at first use is there.
         model: whose layers it calls.
         most: captures for so many different sizes of the inputs are kept, the latest used.
         fuse: on a GPU, whether kernels may be joined to larger ones (:mod:`.fuse`), which changes last bits of results.
 
     Raises:
-        ModelError: at a call, if the step decides by values of tensors or draws random numbers, so that it cannot be replayed.
+        ModelError: at a call, if the step cannot be replayed: it decides by values of tensors, or draws random numbers (on a
+            CPU), or keeps tensors that it makes each time, as a cache that grows.
     """
 
     def __init__(self, function: Callable[..., Any], model: nn.Module, *, most: int = 4, fuse: bool = True) -> None:
         self.function, self.model, self.most, self.fuse = function, model, most, fuse
         self._captures: dict[Any, Capture] = {}
-        self._rehearsed: dict[Any, Rehearsal | None] = {}
+        self._rehearsed: dict[Any, Rehearsal] = {}
         self._held: Held | None = None
 
     @torch.no_grad()
@@ -169,12 +180,21 @@ class CapturedStep:
         key = tuple((t.shape, t.dtype, t.device) for t in inputs)
         capture = self._captures.pop(key, None)
         if capture is None:
-            if inputs[0].is_cuda and key not in self._rehearsed:
-                rehearsal = Rehearsal(self.function, inputs, self.model) if self.fuse else None
-                self._rehearsed[key] = rehearsal
-                return self.function(*inputs) if rehearsal is None else rehearsal.outputs
+            before = self._rehearsed.get(key)
+            if before is None or before.keeps is not None:  # made at first use, or again and again
+                rehearsal = self._rehearsed[key] = Rehearsal(self.function, inputs, self.model)
+                why = rehearsal.refused
+                if before is not None and rehearsal.keeps is not None:
+                    why = (
+                        f"it keeps a tensor of {rehearsal.keeps} that it makes, of which a replay makes no other; let it write "
+                        "in place, into one that is there"
+                    )
+                if why:
+                    raise ModelError(f"the step of {type(self.model).__name__} cannot be captured: {why}")
+                return rehearsal.outputs
+            del self._rehearsed[key]
             try:
-                capture = Capture(self.function, inputs, self.model, self._rehearsed.pop(key, None))
+                capture = Capture(self.function, inputs, self.model, before if self.fuse else None)
             except CaptureError as error:
                 raise ModelError(f"the step of {type(self.model).__name__} cannot be captured: {error}") from error
             log.info("the step of %s is captured: %s", type(self.model).__name__, capture.said)

@@ -201,8 +201,10 @@ class _Step:
         there = all(own is mine for (_, _, own), mine in zip(state, self._state, strict=False)) and self.ran
         if tensors[0].is_cuda and not there:  # not rehearsed, or on another cache
             self.ran, self._state = True, [tensor for _, _, tensor in state]
-            self._rehearsal = Rehearsal(step, tensors, model) if self._fuse else None
-            return step(*tensors) if self._rehearsal is None else self._rehearsal.outputs
+            if not self._fuse:
+                return step(*tensors)
+            self._rehearsal = Rehearsal(step, tensors, model)
+            return self._rehearsal.outputs
         self._capture(step, model, cache, state, tensors, say)
         return step(*tensors) if self.capture is None else self._outputs(cache)
 

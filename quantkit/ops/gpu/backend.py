@@ -71,7 +71,7 @@ class GPUPrepared(PlainPrepared):
         if not x.data_ptr() and x.numel():
             return super().run(x)  # zeros that lie nowhere, or an error
         tensors = self._tensors()
-        family = launch().family_of(self._kind(), x, len(self.codes), tensors)
+        family = launch().family_of(self._kind(), x, len(self.codes), tensors) if len(x) else None
         if family is None:
             return self._run(x, ops)
         y = launch().recorded(family, x, tensors, lambda x: self._run(x, ops))

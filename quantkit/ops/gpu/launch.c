@@ -45,7 +45,8 @@ typedef struct {
     PyObject_HEAD
     struct key key;
     PyObject *dtype, *sizes, *strides, *room, *room_strides, *bytes; /* of the result, and of the scratch */
-    Py_ssize_t scratch, steps, parameters;
+    Py_ssize_t scratch, steps;
+    bool refused; /* there can be none for its key */
     struct step *step;
     struct parameter *parameter;
 } Plan;
@@ -236,7 +237,7 @@ static PyObject *runner_call(PyObject *self, PyObject *const *arguments, size_t 
     void *stream;
     if ((PyObject *)Py_TYPE(x) != tensor_type || !described(x, &in) || !keyed(family, &in, &key)) Py_RETURN_NONE;
     Plan *plan = find(family, &key);
-    if (!plan || current_device(&device) != CUDA_SUCCESS || device != family->device) Py_RETURN_NONE;
+    if (!plan || plan->refused || current_device(&device) != CUDA_SUCCESS || device != family->device) Py_RETURN_NONE;
     for (int i = 0; i < family->tensors; i++) {
         if (!described(PyTuple_GET_ITEM(runner->tensors, i), &own)) Py_RETURN_NONE;
         const uint64_t address = address_of(&own);
@@ -305,19 +306,47 @@ static void family_free(Family *family) {
     Py_TYPE(family)->tp_free((PyObject *)family);
 }
 
+/* Keeps a plan, in place of one with the same key, or of the oldest. */
+static void keep(Family *family, Plan *plan) {
+    Plan *before = NULL;
+    int at = 0;
+    while (at < family->count && !same(&family->plans[at]->key, &plan->key)) at++;
+    if (at < family->count || family->count == MOST_PLANS) {
+        if (at == family->count) at = family->oldest, family->oldest = (at + 1) % MOST_PLANS;
+        before = family->plans[at];
+    } else
+        family->count++;
+    family->plans[at] = (Plan *)Py_NewRef((PyObject *)plan);
+    Py_XDECREF(before);
+}
+
+static bool keyed_or_error(Family *family, PyObject *x, struct key *key) {
+    DLTensor t;
+    if (described(x, &t) && keyed(family, &t, key)) return true;
+    PyErr_SetString(PyExc_ValueError, "no plan can be found again for a tensor of this kind");
+    return false;
+}
+
+static PyObject *family_refuse(Family *family, PyObject *x) {
+    struct key key;
+    if (!keyed_or_error(family, x, &key)) return NULL;
+    Plan *plan = (Plan *)PlanType.tp_alloc(&PlanType, 0);
+    if (!plan) return NULL;
+    plan->key = key, plan->refused = true;
+    keep(family, plan);
+    Py_DECREF(plan);
+    Py_RETURN_NONE;
+}
+
 /* add(x, dtype, scratch, steps, parameters): what was recorded for x, in bytes. */
 static PyObject *family_add(Family *family, PyObject *arguments) {
     PyObject *x, *dtype;
     Py_ssize_t scratch;
     Py_buffer steps, parameters;
     if (!PyArg_ParseTuple(arguments, "OOny*y*", &x, &dtype, &scratch, &steps, &parameters)) return NULL;
-    DLTensor t;
     Plan *plan = NULL;
     struct key key;
-    if (!described(x, &t) || !keyed(family, &t, &key)) {
-        PyErr_SetString(PyExc_ValueError, "no plan can be found again for a tensor of this kind");
-        goto end;
-    }
+    if (!keyed_or_error(family, x, &key)) goto end;
     const Py_ssize_t many = steps.len / (Py_ssize_t)sizeof(struct step);
     const Py_ssize_t all = parameters.len / (Py_ssize_t)sizeof(struct parameter);
     const struct step *step = steps.buf;
@@ -352,16 +381,7 @@ static PyObject *family_add(Family *family, PyObject *arguments) {
     }
     memcpy(plan->step, steps.buf, steps.len);
     memcpy(plan->parameter, parameters.buf, parameters.len);
-    Plan *before = NULL;
-    int at = 0;
-    while (at < family->count && !same(&family->plans[at]->key, &key)) at++;
-    if (at < family->count || family->count == MOST_PLANS) {
-        if (at == family->count) at = family->oldest, family->oldest = (at + 1) % MOST_PLANS;
-        before = family->plans[at];
-    } else
-        family->count++;
-    family->plans[at] = (Plan *)Py_NewRef((PyObject *)plan);
-    Py_XDECREF(before);
+    keep(family, plan);
 end:
     Py_XDECREF(plan);
     PyBuffer_Release(&steps);
@@ -382,6 +402,7 @@ static PySequenceMethods family_sequence = {.sq_length = family_length, .sq_cont
 
 static PyMethodDef family_methods[] = {
     {"add", (PyCFunction)family_add, METH_VARARGS, "add(x, dtype, scratch, steps, parameters): a plan for tensors like x."},
+    {"refuse", (PyCFunction)family_refuse, METH_O, "refuse(x): there can be no plan for tensors like x, which counts as one."},
     {"clear", (PyCFunction)family_clear, METH_NOARGS, "Forget all plans."},
     {NULL},
 };

@@ -324,13 +324,11 @@ def library() -> Any:
 # ---- layers
 
 _families: dict[Any, Any] = {}
-_refused: set[Any] = set()
 _said: set[str] = set()
 
 
 def forget() -> None:
     """Forget all plans, as when other settings of kernels are to be used from now on."""
-    _refused.clear()
     for family in _families.values():
         family.clear()
 
@@ -358,8 +356,7 @@ def family_of(kind: tuple[Any, ...], x: Tensor, out_features: int, tensors: tupl
 
 def recorded(family: Any, x: Tensor, tensors: tuple[Tensor, ...], call: Callable[[Tensor], Tensor]) -> Tensor:
     """``call(x)``, and a plan of it in ``family`` unless there is one, or can be none."""
-    refused = (id(family), x.shape[0], x.stride(), x.dtype, x.data_ptr() % 16)
-    if x in family or refused in _refused:
+    if x in family:
         return call(x)
     record = Recording()
     before, _local.recording = _local.recording, record
@@ -371,7 +368,7 @@ def recorded(family: Any, x: Tensor, tensors: tuple[Tensor, ...], call: Callable
     try:
         family.add(x, result.dtype, *record.plan(x, result, tensors))
     except (PlanError, ValueError) as error:
-        _refused.add(refused)
+        family.refuse(x)
         if str(error) not in _said:
             _said.add(str(error))
             log.info("some layers on %s are launched through Triton's Python every time: %s", x.device, error)
