@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from quantkit.capture.record import own_forwards
+from quantkit.capture.record import by_values, own_forwards
 from quantkit.layers.linear import W8A8Linear
 
 LITERALS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
@@ -135,7 +135,7 @@ class Notes(TorchDispatchMode):
         return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+        if by_values(func, args):
             self.refused = self.refused or f"it decides by values of tensors ({func})"
         return self.add(func, args, kwargs or {}, lambda: func(*args, **(kwargs or {})))
 

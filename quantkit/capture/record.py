@@ -9,7 +9,7 @@ PyTorch again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -58,6 +58,13 @@ class Call(NamedTuple):
         return not self.written and bool(out) and all(_memory(t) in memory for t in out)
 
 
+def by_values(function: Any, args: Sequence[Any]) -> bool:
+    """Whether what an operator gives to Python, or the sizes of its results, depend on values of tensors."""
+    if function is torch.ops.aten.index.Tensor:  # where it is numbers that choose, their values do not matter
+        return any(t.dtype in (torch.bool, torch.uint8) for t in args[1] if t is not None)
+    return torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags
+
+
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
@@ -74,7 +81,7 @@ class Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+        if by_values(func, args):
             raise CaptureError(f"it decides by values of tensors ({func})")
         out = func(*args, **(kwargs or {}))
         self.calls.append(Call(func, args, kwargs or {}, out))

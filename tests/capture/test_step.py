@@ -191,9 +191,13 @@ def test_what_cannot_be_replayed(case: str) -> None:
     function, why = BAD[case]
     module = Of(function)
     step = CapturedStep(module, module)
-    with pytest.raises(ModelError, match=f"step of Of cannot be captured: .*{why}"):
+
+    def twice() -> None:
         for _ in range(2):
             step(torch.ones(3))
+
+    with pytest.raises(ModelError, match=f"step of Of cannot be captured: .*{why}"):
+        twice()
 
 
 def test_what_is_made_at_first_use() -> None:
