@@ -25,6 +25,8 @@ from quantkit.model.modules import all_tensors, call, evaluating, map_tensors, t
 log = logging.getLogger("quantkit")
 
 SELF_SEQUENCES, SELF_LENGTH = 32, 256
+WORTH_CAPTURING = 64
+"""Tokens from which on it takes less time to capture a step on a GPU than it saves."""
 TEXT_LENGTH = 512
 
 
@@ -166,7 +168,7 @@ def self_sampled(
 
 def _continue(model: nn.Module, ids: Tensor, length: int, random: torch.Generator, advance: Callable[[], object]) -> Tensor:
     """Sample until each row of ``ids [B, 1]`` has ``length`` tokens; ``advance`` is called after each step."""
-    captured = _captured(model, length) if ids.is_cuda else None
+    captured = _captured(model, length) if ids.is_cuda and length >= WORTH_CAPTURING else None
     step, cache = ids, None
     while ids.shape[1] < length:
         if captured is not None:

@@ -87,7 +87,6 @@ class Capture:
         if inputs[0].is_cuda:
             graph = torch.cuda.CUDAGraph()
             fused = None if rehearsal is None else rehearsal.fused()
-            before = torch.cuda.memory_allocated()
             try:
                 with torch.no_grad():
                     if fused is not None:
@@ -98,8 +97,8 @@ class Capture:
                 raise CaptureError(str(error).split("\n", 1)[0]) from error
             self._kept = fused  # whose constants the graph reads
             self._replay: Callable[[], Any] = graph.replay
-            size = (torch.cuda.memory_allocated() - before) / 2**20
-            self.said = f"a CUDA graph, {size:.0f} MiB" + (f" ({fused.said})" if fused else "")
+            pool = [part["total_size"] for part in torch.cuda.memory_snapshot() if part["segment_pool_id"] == graph.pool()]
+            self.said = f"a CUDA graph, {sum(pool) / 2**20:.0f} MiB" + (f" ({fused.said})" if fused else "")
             graph.replay()  # capturing runs nothing
         else:
             recording = record(lambda: function(*self.inputs), model)

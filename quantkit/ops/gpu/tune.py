@@ -24,6 +24,7 @@ from quantkit.core.errors import BackendError
 from quantkit.core.operand import Operand
 from quantkit.model.modules import is_linear, weight_of
 from quantkit.ops.gpu.devices import capability, tunable
+from quantkit.ops.gpu.launch import forget
 from quantkit.ops.gpu.layout import padded
 from quantkit.ops.gpu.product import kernels, tiles, tuned
 from quantkit.ops.gpu.product.request import ProductRequest
@@ -181,6 +182,7 @@ def tune(
             table.setdefault(f"{n}x{k}", {})[str(m)] = tuned.as_json(config)
             _write(path, table)  # after each: whoever interrupts keeps what there is
     tuned.tuned.cache_clear()
+    forget()
     return path
 
 
