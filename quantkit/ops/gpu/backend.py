@@ -19,7 +19,7 @@ from quantkit.core.formats import Float, Quantized
 from quantkit.core.groups import with_multipliers
 from quantkit.core.operand import Operand
 from quantkit.core.rewrite import Rewrite
-from quantkit.core.tracing import constant_while_tracing, in_memory
+from quantkit.core.tracing import constant_while_tracing, demand_memory, in_memory
 from quantkit.ops.gpu import devices
 from quantkit.ops.gpu.layout import BLOCK, padded, padded_side
 from quantkit.ops.gpu.packing import alignment, narrow, places_of
@@ -71,6 +71,8 @@ class GPUPrepared(PlainPrepared):
         if not x.data_ptr() and x.numel():
             return super().run(x)  # zeros that lie nowhere, or an error
         tensors = self._tensors()
+        for tensor in tensors:
+            demand_memory(tensor)
         family = launch().family_of(self._kind(), x, len(self.codes), tensors) if len(x) else None
         if family is None:
             return self._run(x, ops)
