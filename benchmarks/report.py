@@ -442,6 +442,35 @@ def decode(result: Result) -> str:
     return f"{body}\n\nMedians of {result['rounds']} rounds; SmolLM2-135M in float32 but for its INT8 layers."
 
 
+def generate(result: Result) -> str:
+    """A model of transformers on a GPU, as users call it."""
+    rows = [r for r in result["rows"] if r["kind"] == "decode"]
+    names = list(rows[0]["tokens_per_s"])
+    decode = table(
+        ("tokens/s of generate()", *(f"{r['batch']} x {r['context']:,}" for r in rows)),
+        ((name, *(f"{r['tokens_per_s'][name]:,.0f}" for r in rows)) for name in names),
+    )
+    ready = table(
+        ("seconds until it is so", *(f"{r['batch']} x {r['context']:,}" for r in rows)),
+        ((name, *(f"{max(r['ready_s'][name], 0):.1f}" for r in rows)) for name in names if name in rows[0]["ready_s"]),
+    )
+    some = [r for r in result["rows"] if r["kind"] == "prefill"]
+    prefill = table(
+        ("milliseconds of a forward, eager", *(r["size"] for r in some)),
+        ((name, *(f"{r['s'][name]['median'] * 1e3:.1f}" for r in some)) for name in some[0]["s"]),
+    )
+    return f"{decode}\n\n{ready}\n\n{prefill}\n\nMedians; {result['layers']} layers, {result['new']} tokens a call."
+
+
+def host(result: Result) -> str:
+    """What the call of a layer costs the host."""
+    names = list(dict.fromkeys(name for r in result["rows"] for name in r["us"]))
+    return table(
+        ("us a call", *(f"{r['m']} x {r['k']} to {r['n']}" for r in result["rows"])),
+        ((name, *(f"{r['us'][name]['median']:.1f}" if name in r["us"] else "" for r in result["rows"])) for name in names),
+    )
+
+
 def architectures(result: Result) -> str:
     """What became of every class of models; where several results have one, the last counts."""
     rows = list({r["model"]: r for r in result["rows"]}.values())
@@ -522,6 +551,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "accuracy-heads": ("accuracy-heads", heads),
     "fp8": ("accuracy-heads", fp8),
     "decode": ("decode", decode),
+    "generate": ("generate", generate),
+    "host": ("host", host),
     "architectures": ("architectures-*", architectures),
 }
 
