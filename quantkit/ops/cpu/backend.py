@@ -264,8 +264,11 @@ def int_matmul(q: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tenso
 
 def float_matmul(q: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
     """:func:`int_matmul` in float32, :data:`EXACT_CHANNELS` at a time."""
-    acc = torch.empty(len(q), len(weight), dtype=torch.int32, device=q.device) if out is None else out
-    product = torch.empty(acc.shape, dtype=torch.float32, device=q.device)
+    acc = q.new_empty(len(q), len(weight), dtype=torch.int32) if out is None else out
+    product = q.new_empty(acc.shape, dtype=torch.float32)
+    if q.shape[1] <= EXACT_CHANNELS:  # splitting takes longer than a small product
+        torch.mm(q.float(), weight.float().t(), out=product)
+        return acc.copy_(product)
     for i, (a, b) in enumerate(zip(q.split(EXACT_CHANNELS, dim=1), weight.split(EXACT_CHANNELS, dim=1), strict=True)):
         torch.mm(a.float(), b.float().t(), out=product)  # with out=, autocast does not turn it into a product of bfloat16
         acc.add_(product.to(torch.int32)) if i else acc.copy_(product)
