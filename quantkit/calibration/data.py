@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.capture.step import CapturedStep
+from quantkit.capture.step import CapturedStep, StepError
 from quantkit.core.errors import CalibrationError, ModelError, QuantkitError
 from quantkit.core.progress import Progress, counted
 from quantkit.model.modules import all_tensors, call, evaluating, map_tensors, tensors_in
@@ -196,6 +196,8 @@ def _captured(model: Any, length: int) -> Callable[[Tensor, Tensor], Tensor] | N
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=length)
+    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):  # Python counts the tokens of such
+        return None
 
     def step(token: Tensor, position: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
@@ -211,6 +213,9 @@ def _captured(model: Any, length: int) -> Callable[[Tensor, Tensor], Tensor] | N
             except ModelError as error:
                 log.info("sampling in eager mode: %s", error)
                 captured = step  # type: ignore[assignment]
+                if isinstance(error, StepError):
+                    logits: Tensor = error.outputs
+                    return logits
         return step(token, position)
 
     return run

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from quantkit.capture.notes import Note, Ref, refs_in
+from quantkit.capture.record import CaptureError
 from quantkit.layers.linear import W8A8Linear
 from quantkit.ops.gpu.backend import GPUPrepared
 
@@ -93,6 +94,7 @@ class Fused:
                 self._parts.append(part)
                 wanted.update(part.read)
         self._parts.reverse()
+        self._check(inputs)
         last = {leaf: i for i, part in enumerate(self._parts) for leaf in (*part.read, *part.out)}
         last.update(dict.fromkeys(_known(outputs), len(self._parts)))
         self._ends: defaultdict[int, list[Any]] = defaultdict(list)
@@ -100,6 +102,14 @@ class Fused:
             self._ends[i].append(leaf)
         found = ", ".join(f"{name} ({n})" for name, n in matcher.found.items())
         self.said = f"{len(self._parts):,} calls of {len(calls):,}" + (f"; fused: {found}" if found else "")
+
+    def _check(self, inputs: Sequence[Ref]) -> None:
+        """Raises CaptureError if a part reads what is not there by then."""
+        there: set[Any] = set(inputs)
+        for part in self._parts:
+            if any(leaf not in there and getattr(leaf, "held", None) is None for leaf in part.read):
+                raise CaptureError(f"{part.function} reads what is made later")
+            there.update(part.out)
 
     def __call__(self, inputs: Sequence[Tensor], *, dry: bool = False) -> Any:
         """The outputs; ``dry``, nothing is written in place, and they mean nothing: it loads the kernels."""
@@ -216,16 +226,20 @@ class Matcher:
         if found is None:
             return None
         x, fields = found
-        if x.shape != y.shape or x.dtype != y.dtype or not self._steady(x, fields.get("gain"), fields.get("bias")):
+        vectors = [fields[name] for name in ("gain", "bias") if name in fields]
+        if x.shape != y.shape or x.dtype != y.dtype or not self._steady(x, *vectors):
+            return None
+        if not all(tuple(vector.shape) == (y.shape[-1],) and vector.contiguous for vector in vectors):
             return None
         add = self._made_by(x, aten.add.Tensor)
         if add is not None and len(add.args) == 2 and not add.kwargs and self._steady(*add.args) and x.contiguous:
             x = self._seen(x)
             at = self._maker[x]
             alike = all(isinstance(t, Ref) and t.shape == x.shape and t.dtype == x.dtype for t in add.args)
-            if alike and at not in self._gone:
+            there = all(self._maker.get(self._seen(vector), -1) < at for vector in vectors)
+            if alike and there and at not in self._gone:
                 return Source("residual sums, norms and codes", at, *add.args, fields, total=x)
-        return Source("norms and codes", self._readers[self._seen(x)][0], x, None, fields)
+        return Source("norms and codes", self._maker[self._seen(y)], x, None, fields)
 
     def _norms(self, i: int, y: Ref) -> None:
         """A norm that somebody else reads, too."""
@@ -256,6 +270,7 @@ class Matcher:
                 if (
                     not (a and m and p)
                     or p.args != (wide, 2)
+                    or a.kwargs
                     or not isinstance(a.args[1], float)
                     or wide.dtype != torch.float32
                 ):
@@ -312,7 +327,10 @@ class Matcher:
                 parts = ((minus and minus.args[0], half), (cat.args[0][1], 0))
                 slices = [self._made_by(part, aten.slice.Tensor) for part, _ in parts]
                 if not all(
-                    s is not None and self._seen(s.args[0]) is self._seen(x) and s.out.shape == (*y.shape[:3], half)
+                    s is not None
+                    and self._seen(s.args[0]) is self._seen(x)
+                    and s.out.strides == x.strides
+                    and s.out.shape == (*y.shape[:3], half)
                     for s in slices
                 ):
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from quantkit.capture.record import by_values, own_forwards
+from quantkit.capture.record import Reading, by_values, in_parts, own_forwards, plain_layers
 from quantkit.layers.linear import W8A8Linear
 
+EMPTY = (
+    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default,
+    torch.ops.aten.empty_strided.default, torch.ops.aten.new_empty_strided.default,
+)  # fmt: skip
+"""What leaves memory as it is."""
 LITERALS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 """What ``torch.tensor(...)`` calls."""
 
@@ -81,13 +87,18 @@ class Notes(TorchDispatchMode):
 
     Attributes:
         calls: in their order.
-        refused: why they cannot be made again without what called them, if so.
+        refused: why they cannot be made again, if so.
+        unseen: whether kernels ran that no operator launched, so that only who launched them can do it again.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Note] = []
         self.refused: str | None = None
+        self.unseen = False
+        self._apart = False
+        self._blank: set[int] = set()
+        self._places: set[torch.device] = set()
         self._refs: dict[int, tuple[Any, Ref]] = {}
         self._memory: dict[int, int] = {}
         self._count = 0
@@ -101,6 +112,10 @@ class Notes(TorchDispatchMode):
             known = self._refs.get(id(leaf))
             if known is not None and known[0]() is leaf:
                 return known[1]
+            if leaf.is_cuda:
+                self._places.add(leaf.device)
+                if len(self._places) > 1:
+                    self._refuse("it runs on several GPUs")
             place = leaf.untyped_storage()._cdata
             if fresh or place not in self._memory:
                 self._count += 1
@@ -110,6 +125,9 @@ class Notes(TorchDispatchMode):
             return found
 
         return tree_map(ref, tree)
+
+    def _refuse(self, why: str) -> None:
+        self.refused = self.refused or why
 
     def survivors(self, outputs: Any) -> list[Ref]:
         """Tensors that calls made, that are no part of ``outputs``, and that somebody holds all the same."""
@@ -126,7 +144,14 @@ class Notes(TorchDispatchMode):
         note = Note(
             function, refs, named, self.of(out, made=True, fresh=places.isdisjoint(lies)), _written(function, refs, named)
         )
-        random = torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
+        written = {ref.memory for ref in note.written}
+        self.unseen = self.unseen or any(
+            r.memory in self._blank and r.memory not in written for r in note.read if not views(note)
+        )
+        self._blank -= written
+        if function in EMPTY:
+            self._blank |= {ref.memory for ref in refs_in(note.out)}
+        random = function in EMPTY or torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
         literal = function in LITERALS  # made of numbers of Python, which is not asked again
         if hasattr(function, "_schema") and not random and not note.written and all(r.constant or literal for r in note.read):
             for ref, tensor in zip(refs_in(note.out), (t for t in tree_leaves(out) if isinstance(t, Tensor)), strict=True):
@@ -135,32 +160,86 @@ class Notes(TorchDispatchMode):
         return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if by_values(func, args):
-            self.refused = self.refused or f"it decides by values of tensors ({func})"
+        out = in_parts(self, func, args, kwargs or {})
+        if out is not NotImplemented:
+            return out
+        if by_values(func, args) or _leaves_the_gpu(func, args, kwargs or {}):
+            self._refuse(f"it decides by values of tensors ({func})")
         return self.add(func, args, kwargs or {}, lambda: func(*args, **(kwargs or {})))
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
         """While the context is open, an INT8 layer of ``model`` is one call, and so is attention."""
-        layers = {id(m): m for m in model.modules() if isinstance(m, W8A8Linear)}.values()
+        layers = plain_layers(model)
 
         def apart(call: Callable[[], Any]) -> Callable[[], Any]:
             def run() -> Any:
-                with _disable_current_modes():
-                    return call()
+                self._apart = True
+                try:
+                    with _disable_current_modes():
+                        return call()
+                finally:
+                    self._apart = False
 
             return run
 
         def stand_in(layer: W8A8Linear) -> Callable[[Tensor], Tensor]:
-            return lambda x: self.add(layer, (x,), {}, apart(lambda: W8A8Linear.forward(layer, x)))
+            def forward(input: Tensor) -> Tensor:
+                out: Tensor = self.add(layer, (input,), {}, apart(lambda: W8A8Linear.forward(layer, input)))
+                return out
+
+            return forward
 
         class Attention(TorchFunctionMode):
             def __torch_function__(mode, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: N805
                 call = lambda: func(*args, **(kwargs or {}))  # noqa: E731
-                return self.add(func, args, kwargs or {}, apart(call)) if func is F.scaled_dot_product_attention else call()
+                if func is not F.scaled_dot_product_attention or torch.is_autocast_enabled(
+                    args[0].device.type if args else "cpu"
+                ):
+                    return call()
+                return self.add(func, args, kwargs or {}, apart(call))
 
-        with own_forwards({layer: stand_in(layer) for layer in layers}), Attention(), self:
+        with (
+            own_forwards({layer: stand_in(layer) for layer in layers}),
+            Reading(self._refuse),
+            Attention(),
+            self._launches(),
+            self,
+        ):
             yield
+
+    @contextmanager
+    def _launches(self) -> Iterator[None]:
+        """Notice kernels of Triton that are launched without an operator."""
+        jit = sys.modules.get("triton.runtime.jit")
+        if jit is None:
+            yield
+            return
+        real = jit.JITFunction.run
+
+        def run(function: Any, *args: Any, **kwargs: Any) -> Any:
+            self.unseen = self.unseen or not self._apart
+            return real(function, *args, **kwargs)
+
+        jit.JITFunction.run = run
+        try:
+            yield
+        finally:
+            jit.JITFunction.run = real
+
+
+def views(note: Note) -> bool:
+    """Whether its results lie in the memory of what it read, and it writes nothing: it looks at no value."""
+    memory, out = {ref.memory for ref in note.read}, refs_in(note.out)
+    return not note.written and bool(out) and all(ref.memory in memory for ref in out)
+
+
+def _leaves_the_gpu(function: Any, args: Any, kwargs: Any) -> bool:
+    """Whether values are copied to the CPU, where Python can read them without asking."""
+    if function is torch.ops.aten._to_copy.default:
+        to = kwargs.get("device")
+        return bool(args[0].is_cuda and to is not None and torch.device(to).type == "cpu")
+    return function is torch.ops.aten.copy_.default and args[1].is_cuda and not args[0].is_cuda
 
 
 def _written(function: Any, args: Any, kwargs: Any) -> tuple[Ref, ...]:

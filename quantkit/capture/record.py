@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from quantkit.core.tracing import FunctionMode
 from quantkit.layers.linear import W8A8Linear
 from quantkit.ops.cpu.native import library
 from quantkit.ops.cpu.program import Program, lowered, lowered_layer
@@ -65,6 +66,37 @@ def by_values(function: Any, args: Sequence[Any]) -> bool:
     return torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags
 
 
+def in_parts(mode: TorchDispatchMode, function: Any, args: Any, kwargs: Any) -> Any:
+    """Call an operator by those that it consists of, which inference mode keeps from modes; NotImplemented if none."""
+    if not torch.is_inference_mode_enabled():
+        return NotImplemented
+    with mode:
+        return function.decompose(*args, **kwargs)
+
+
+class Reading(FunctionMode):
+    """Tells of functions that give values of tensors to Python without asking any operator.
+
+    Args:
+        told: called with what was read.
+    """
+
+    def __init__(self, told: Callable[[str], None]) -> None:
+        super().__init__()
+        self._told = told
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READERS or (
+            func in SPLITTERS and any(isinstance(leaf, Tensor) for leaf in (*args[1:], *(kwargs or {}).values()))
+        ):
+            self._told(f"it decides by values of tensors ({getattr(func, '__name__', func)})")
+        return func(*args, **(kwargs or {}))
+
+
+READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+SPLITTERS = (torch.tensor_split, Tensor.tensor_split)
+
+
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
@@ -83,14 +115,16 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if by_values(func, args):
             raise CaptureError(f"it decides by values of tensors ({func})")
-        out = func(*args, **(kwargs or {}))
-        self.calls.append(Call(func, args, kwargs or {}, out))
+        out = in_parts(self, func, args, kwargs or {})
+        if out is NotImplemented:
+            out = func(*args, **(kwargs or {}))
+            self.calls.append(Call(func, args, kwargs or {}, out))
         return out
 
     @contextmanager
     def layers_as_one(self, model: nn.Module) -> Iterator[None]:
         """While the context is open, an INT8 layer of ``model`` is one call."""
-        layers = {id(m): m for m in model.modules() if isinstance(m, W8A8Linear)}.values()
+        layers = plain_layers(model)
 
         def stand_in(layer: W8A8Linear) -> Callable[[Tensor], Tensor]:
             def forward(input: Tensor) -> Tensor:
@@ -105,19 +139,21 @@ class Recorder(TorchDispatchMode):
             yield
 
 
+def plain_layers(model: nn.Module) -> list[W8A8Linear]:
+    """INT8 layers whose ``forward`` is our own."""
+    layers = {id(m): m for m in model.modules() if isinstance(m, W8A8Linear)}.values()
+    return [m for m in layers if "forward" not in vars(m) and type(m).forward is W8A8Linear.forward]
+
+
 @contextmanager
 def own_forwards(forwards: dict[W8A8Linear, Any]) -> Iterator[None]:
-    before = {layer: layer.__dict__.get("forward") for layer in forwards}
     for layer, forward in forwards.items():
         layer.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer, old in before.items():
-            if old is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.forward = old  # type: ignore[method-assign]
+        for layer in forwards:
+            layer.__dict__.pop("forward", None)
 
 
 class Recording:
@@ -166,9 +202,11 @@ def record(function: Callable[[], Any], model: nn.Module) -> Recording:
     Raises:
         CaptureError: what it does depends on values of tensors, or on random numbers.
     """
-    recorder, random = Recorder(), torch.get_rng_state()
-    with torch.no_grad(), recorder.layers_as_one(model), recorder:
+    recorder, random, read = Recorder(), torch.get_rng_state(), list[str]()
+    with torch.no_grad(), recorder.layers_as_one(model), Reading(read.append), recorder:
         outputs = function()
+    if read:
+        raise CaptureError(read[0])
     if not torch.equal(random, torch.get_rng_state()):
         raise CaptureError("it draws random numbers")
     return Recording(recorder.calls, outputs)

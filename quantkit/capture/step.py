@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from quantkit.capture.fuse import Fused
 from quantkit.capture.notes import Notes, Ref
@@ -23,6 +23,18 @@ from quantkit.layers.linear import W8A8Linear
 from quantkit.ops.table import forced
 
 log = logging.getLogger("quantkit")
+
+
+class StepError(ModelError):
+    """A step cannot be captured, and has run all the same.
+
+    Attributes:
+        outputs: what it returned.
+    """
+
+    def __init__(self, message: str, outputs: Any) -> None:
+        super().__init__(message)
+        self.outputs = outputs
 
 
 class Rehearsal:
@@ -48,8 +60,9 @@ class Rehearsal:
         kept = notes.survivors(self._wanted)
         self.keeps = list(kept[0].shape) if kept else None
         plain = (Ref, int, float, bool, str, type(None))
-        # a cache is an object that stays; whatever else there is might hold tensors
-        self._opaque = any(not isinstance(leaf, plain) and not hasattr(leaf, "layers") for leaf in tree_leaves(self._wanted))
+        # a cache is an object that stays, and no result; whatever else there is might hold tensors
+        self._wanted = tree_map(lambda leaf: None if hasattr(leaf, "layers") else leaf, self._wanted)
+        self._opaque = any(not isinstance(leaf, plain) for leaf in tree_leaves(self._wanted))
 
     @property
     def refused(self) -> str | None:
@@ -58,7 +71,7 @@ class Rehearsal:
 
     def fused(self) -> Fused | None:
         """The calls, ready to be captured; None where they cannot be made again without the function."""
-        if self.refused or self._opaque or self.keeps is not None:
+        if self.refused or self._opaque or self._notes.unseen or self.keeps is not None:
             return None
         return Fused(self._notes.calls, self._given, self._wanted)
 
@@ -88,7 +101,7 @@ class Capture:
             graph = torch.cuda.CUDAGraph()
             fused = None if rehearsal is None else rehearsal.fused()
             try:
-                with torch.no_grad():
+                with torch.no_grad(), torch.cuda.device(inputs[0].device):
                     if fused is not None:
                         fused(self.inputs, dry=True)
                     with torch.cuda.graph(graph):
@@ -189,7 +202,7 @@ class CapturedStep:
                         "in place, into one that is there"
                     )
                 if why:
-                    raise ModelError(f"the step of {type(self.model).__name__} cannot be captured: {why}")
+                    raise StepError(f"the step of {type(self.model).__name__} cannot be captured: {why}", rehearsal.outputs)
                 return rehearsal.outputs
             del self._rehearsed[key]
             try:

@@ -127,16 +127,43 @@ def in_place(module: Any, x: Tensor) -> Tensor:
     return written_out(module, x.clone().add_(1))
 
 
+def gain_after(module: Any, x: Tensor) -> Tensor:
+    """As ``1 + weight`` of Gemma, made when the norm is."""
+    total = x + x.flip(0)
+    wide = total.float()
+    return (1 + module.gain) * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+def gained_by(choose: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    def norm(module: Any, x: Tensor) -> Tensor:
+        wide = x.float()
+        return choose(module.gain) * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+    return norm
+
+
+def times(module: Any, x: Tensor) -> Tensor:
+    wide = x.float()
+    mean = wide.pow(2).mean(-1, keepdim=True)
+    return module.gain * (wide * torch.rsqrt(torch.add(mean, 1e-2, alpha=50))).to(x.dtype)
+
+
+OTHERS = f"shared codes (1), {GATES} (1)"
 BLOCKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], bool, str]] = {
     "written out": (written_out, True, f"{NORMS} (1), {GATES} (1)"),
     "layer norm": (lambda m, x: F.layer_norm(x, (64,), m.gain, None, 1e-5), True, f"{NORMS} (1), {GATES} (1)"),
     "residual": (lambda m, x: written_out(m, x + x.flip(0)), True, f"{SUMS} (1), {GATES} (1)"),
-    "no norm": (lambda m, x: x + 1, True, f"shared codes (1), {GATES} (1)"),
+    "no norm": (lambda m, x: x + 1, True, OTHERS),
+    "a gain made after the sum": (gain_after, True, f"{NORMS} (1), {GATES} (1)"),
+    "a gain for all channels": (gained_by(lambda gain: gain[:1]), True, OTHERS),
+    "a gain with gaps": (gained_by(lambda gain: gain.repeat_interleave(2)[::2]), True, OTHERS),
+    "gaps, a layer norm": (lambda m, x: F.layer_norm(x, (64,), m.gain.repeat_interleave(2)[::2], None, 1e-5), True, OTHERS),
+    "an epsilon times something": (times, True, OTHERS),
     "read by others": (written_out, False, f"{GATES} (1), {ALONE} (1)"),
     "another power": (lambda m, x: m.gain * (x.float() * x.float().pow(3).mean(-1, True).abs().add(1).rsqrt()).half(), True,
-                      f"shared codes (1), {GATES} (1)"),
+                      OTHERS),
     "written afterwards": (changed_after, True, f"{GATES} (1)"),
-    "written before": (in_place, True, f"shared codes (1), {GATES} (1)"),
+    "written before": (in_place, True, OTHERS),
 }  # fmt: skip
 
 
@@ -170,6 +197,57 @@ def test_models_that_make_positions_otherwise() -> None:
     for model in models:
         torch.manual_seed(0)
         assert POSITIONS not in fused_of(model.half().eval(), 2, 1e-2)
+
+
+def test_halves_that_are_none() -> None:
+    """``x[..., ::2]`` begins where the left half does."""
+
+    def turned(x: Tensor) -> Tensor:
+        return x * x.cos() + torch.cat((-x[..., 4:], x[..., ::2]), -1) * x.sin()
+
+    x = torch.randn(1, 2, 3, 8).half()
+    rehearsal = Rehearsal(turned, [x], nn.Identity())
+    fused = rehearsal.fused()
+    assert fused is not None
+    assert POSITIONS not in fused.said
+    assert torch.equal(fused([x + 1]), turned(x + 1))
+
+
+def test_kernels_that_no_operator_launches() -> None:
+    """Only the function itself can launch them again."""
+    with torch.no_grad():
+        x = torch.ones(3)
+        assert Rehearsal(lambda x: torch.empty(3).fill_(2) + x, [x], nn.Identity()).fused() is not None
+        assert Rehearsal(lambda x: torch.empty_like(x) + x, [x], nn.Identity()).fused() is None  # who wrote it?
+
+
+def test_layers_with_a_forward_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    quantized(model, "rtn", calibration=[torch.randn(4, 8)], targets=["0"])
+    layer: Any = model[0]
+
+    def twice(input: Tensor) -> Any:
+        return type(layer).forward(layer, input) * 2
+
+    layer.forward = twice
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        rehearsal = Rehearsal(lambda x: layer(input=x), [x], model)
+        fused = rehearsal.fused()
+        assert fused is not None
+        assert torch.equal(rehearsal.outputs, layer(x))
+        assert torch.equal(fused([x + 1]), layer(x + 1))
+
+
+def test_attention_under_autocast() -> None:
+    def step(q: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    q = torch.randn(1, 2, 3, 8)
+    fused = Rehearsal(step, [q], nn.Identity()).fused()
+    assert fused is not None
+    assert fused([q]).dtype == torch.bfloat16
 
 
 def test_results_that_hold_more_than_tensors() -> None:

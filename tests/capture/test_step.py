@@ -181,13 +181,18 @@ BAD = {
     "a branch": (lambda _, x: x if x[0] > 0 else -x, "values of tensors"),
     "a number": (lambda _, x: x * x.sum().item(), "values of tensors"),
     "a size": (lambda _, x: x.nonzero(), "values of tensors"),
+    "a list": (lambda _, x: x * x.tolist()[0], "values of tensors"),
+    "an array": (lambda _, x: x * float(x.numpy()[0]), "values of tensors"),
+    "pieces": (lambda _, x: x.tensor_split(torch.tensor([1]))[0] * 2, "values of tensors"),
+    "all of it": (lambda _, x: x * bool((x > 0).all()), "values of tensors"),
     "noise": (lambda _, x: x + torch.rand(3), "random numbers"),
     "a cache that grows": (growing, "keeps a tensor of"),
 }
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_replayed(case: str) -> None:
+def test_what_cannot_be_replayed(case: str, inference: bool) -> None:
     function, why = BAD[case]
     module = Of(function)
     step = CapturedStep(module, module)
@@ -196,7 +201,7 @@ def test_what_cannot_be_replayed(case: str) -> None:
         for _ in range(2):
             step(torch.ones(3))
 
-    with pytest.raises(ModelError, match=f"step of Of cannot be captured: .*{why}"):
+    with torch.inference_mode(inference), pytest.raises(ModelError, match=f"step of Of cannot be captured: .*{why}"):
         twice()
 
 

@@ -181,5 +181,5 @@ def lie_nowhere() -> None:
         layer(freed)
     layer(x)
     layer.weight.untyped_storage().resize_(0)
-    with pytest.raises(ModelError, match="memory of an INT8 weight|without memory: its storage was given back"):
+    with pytest.raises(ModelError, match=r"memory of an INT8 weight|without memory: its storage was given back"):
         layer(x)

@@ -188,6 +188,23 @@ OTHERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("window", [12, 64])
+@pytest.mark.parametrize("family", ["Mistral", "Gemma3Text"])
+def test_windows_that_are_not_full_yet(family: str, window: int, heard: pytest.LogCaptureFixture) -> None:
+    """Until they are, Python counts their tokens: these steps run in eager mode."""
+    config = getattr(transformers, family.replace("Text", "") + ("TextConfig" if "Text" in family else "Config"))
+    kind = getattr(transformers, family.replace("Text", "") + "ForCausalLM")
+    model = made("float", lambda **_: kind(config(**SIZES, head_dim=8, sliding_window=window)).eval())
+    wanted = [said(model, max_new_tokens=20), said(model, tokens(1, 4), max_new_tokens=9)]
+    capture_decoding(model)
+    heard.clear()
+    for _ in range(2):
+        alike(said(model, max_new_tokens=20), wanted[0], 1e-4)
+        alike(said(model, tokens(1, 4), max_new_tokens=9), wanted[1], 1e-4)
+    assert heard.text.count("a sliding window of the cache is not full yet") == 1
+    assert ("replays a captured step" in heard.text) is (window == 12)
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("method", ["float", "rtn"])
 def test_architectures(kind: str, method: str) -> None:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -25,6 +26,8 @@ MOST = 4
 """So many captures of a model are kept, the latest used: of different batches and lengths."""
 REPLACED = ("generate", "get_compiled_call", "_valid_auto_compile_criteria")
 """Methods of the model."""
+FILLED = "cumulative_length_int"
+"""Where a layer of a cache with a sliding window counts its tokens in Python, which matters until the window is full."""
 EAGER = ("output_attentions", "output_hidden_states", "labels")
 """What asks for results that a replay would overwrite."""
 
@@ -80,6 +83,7 @@ class Decoding:
         self._model = model
         self._steps: dict[Any, _Step] = {}
         self._held: Held | None = None
+        self._places: set[torch.device] = set()
         self._said: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoding:
@@ -131,6 +135,7 @@ class Decoding:
         if self._held is None or not self._held.same():
             self._steps.clear()
             self._held = Held(self._model)
+            self._places = {t.device for t in (*self._model.parameters(), *self._model.buffers()) if t.is_cuda}
         return self._call
 
     # ---- a token
@@ -141,7 +146,7 @@ class Decoding:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         state = list(_tensors_of(cache)) if cache is not None else []
-        why = self._why_not(inputs, state, rest)
+        why = self._why_not(inputs, cache, state, rest)
         if why:
             self._say(why)
             return model(past_key_values=cache, **inputs)
@@ -155,9 +160,13 @@ class Decoding:
             del self._steps[oldest]
         return outputs
 
-    def _why_not(self, inputs: dict[str, Any], state: list[Any], rest: tuple[Any, ...]) -> str:
+    def _why_not(self, inputs: dict[str, Any], cache: Any, state: list[Any], rest: tuple[Any, ...]) -> str:
         if not state:
             return "there is no cache"
+        if len(self._places) > 1:
+            return "the model is on several GPUs"
+        if any(getattr(layer, FILLED, 0) < layer.max_cache_len for layer in cache.layers if hasattr(layer, FILLED)):
+            return "a sliding window of the cache is not full yet, and until then Python counts its tokens"
         if asked := next((name for name in EAGER if inputs.get(name) not in (None, False)), None):
             return f"{asked} asks for what a replay would overwrite"
         try:
@@ -181,6 +190,7 @@ class _Step:
         self.ran = False
         self._fuse = fuse
         self._rehearsal: Rehearsal | None = None
+        self._with_cache = False
         self._state: list[Tensor] = []
         self._owner: Any = None
 
@@ -199,14 +209,26 @@ class _Step:
         if self.failed:
             return step(*tensors)
         there = all(own is mine for (_, _, own), mine in zip(state, self._state, strict=False)) and self.ran
+        before = _numbers_of(cache)
         if tensors[0].is_cuda and not there:  # not rehearsed, or on another cache
             self.ran, self._state = True, [tensor for _, _, tensor in state]
-            if not self._fuse:
-                return step(*tensors)
-            self._rehearsal = Rehearsal(step, tensors, model)
-            return self._rehearsal.outputs
+            if self._fuse:
+                self._rehearsal = Rehearsal(step, tensors, model)
+                outputs = self._rehearsal.outputs
+            else:
+                outputs = step(*tensors)
+            if why := _counted(before, cache):
+                self.failed = True
+                say(why)
+            return outputs
         self._capture(step, model, cache, state, tensors, say)
-        return step(*tensors) if self.capture is None else self._outputs(cache)
+        if self.capture is None:
+            return step(*tensors)
+        outputs = self._outputs(cache)
+        if why := _counted(before, cache):
+            self.failed, self.capture = True, None
+            say(why)
+        return outputs
 
     def _capture(self, step: Any, model: Any, cache: Any, state: list[Any], tensors: list[Tensor], say: Any) -> None:
         before = [tensor.clone() for _, _, tensor in state] if not tensors[0].is_cuda else []
@@ -221,6 +243,11 @@ class _Step:
         finally:
             self._rehearsal = None
         self._state, self._owner = [tensor for _, _, tensor in state], weakref.ref(cache)
+        # the cache of a call lives as long as whoever called wants it
+        outputs = self.capture.outputs
+        self._with_cache = hasattr(outputs, "past_key_values")
+        if self._with_cache:
+            self.capture.outputs = type(outputs)(**{**outputs, "past_key_values": None})
         log.info("generate() of %s replays a captured step: %s", type(model).__name__, self.capture.said)
 
     def _adopt(self, cache: Any, state: list[Any]) -> None:
@@ -241,9 +268,19 @@ class _Step:
     def _outputs(self, cache: Any) -> Any:
         assert self.capture is not None
         outputs = self.capture.outputs
-        if "past_key_values" in outputs:
-            outputs["past_key_values"] = cache
-        return outputs
+        return type(outputs)(**{**outputs, "past_key_values": cache}) if self._with_cache else outputs
+
+
+def _numbers_of(cache: Any) -> list[tuple[Any, str, Any]]:
+    """What the layers of a cache count as numbers of Python, which a replay does not."""
+    found = [(layer, name, value) for layer in cache.layers for name, value in vars(layer).items()]
+    return [(layer, name, value) for layer, name, value in found if isinstance(value, int | float) and name != FILLED]
+
+
+def _counted(before: list[tuple[Any, str, Any]], cache: Any) -> str | None:
+    """Why a step cannot be replayed: its cache counts."""
+    changed = [name for layer, name, value in before if vars(layer).get(name) != value]
+    return f"its {type(cache).__name__} counts {changed[0]} in Python" if changed else None
 
 
 def _tensors_of(cache: Any) -> Iterator[tuple[Any, str, Tensor]]:

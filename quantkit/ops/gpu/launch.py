@@ -173,8 +173,8 @@ class Places:
         self._add(result, RESULT, 0)
 
     def _add(self, tensor: Tensor, slot: int, offset: int) -> None:
-        if tensor.numel():
-            self._known.setdefault(_begin(tensor), (slot, offset))
+        if tensor.numel() and self._known.setdefault(_begin(tensor), (slot, offset)) != (slot, offset):
+            raise PlanError("two of its tensors share memory")
 
     def address(self, tensor: Tensor | None, value: bytes = b"", kind: int = ADDRESS) -> bytes:
         """The parameter for the address of ``tensor``, or of the map ``value`` of it."""

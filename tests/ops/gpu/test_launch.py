@@ -300,6 +300,14 @@ def test_another_triton(module: Any, scaled: Kernel, caplog: pytest.LogCaptureFi
         assert layer.runner(x) is None
 
 
+def test_tensors_that_share_memory(module: Any, scaled: Kernel) -> None:
+    """Where one lies says nothing about where the other does in another layer."""
+    layer, x, both = Layer(module, scaled, 2.0), torch.randn(3, K), torch.zeros(8)
+    layer.scale = both[4:5]
+    assert launch.recorded(layer.family, x, (layer.scale, both), layer.call) is not None
+    assert layer.runner(x) is None
+
+
 def test_a_tensor_that_nobody_knows(module: Any, scaled: Kernel) -> None:
     layer, x = Layer(module, scaled, 2.0), torch.randn(3, K)
     for _ in range(2):

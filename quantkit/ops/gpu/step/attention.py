@@ -50,7 +50,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, strides: tuple[int, ...] | None = None
 ) -> Tensor:
-    """:func:`attention_reference`, but for the order of sums; rows of which every position is masked are NaN.
+    """:func:`attention_reference`, but for the order of sums; rows of which every position is masked are 0.
 
     Args:
         strides: of the result, whose channels lie side by side; left out, it is contiguous.
@@ -118,7 +118,7 @@ def attention_kernel(
             top = highest
     if SUMS is None:
         out = OUT + batch * ob + query[:, None] * oh + t[:, None] * ot + d[None, :]
-        tl.store(out, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=real[:, None])
+        tl.store(out, (acc / tl.where(total == 0, 1.0, total)[:, None]).to(OUT.dtype.element_ty), mask=real[:, None])
     else:
         row = ((batch * KV * G + query) * T + t) * parts + part
         tl.store(SUMS + row[:, None] * D + d[None, :], acc, mask=real[:, None])
@@ -138,4 +138,4 @@ def join_kernel(SUMS, TOPS, OUT, H, T, ob, oh, ot, parts, P: tl.constexpr, D: tl
     total = tl.sum(weight * tl.load(TOPS + at * 2 + 1, mask=real, other=0.0), 0)
     sums = tl.load(SUMS + at[:, None] * D + d[None, :], mask=real[:, None], other=0.0)
     out = OUT + row // (H * T) * ob + row // T % H * oh + row % T * ot + d
-    tl.store(out, (tl.sum(sums * weight[:, None], 0) / total).to(OUT.dtype.element_ty))
+    tl.store(out, (tl.sum(sums * weight[:, None], 0) / tl.where(total == 0, 1.0, total)).to(OUT.dtype.element_ty))
