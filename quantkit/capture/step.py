@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from operator import eq, is_
 from typing import Any
 
 import torch
@@ -131,23 +132,26 @@ class Held:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._model, self._asked, self._training = model, forced(), model.training
-        tensors = [(d, name, t) for m in modules for d in (m._parameters, m._buffers) for name, t in d.items() if t is not None]
-        self._tensors = [(d, name, t, t.data_ptr()) for d, name, t in tensors]
-        self._children: list[tuple[dict[str, Any], str, Any]] = [
-            (m._modules, name, child) for m in modules for name, child in m._modules.items()
+        held: list[tuple[dict[str, Any], str, Any]] = [
+            (d, name, t) for m in modules for d in (m._parameters, m._buffers) for name, t in d.items() if t is not None
         ]
+        self._tensors = [t for _, _, t in held]
+        self._at = [t.data_ptr() for t in self._tensors]
+        held += [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         for layer in modules:
             if isinstance(layer, W8A8Linear):
                 layer.prepared  # noqa: B018  made now, so that another one later is a change
-                self._children.append((vars(layer), "_prepared", layer._prepared))
+                held.append((vars(layer), "_prepared", layer._prepared))
+        self._places, self._names = [place for place, _, _ in held], [name for _, name, _ in held]
+        self._values = [value for _, _, value in held]
         self._hooks: list[Any] = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._count = sum(map(len, self._hooks))
 
     def same(self) -> bool:
-        """Whether all of it is as it was. This is asked at every step, so it looks at each thing once."""
+        """Whether all of it is as it was. This is asked at every step, of hundreds of things: by maps, which loop in C."""
         return (
-            all(d.get(name) is t and t.data_ptr() == at for d, name, t, at in self._tensors)
-            and all(d.get(name) is child for d, name, child in self._children)
+            all(map(is_, map(dict.get, self._places, self._names), self._values))
+            and all(map(eq, map(Tensor.data_ptr, self._tensors), self._at))
             and sum(map(len, self._hooks)) == self._count
             and (forced(), self._model.training) == (self._asked, self._training)
         )

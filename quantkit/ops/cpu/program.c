@@ -64,14 +64,46 @@ static inline float exponential(float x) {
     return x > 88.7228f ? INFINITY : x != x ? x : p;
 }
 
-/* Sum of a[e] * b[e], in 16 sums side by side. */
-#define DOT(sum, load) do {                                                                                          \
+/* Sum of q[e] * key[e], in 16 sums side by side. */
+#define DOT(sum, key, load) do {                                                                                     \
     float part[16] = {0};                                                                                            \
     int64_t e = 0;                                                                                                   \
-    for (; e + 16 <= width; e += 16) for (int u = 0; u < 16; u++) part[u] += q[e + u] * load(key[e + u]);            \
-    for (; e < width; e++) part[0] += q[e] * load(key[e]);                                                           \
+    for (; e + 16 <= width; e += 16) for (int u = 0; u < 16; u++) part[u] += q[e + u] * load((key)[e + u]);          \
+    for (; e < width; e++) part[0] += q[e] * load((key)[e]);                                                         \
     for (int step = 8; step; step /= 2) for (int u = 0; u < step; u++) part[u] += part[u + step];                    \
     sum = part[0];                                                                                                   \
+} while (0)
+
+/* Adds q k_t to score[t] of every key that counts; `stride` is from one to the next. */
+#define SCORES(type, load) do {                                                                                      \
+    const type *all = (const type *)keys_at;                                                                         \
+    for (int64_t t = 0; t < keys; t++) {                                                                             \
+        if (score[t] == -INFINITY) continue;                                                                         \
+        float dot;                                                                                                   \
+        DOT(dot, all + t * x->b.strides[2], load);                                                                   \
+        score[t] += dot;                                                                                             \
+        last = t + 1;                                                                                                \
+    }                                                                                                                \
+} while (0)
+
+/* y = sum of p_t v_t, 32 channels at a time, which stay in registers; keys whose p is below zero do not count. */
+#define VALUES(type, load) do {                                                                                      \
+    const type *all = (const type *)values_at;                                                                       \
+    int64_t e = 0;                                                                                                   \
+    for (; e + 32 <= width; e += 32) {                                                                               \
+        float part[32] = {0};                                                                                        \
+        for (int64_t t = 0; t < last; t++) {                                                                         \
+            const type *value = all + t * x->c.strides[2] + e;                                                       \
+            float p = score[t];                                                                                      \
+            if (p < 0) continue;                                                                                     \
+            for (int u = 0; u < 32; u++) part[u] += p * load(value[u]);                                              \
+        }                                                                                                            \
+        for (int u = 0; u < 32; u++) y[e + u] = part[u];                                                             \
+    }                                                                                                                \
+    for (; e < width; e++) {                                                                                         \
+        y[e] = 0;                                                                                                    \
+        for (int64_t t = 0; t < last; t++) if (!(score[t] < 0)) y[e] += score[t] * load(all[t * x->c.strides[2] + e]); \
+    }                                                                                                                \
 } while (0)
 
 #define WIDER(x) from_bits((uint32_t)(x) << 16)
@@ -185,31 +217,24 @@ static void attention(const struct instruction *x, int threads) {
         int64_t l = r % s[2], h = r / s[2] % s[1], i = r / s[2] / s[1], last = 0;
         float *score = x->scratch + r * (keys + 2 * width), *q = score + keys, *y = q + width, top = -INFINITY, sum = 0;
         const char *from = place(&x->a, type, i, h, l);
-        for (int64_t e = 0; e < width; e++) { q[e] = get(from, e, type) * (float)x->scalar; y[e] = 0; }
+        const char *keys_at = place(&x->b, type, i, h / x->k, 0), *values_at = place(&x->c, type, i, h / x->k, 0);
+        for (int64_t e = 0; e < width; e++) q[e] = get(from, e, type) * (float)x->scalar;
         for (int64_t t = 0; t < keys; t++) {
-            float add = 0;
-            if (m) {
-                int64_t at = i * m->strides[0] + h * m->strides[1] + l * m->strides[2] + t * m->strides[3];
-                add = m->type == BOOL ? (((const uint8_t *)m->data)[at] ? 0 : -INFINITY) : get(m->data, at, m->type);
-            }
-            score[t] = -INFINITY;
-            if (add == -INFINITY) continue;
-            const char *place_of_key = place(&x->b, type, i, h / x->k, t);
-            float dot;
-            if (type == F32) { const float *key = (const float *)place_of_key; DOT(dot, SAME); }
-            else { const half *key = (const half *)place_of_key; DOT(dot, WIDER); }
-            score[t] = dot + add;
-            top = score[t] > top || score[t] != score[t] ? score[t] : top;
-            last = t + 1;
+            score[t] = 0;
+            if (!m) continue;
+            int64_t at = i * m->strides[0] + h * m->strides[1] + l * m->strides[2] + t * m->strides[3];
+            score[t] = m->type == BOOL ? (((const uint8_t *)m->data)[at] ? 0 : -INFINITY) : get(m->data, at, m->type);
         }
+        if (type == F32) SCORES(float, SAME);
+        else SCORES(half, WIDER);
+        for (int64_t t = 0; t < last; t++) top = score[t] > top || score[t] != score[t] ? score[t] : top;
         for (int64_t t = 0; t < last; t++) {
             float p = exponential(score[t] - top);
-            const char *value = place(&x->c, type, i, h / x->k, t);
-            if (score[t] == -INFINITY) continue;
-            sum += p;
-            if (type == F32) for (int64_t e = 0; e < width; e++) y[e] += p * ((const float *)value)[e];
-            else for (int64_t e = 0; e < width; e++) y[e] += p * WIDER(((const half *)value)[e]);
+            score[t] = score[t] == -INFINITY ? -1 : p; /* where the mask leaves it out */
         }
+        for (int64_t t = 0; t < last; t++) sum += score[t] < 0 ? 0 : score[t];
+        if (type == F32) VALUES(float, SAME);
+        else VALUES(half, WIDER);
         char *o = place(&x->out, type, i, h, l);
         for (int64_t e = 0; e < width; e++) put(o, e, type, last ? y[e] / sum : 0);
     }
