@@ -31,15 +31,15 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "interrupts": Kind("interrupts", 8, 2500, {"kept": True}),
+    "interrupts": Kind("interrupts", 6, 2500, {"kept": True}),
     "interrupts of large models": Kind("interrupts", 4, 500, {"kept": False}),
-    "checkpoints of others": Kind("mutations", 50, 10_000, {"bases": "other_bases"}),
-    "checkpoints": Kind("mutations", 100, 10_000, {"bases": "own_bases"}),
-    "kills": Kind("kills", 20, 500),
-    "readers beside writers": Kind("readers", 60, 2000),
-    "tensors and states": Kind("states", 800, 50_000),
-    "clocks": Kind("clocks", 60, 6000),
-    "native cache": Kind("caches", 4, 200),
+    "checkpoints of others": Kind("mutations", 25, 10_000, {"bases": "other_bases"}),
+    "checkpoints": Kind("mutations", 50, 10_000, {"bases": "own_bases"}),
+    "kills": Kind("kills", 10, 500),
+    "readers beside writers": Kind("readers", 30, 2000),
+    "tensors and states": Kind("states", 400, 50_000),
+    "clocks": Kind("clocks", 30, 6000),
+    "native cache": Kind("caches", 2, 200),
 }
 
 

@@ -80,7 +80,6 @@ METHODS: dict[str, tuple[Any, dict[str, int]]] = {
     "float": (None, {ALONE: 1, BOTH: 4}),
     "rtn": ("rtn", {NORMS: 1, SUMS: 4, GATES: 2}),
     "rotation": ("best", {NORMS: 1, SUMS: 4, GATES: 2}),
-    "rptq": ("rptq", {GATES: 2, ALONE: 1, BOTH: 4}),
     "columns": (LLMInt8(columns=2), {ALONE: 1, BOTH: 4}),
     "threshold": (LLMInt8(threshold=2.0), {ALONE: 1, BOTH: 4}),
 }
@@ -88,14 +87,14 @@ METHODS: dict[str, tuple[Any, dict[str, int]]] = {
 
 @pytest.mark.parametrize(
     ("method", "batch"),
-    [("float", 3), ("rtn", 1), ("rtn", 3), ("rotation", 1), ("rptq", 3), ("columns", 1), ("threshold", 3)],
+    [("float", 3), ("rtn", 1), ("rtn", 3), ("rotation", 1), ("columns", 1), ("threshold", 3)],
 )
 def test_methods(method: str, batch: int) -> None:
     how, found = METHODS[method]
     torch.manual_seed(1)
     model = llama(hidden_size=64, num_attention_heads=4, num_key_value_heads=2).half()
     if how is not None:
-        quantkit.quantize(model, how, heads=method != "rptq", calibration=[tokens(4, 20)], progress=False)
+        quantkit.quantize(model, how, heads=True, calibration=[tokens(4, 20)], progress=False)
     with quantkit.use_backend("triton"):
         assert fused_of(model, batch, 3e-2) == said(**{POSITIONS: 4, "attention": 2} | found)
 
