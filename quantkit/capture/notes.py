@@ -15,14 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from quantkit.capture.record import Reading, by_values, in_parts, own_forwards, plain_layers
+from quantkit.capture.record import Reading, by_values, in_parts, own_forwards, plain_layers, written_by
+from quantkit.core.tracing import EMPTY
 from quantkit.layers.linear import W8A8Linear
 
-EMPTY = (
-    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default,
-    torch.ops.aten.empty_strided.default, torch.ops.aten.new_empty_strided.default,
-)  # fmt: skip
-"""What leaves memory as it is."""
 LITERALS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 """What ``torch.tensor(...)`` calls."""
 
@@ -142,8 +138,9 @@ class Notes(TorchDispatchMode):
         out = call()
         lies = {t.untyped_storage()._cdata for t in tree_leaves(out) if isinstance(t, Tensor)}
         note = Note(
-            function, refs, named, self.of(out, made=True, fresh=places.isdisjoint(lies)), _written(function, refs, named)
-        )
+            function, refs, named, self.of(out, made=True, fresh=places.isdisjoint(lies)),
+            tuple(refs_in(written_by(function, refs, named))),
+        )  # fmt: skip
         written = {ref.memory for ref in note.written}
         self.unseen = self.unseen or any(
             r.memory in self._blank and r.memory not in written for r in note.read if not views(note)
@@ -240,13 +237,3 @@ def _leaves_the_gpu(function: Any, args: Any, kwargs: Any) -> bool:
         to = kwargs.get("device")
         return bool(args[0].is_cuda and to is not None and torch.device(to).type == "cpu")
     return function is torch.ops.aten.copy_.default and args[1].is_cuda and not args[0].is_cuda
-
-
-def _written(function: Any, args: Any, kwargs: Any) -> tuple[Ref, ...]:
-    """What it changes in place."""
-    schema = getattr(function, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return ()
-    given = dict(zip([argument.name for argument in schema.arguments], args, strict=False)) | kwargs
-    writes = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return tuple(refs_in([given.get(name) for name in writes]))

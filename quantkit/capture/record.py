@@ -43,13 +43,7 @@ class Call(NamedTuple):
     @property
     def written(self) -> list[Tensor]:
         """What it changes in place."""
-        schema = getattr(self.function, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            return []
-        names = [argument.name for argument in schema.arguments]
-        given = dict(zip(names, self.args, strict=False)) | self.kwargs
-        writes = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        return _tensors([given.get(name) for name in writes])
+        return _tensors(written_by(self.function, self.args, self.kwargs))
 
     @property
     def is_view(self) -> bool:
@@ -57,6 +51,15 @@ class Call(NamedTuple):
         memory = {_memory(t) for t in self.read}
         out = _tensors(self.out)
         return not self.written and bool(out) and all(_memory(t) in memory for t in out)
+
+
+def written_by(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Those of the arguments that ``function`` changes in place."""
+    schema = getattr(function, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = dict(zip([argument.name for argument in schema.arguments], args, strict=False)) | kwargs
+    return [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def by_values(function: Any, args: Sequence[Any]) -> bool:

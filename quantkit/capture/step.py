@@ -198,7 +198,7 @@ class CapturedStep:
         if capture is None:
             before = self._rehearsed.get(key)
             if before is None or before.keeps is not None:  # made at first use, or again and again
-                rehearsal = self._rehearsed[key] = Rehearsal(self.function, inputs, self.model)
+                rehearsal = Rehearsal(self.function, inputs, self.model)
                 why = rehearsal.refused
                 if before is not None and rehearsal.keeps is not None:
                     why = (
@@ -207,6 +207,7 @@ class CapturedStep:
                     )
                 if why:
                     raise StepError(f"the step of {type(self.model).__name__} cannot be captured: {why}", rehearsal.outputs)
+                self._rehearsed[key] = rehearsal
                 return rehearsal.outputs
             del self._rehearsed[key]
             try:

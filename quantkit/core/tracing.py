@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
@@ -15,6 +16,12 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 
 from quantkit.core.errors import BackendError, ModelError
+
+EMPTY = (
+    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default,
+    torch.ops.aten.empty_strided.default, torch.ops.aten.new_empty_strided.default,
+)  # fmt: skip
+"""Operators that make a tensor and leave its memory as it is."""
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])

@@ -209,15 +209,15 @@ class _Step:
         if self.failed:
             return step(*tensors)
         there = all(own is mine for (_, _, own), mine in zip(state, self._state, strict=False)) and self.ran
-        before = _numbers_of(cache)
+        before, why = _numbers_of(cache), None
         if tensors[0].is_cuda and not there:  # not rehearsed, or on another cache
             self.ran, self._state = True, [tensor for _, _, tensor in state]
             if self._fuse:
                 self._rehearsal = Rehearsal(step, tensors, model)
-                outputs = self._rehearsal.outputs
+                outputs, why = self._rehearsal.outputs, self._rehearsal.refused
             else:
                 outputs = step(*tensors)
-            if why := _counted(before, cache):
+            if why := why or _counted(before, cache):
                 self.failed = True
                 say(why)
             return outputs

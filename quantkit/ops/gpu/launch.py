@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quantkit.core.tracing import EMPTY
 from quantkit.ops.build import BuildError, Source
 
 log = logging.getLogger("quantkit")
@@ -46,7 +47,6 @@ ALIGNMENT = 256
 MOST_TENSORS = 24
 
 aten = torch.ops.aten
-EMPTY = (aten.empty.memory_format, aten.new_empty.default, aten.empty_strided.default, aten.new_empty_strided.default)
 ZEROS = (aten.new_zeros.default, aten.zeros.default)
 
 
@@ -97,8 +97,8 @@ class Recording(TorchDispatchMode):
     """What a call launches and allocates, in order.
 
     Attributes:
-        steps: functions that make a step for a :class:`Layout`, which is known in the end.
-        allocated, lasting: tensors that the call made, and such as last.
+        steps: for each launch the kernel, what Triton compiled, the grid and the arguments; for zeros None and the tensor.
+        allocated, lasting: tensors that the call made, and others that it read and that last as long as the process.
         refused: why there can be no plan, if so.
     """
 
