@@ -203,7 +203,7 @@ def _captured(model: Any, length: int) -> Callable[[Tensor, Tensor], Tensor] | N
         logits: Tensor = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
         return logits
 
-    captured = CapturedStep(step, model)
+    captured: Callable[[Tensor, Tensor], Tensor] = CapturedStep(step, model)
 
     def run(token: Tensor, position: Tensor) -> Tensor:
         nonlocal captured
@@ -212,7 +212,7 @@ def _captured(model: Any, length: int) -> Callable[[Tensor, Tensor], Tensor] | N
                 return captured(token, position)
             except ModelError as error:
                 log.info("sampling in eager mode: %s", error)
-                captured = step  # type: ignore[assignment]
+                captured = step
                 if isinstance(error, StepError):
                     logits: Tensor = error.outputs
                     return logits
