@@ -46,7 +46,9 @@ def round_weight(weight: Tensor, format: Quantized, *, clip: Tensor | None = Non
         codes ``[N, K]`` int8 and scale ``[N, 1]`` (``[N, 1 + G]`` with groups, see :func:`grid_of`) float32.
     """
     # A few rows at a time: float32 copies of a whole weight would be the peak of memory while a model is loaded.
-    rows, bits = max(1, PIECE // max(weight.shape[1], 1)), format.number.bits
+    # On a GPU they are more, since each piece costs the host ten launches.
+    piece = PIECE * 8 if weight.is_cuda else PIECE
+    rows, bits = max(1, piece // max(weight.shape[1], 1)), format.number.bits
     sizes = format.groups(weight.shape[1]) or (weight.shape[1],)
     if weight.shape[1]:
         absmax = torch.cat([largest_in_groups(part, sizes) for part in weight.split(rows)])

@@ -32,7 +32,8 @@ class Trace:
     """What one probed forward pass showed.
 
     Attributes:
-        inputs: name of a linear -> what it read, ``[..., K]``, call by call. Linears that did not run are absent.
+        inputs: name of a linear -> what it read, ``[..., K]``, call by call. Linears that did not run are absent. Those that
+            read the very same tensor have the very same copy of it.
         identities: name of a linear -> for each call, which tensor it read: storage, view and version. Linears with an equal
             entry read the very same tensor.
         outputs: the floating-point tensors among the model's outputs.
@@ -47,6 +48,7 @@ class Trace:
     norm_calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     norm_widths: dict[str, int] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
+    _copies: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     _alive: list[Tensor] = field(default_factory=list)  # so that no address in `identities` is used twice within the pass
 
 
@@ -175,10 +177,13 @@ class Probe:
             x = input
             calls = trace.inputs.setdefault(name, [])
             y = self._values(name, len(calls), (*x.shape[:-1], len(weight)), weight)
-            calls.append(x.clone())
             if x.numel():
                 trace.reached.add(name)
             key = (x.data_ptr(), x.numel(), x.stride(-1), 0 if x.is_inference() else x._version)
+            whole = (*key, x.shape, x.stride(), x.dtype)
+            if whole not in trace._copies or x.is_inference():  # whose writes are not counted
+                trace._copies[whole] = x.clone()
+            calls.append(trace._copies[whole])
             trace.identities.setdefault(name, []).append(key)
             trace._alive.append(x)
             return change(name, y)

@@ -9,8 +9,9 @@ powers of two, and three things can be seen behind them:
 
 If linears are scaled and nothing is mixed and nothing leaks, every reader is known, and the rows may be multiplied for good. A
 few more passes then tell which row feeds which channel. Each spells one digit, in base 4, of a number that every row of all
-modules has, in multipliers 1, 2, 4 and 8; the digits arrive at the channels. Fused projections, whose rows are mixed as a
-whole, are asked once more for parts of their rows (:mod:`.layouts`).
+modules has, in multipliers 1, 2, 4 and 8; the digits arrive at the channels. All that have different readers are told apart in
+the same passes. Fused projections, whose rows are mixed as a whole, are asked once more for parts of their rows
+(:mod:`.layouts`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,24 @@ class Answer:
         return self.leaked and not self.scaled and not self.mixed
 
 
+class Writers(NamedTuple):
+    """Modules of which is asked which of their rows are behind which channels.
+
+    Attributes:
+        peers: their names.
+        scaled: name of a linear that reads their rows -> by what each channel of its input was multiplied, ``[K]`` float64.
+        rows: the output rows that are told apart; None for all.
+    """
+
+    peers: list[str]
+    scaled: dict[str, Tensor]
+    rows: Tensor | None = None
+
+
+Known = dict[tuple[Any, ...], Any]
+"""What was asked of a trace already, by the tensors that it is about."""
+
+
 class Prober:
     """Asks the questions of the page above, one model and batch for life.
 
@@ -99,21 +118,22 @@ class Prober:
         """Name of a linear -> the origin of its input, where one was found; and the names of linears that are output heads."""
         found: dict[str, Origin] = {}
         heads: set[str] = set()
+        writers: list[Writers] = []
         maybe_fused: list[tuple[list[str], set[str]]] = []
         for peers in peers_of(self.probe.model, self.rows):
             answer = self._ask(peers)
             if answer.only_output:
                 heads.update(name for name in peers if self._is_head(name))
             if answer.complete:
-                found.update(self._locate(peers, answer.scaled))
+                writers.append(Writers(peers, answer.scaled))
                 # a product of its own rows scales by a square, but has no one row behind a channel; parts of it may
-                maybe_fused.append((peers, answer.scaled.keys() - found.keys()))
+                maybe_fused.append((peers, set(answer.scaled)))
             elif answer.scaled and len(peers) > 1:
                 # the leak of one may hide the answers of its peers
-                peers, scaled = self._one_by_one(peers, heads)
-                found.update(self._locate(peers, scaled))
+                writers.append(Writers(*self._one_by_one(peers, heads)))
             elif answer.mixed and not answer.scaled:
                 maybe_fused.append((peers, answer.mixed))
+        found.update(self._located(writers))
         for peers, readers in maybe_fused:
             if readers - found.keys() and peers[0] in self.probe.linears:
                 found.update(self._locate_part(peers, readers - found.keys()))
@@ -134,7 +154,10 @@ class Prober:
     def _ask(self, peers: Sequence[str], rows: Tensor | None = None) -> Answer:
         """Multiply the rows of these modules, or only those in ``rows``, by random powers of two."""
         trace = self.probe.run(self._multipliers(peers, rows))
-        factors = {name: self._factors(trace, name) for name in self.reference.inputs if self._changed(trace, name)}
+        known = Known()
+        factors = {
+            name: self._factors(trace, name, known) for name in self.reference.inputs if self._changed(trace, name, known)
+        }
         scaled = {name: factor for name, factor in factors.items() if factor is not None}
         return Answer(scaled, factors.keys() - scaled.keys(), self._leaked(trace))
 
@@ -153,15 +176,25 @@ class Prober:
             return True  # there is nothing that would show a leak
         return largest_distance(self.reference.outputs, trace.outputs) > 10 * self.noise
 
-    def _changed(self, trace: Trace, name: str) -> bool:
+    def _changed(self, trace: Trace, name: str, known: Known) -> bool:
         before, after = self.reference.inputs[name], trace.inputs.get(name, [])
-        return len(before) != len(after) or not all(map(torch.equal, before, after))
+        key = "changed", *map(id, (*before, *after))
+        if key not in known:
+            known[key] = len(before) != len(after) or not all(map(torch.equal, before, after))
+        return bool(known[key])
 
-    def _factors(self, trace: Trace, name: str) -> Tensor | None:
+    def _factors(self, trace: Trace, name: str, known: Known) -> Tensor | None:
         """By what each input channel of a linear was multiplied, ``[K]`` float64; None if it changed in another way.
 
-        A linear that is called several times has to see the same multipliers in every call.
+        A linear that is called several times has to see the same multipliers in every call. What is ``known`` of ``trace`` is
+        added to: several linears may read one tensor.
         """
+        key = "factors", *map(id, (*self.reference.inputs[name], *trace.inputs.get(name, [])))
+        if key not in known:
+            known[key] = self._measured(trace, name)
+        return known[key]
+
+    def _measured(self, trace: Trace, name: str) -> Tensor | None:
         before, after = self.reference.inputs[name], trace.inputs.get(name, [])
         if [a.shape for a in before] != [b.shape for b in after]:
             return None
@@ -174,46 +207,72 @@ class Prober:
             factors = factor
         return factors
 
-    def _locate(self, peers: Sequence[str], scaled: dict[str, Tensor], rows: Tensor | None = None) -> dict[str, Origin]:
-        """Which row of which of ``peers`` is behind each channel of the ``scaled`` linears.
+    def _located(self, writers: Sequence[Writers]) -> dict[str, Origin]:
+        """What :meth:`_locate` finds of each by itself; those that have no reader in common are asked together."""
+        together: list[list[Writers]] = []
+        for one in writers:
+            alike = (several for several in together if all(one.scaled.keys().isdisjoint(other.scaled) for other in several))
+            if (several := next(alike, None)) is None:
+                together.append([one])
+            else:
+                several.append(one)
+        found: dict[int, dict[str, Origin]] = {}
+        for several in together:
+            origins = self._locate(several)
+            for one in several:
+                mine = {name: origin for name, origin in origins.items() if name in one.scaled}
+                alone = len(several) > 1 and mine.keys() != one.scaled.keys()  # did the others disturb?
+                found[id(one)] = self._locate([one]) if alone else mine
+        return {name: origin for one in writers for name, origin in found[id(one)].items()}
+
+    def _locate(self, writers: Sequence[Writers]) -> dict[str, Origin]:
+        """Which row of which of its peers is behind each channel of the linears that each of ``writers`` scales.
 
         Rows of all peers are numbered from 1 (and only those in ``rows``, where given, are told apart), and each pass sends one
         digit of these numbers in base 4.
         """
-        starts = list(itertools.accumulate((self.rows[name] for name in peers), initial=1))
-        digits = next(d for d in itertools.count(1) if 4**d >= starts[-1])
-        powers = {name: 1 if bool((factor.log2().long() % 2).any()) else 2 for name, factor in scaled.items()}
-        numbers = {name: torch.zeros(len(factor), dtype=torch.long, device="cpu") for name, factor in scaled.items()}
+        starts = [list(itertools.accumulate((self.rows[name] for name in one.peers), initial=1)) for one in writers]
+        digits = next(d for d in itertools.count(1) if 4**d >= max(ends[-1] for ends in starts))
+        factors = {name: factor for one in writers for name, factor in one.scaled.items()}
+        powers = {name: 1 if bool((factor.log2().long() % 2).any()) else 2 for name, factor in factors.items()}
+        numbers = {name: torch.zeros(len(factor), dtype=torch.long, device="cpu") for name, factor in factors.items()}
         for digit in range(digits):
             multipliers = {}
-            for name, start in zip(peers, starts, strict=False):
-                value = torch.arange(start, start + self.rows[name], dtype=torch.int64, device="cpu") // 4**digit % 4
-                if rows is not None:
-                    value = torch.where(_is_in(rows, len(value)), value, 0)
-                multipliers[name] = 2.0 ** value.float()
-            trace = self.probe.run(multipliers)
+            for one, ends in zip(writers, starts, strict=True):
+                for name, start in zip(one.peers, ends, strict=False):
+                    value = torch.arange(start, start + self.rows[name], dtype=torch.int64, device="cpu") // 4**digit % 4
+                    if one.rows is not None:
+                        value = torch.where(_is_in(one.rows, len(value)), value, 0)
+                    multipliers[name] = 2.0 ** value.float()
+            trace, known = self.probe.run(multipliers), Known()
             for name in list(numbers):
-                factor = self._factors(trace, name)
+                factor = self._factors(trace, name, known)
                 if factor is None:
                     del numbers[name]
                 else:
                     numbers[name] += factor.log2().long() // powers[name] * 4**digit
         found = {}
-        for name, number in numbers.items():
-            at = bisect.bisect_right(starts, int(number.min())) - 1  # the member whose rows have such numbers
-            if 0 <= at < len(peers) and int(number.max()) < starts[at + 1]:
-                found[name] = Origin(peers[at], number - starts[at], powers[name])
-        return self._confirmed(peers, found, rows)
+        for one, ends in zip(writers, starts, strict=True):
+            for name in one.scaled.keys() & numbers.keys():
+                number = numbers[name]
+                at = bisect.bisect_right(ends, int(number.min())) - 1  # the member whose rows have such numbers
+                if 0 <= at < len(one.peers) and int(number.max()) < ends[at + 1]:
+                    found[name] = Origin(one.peers[at], number - ends[at], powers[name])
+        return self._confirmed(writers, found)
 
-    def _confirmed(self, peers: Sequence[str], found: dict[str, Origin], rows: Tensor | None) -> dict[str, Origin]:
+    def _confirmed(self, writers: Sequence[Writers], found: dict[str, Origin]) -> dict[str, Origin]:
         """Those origins that predict the outcome of one more pass: digits of several rows may add up to a number as well."""
         if not found:
             return {}
-        multipliers = self._multipliers(peers, rows)
-        trace = self.probe.run(multipliers)
-        confirmed = {}
+        multipliers: dict[str, Tensor] = {}
+        for one in writers:
+            multipliers.update(self._multipliers(one.peers, one.rows))
+        trace, known, confirmed = self.probe.run(multipliers), Known(), {}
         for name, origin in found.items():
-            seen, predicted = self._factors(trace, name), multipliers[origin.module][origin.rows].double() ** origin.power
+            seen, predicted = (
+                self._factors(trace, name, known),
+                multipliers[origin.module][origin.rows].double() ** origin.power,
+            )
             if seen is not None and torch.equal(seen, predicted):
                 confirmed[name] = origin
         return confirmed
@@ -229,7 +288,7 @@ class Prober:
         for rows in fused_layouts(self.rows[peers[0]], channels.pop()):
             answer = self._ask(peers, rows)
             if answer.complete and all(bool((factor > 1).all()) for factor in answer.scaled.values()):
-                return self._locate(peers, answer.scaled, rows)
+                return self._locate([Writers(peers, answer.scaled, rows)])
         return {}
 
     def _is_head(self, name: str) -> bool:
