@@ -100,7 +100,10 @@ class GPUPrepared(PlainPrepared):
     def _run(self, x: Tensor, ops: Any) -> Tensor:
         if self.vector and x.shape[0] == 1:
             return ops.gemv(x, self.codes, self.scale, self.bits, self.operand.bias, self.pre_scale)
-        return self._product(ops.quantize(x, **self.making), x, ops)
+        made = ops.quantize(x, **self.making)
+        if ops is not torch.ops.quantkit:
+            launch().codes_made()
+        return self._product(made, x, ops)
 
     def _product(self, made: list[Tensor], x: Tensor, ops: Any) -> Tensor:
         operand = self.operand

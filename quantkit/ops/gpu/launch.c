@@ -4,6 +4,9 @@
  * Runner is one layer. Calling it with a tensor looks for a plan, allocates the result, and launches. It gives None where there
  * is no plan, or the tensor is of a kind that plans are not made for: the caller then goes the long way.
  *
+ * Layers that read one activation share its codes: if the first steps of two plans are the same, down to every parameter, and
+ * both are called with one tensor that nobody wrote to in between, the second begins where the first has come to.
+ *
  * Tensors are read through the exchange API of DLPack, which torch offers for this (torch.Tensor.__dlpack_c_exchange_api__). */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -19,7 +22,7 @@
 #define MOST_MAPS 6
 #define MOST_TENSORS 24 /* of a layer */
 #define MOST_DIMENSIONS 8
-enum { INPUT, RESULT, SCRATCH, TENSORS }; /* what addresses are relative to; from TENSORS on those of the layer */
+enum { INPUT, RESULT, CODES, SCRATCH, TENSORS }; /* what addresses are relative to; from TENSORS on those of the layer */
 enum { VALUE, ADDRESS, MAP };
 
 struct parameter { /* as launch.py packs it */
@@ -46,6 +49,9 @@ typedef struct {
     struct key key;
     PyObject *dtype, *sizes, *strides, *room, *room_strides, *bytes; /* of the result, and of the scratch */
     Py_ssize_t scratch, steps;
+    Py_ssize_t codes, apart; /* bytes of codes, and how many steps make them */
+    uint64_t share;          /* a number of these steps, the same in all plans that begin with them; 0: they are not shared */
+    PyObject *codes_room, *own_room; /* sizes of memory for codes, and for scratch without them */
     bool refused; /* there can be none for its key */
     struct step *step;
     struct parameter *parameter;
@@ -65,10 +71,21 @@ typedef struct {
     vectorcallfunc call;
     Family *family;
     PyObject *tensors;
+    Py_ssize_t takers; /* so many others read what this one does, as far as was seen */
 } Runner;
 
+/* The last codes that were made for others to take, or would have been, had it been known that there are others. */
+static struct {
+    PyObject *of, *codes; /* a weak reference to the input, and the codes or NULL */
+    Runner *maker;        /* borrowed: it clears this when it goes */
+    uint64_t input, address, share;
+    long long version; /* of the input: PyTorch counts what is written to a tensor, as for gradients */
+    void *stream;
+    Py_ssize_t taken;
+} kept;
+
 static const DLPackExchangeAPI *api;
-static PyObject *tensor_type, *empty_strided, *byte_type;
+static PyObject *tensor_type, *empty_strided, *byte_type, *version_name;
 static CUresult (*launch_kernel)(const CUlaunchConfig *, CUfunction, void **, void **);
 static CUresult (*replace_address)(CUtensorMap *, void *);
 static CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
@@ -76,6 +93,7 @@ static CUresult (*encode_map)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, vo
                               CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 static CUresult (*write_zeros)(CUdeviceptr, unsigned char, size_t, CUstream);
 static CUresult (*current_device)(CUdevice *);
+static CUresult (*is_capturing)(CUstream, CUstreamCaptureStatus *);
 static CUresult (*error_string)(CUresult, const char **);
 
 static PyObject *failed(CUresult result) {
@@ -93,6 +111,8 @@ static void plan_free(Plan *plan) {
     Py_XDECREF(plan->strides);
     Py_XDECREF(plan->room);
     Py_XDECREF(plan->room_strides);
+    Py_XDECREF(plan->codes_room);
+    Py_XDECREF(plan->own_room);
     PyMem_Free(plan->step);
     PyMem_Free(plan->parameter);
     Py_TYPE(plan)->tp_free((PyObject *)plan);
@@ -214,16 +234,68 @@ static CUresult launched(const struct step *step, const struct parameter *parame
     return launch_kernel(&config, (CUfunction)(uintptr_t)step->function, pointers, NULL);
 }
 
-static CUresult played(const Plan *plan, const uint64_t *slots, CUstream stream) {
-    for (Py_ssize_t i = 0; i < plan->steps; i++) {
+static CUresult played(const Plan *plan, Py_ssize_t first, const uint64_t *slots, CUstream stream) {
+    for (Py_ssize_t i = first; i < plan->steps; i++) {
         const CUresult result = launched(plan->step + i, plan->parameter, slots, stream);
         if (result != CUDA_SUCCESS) return result;
     }
     return CUDA_SUCCESS;
 }
 
+/* ---- shared codes */
+
+/* How often x was written to, if that is counted, and its codes may outlive this call. */
+static bool lasting(PyObject *x, void *stream, long long *version) {
+    CUstreamCaptureStatus status;
+    if (is_capturing(stream, &status) != CUDA_SUCCESS || status != CU_STREAM_CAPTURE_STATUS_NONE) return false;
+    PyObject *number = PyObject_GetAttr(x, version_name);
+    *version = number ? PyLong_AsLongLong(number) : -1;
+    Py_XDECREF(number);
+    if (*version >= 0) return true;
+    PyErr_Clear(); /* tensors of inference mode have no version */
+    return false;
+}
+
+static bool is_kept(const Plan *plan, PyObject *x, uint64_t input, void *stream, long long version) {
+    if (kept.share != plan->share || kept.input != input || kept.stream != stream || kept.version != version) return false;
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject *of = NULL;
+    const bool same = PyWeakref_GetRef(kept.of, &of) == 1 && of == x;
+    Py_XDECREF(of);
+    return same;
+#else
+    return PyWeakref_GetObject(kept.of) == x;
+#endif
+}
+
+/* Steals the references; what was kept before is let go last, since that may call anything. */
+static void keep(PyObject *of, PyObject *codes, Runner *maker, const Plan *plan, const uint64_t *slots, void *stream,
+                 long long version) {
+    PyObject *before[] = {kept.of, kept.codes};
+    memset(&kept, 0, sizeof(kept));
+    if (of) {
+        kept.of = of, kept.codes = codes, kept.maker = maker, kept.share = plan->share, kept.version = version;
+        kept.input = slots[INPUT], kept.address = slots[CODES], kept.stream = stream;
+    }
+    Py_XDECREF(before[0]);
+    Py_XDECREF(before[1]);
+}
+
+/* The codes for this plan, a new reference, if they are there. Others that want them are counted either way. */
+static PyObject *take_codes(uint64_t *address) {
+    PyObject *codes = kept.codes;
+    kept.taken++;
+    *address = kept.address;
+    if (kept.taken > kept.maker->takers) kept.maker->takers = kept.taken;
+    if (codes && kept.taken < kept.maker->takers)
+        Py_INCREF(codes);
+    else
+        kept.codes = NULL; /* to the last one they are given */
+    return codes;
+}
+
 static PyObject *runner_call(PyObject *self, PyObject *const *arguments, size_t count, PyObject *names) {
-    const Runner *runner = (Runner *)self;
+    Runner *runner = (Runner *)self;
     const Family *family = runner->family;
     if (PyVectorcall_NARGS(count) != 1 || names) {
         PyErr_SetString(PyExc_TypeError, "a runner takes one tensor");
@@ -247,7 +319,9 @@ static PyObject *runner_call(PyObject *self, PyObject *const *arguments, size_t 
     if (api->current_work_stream(in.device.device_type, in.device.device_id, &stream)) return NULL;
     slots[INPUT] = address_of(&in);
 
-    PyObject *sizes = plan->sizes, *strides = plan->strides, *scratch = NULL, *result = NULL;
+    PyObject *sizes = plan->sizes, *strides = plan->strides, *scratch = NULL, *codes = NULL, *result = NULL;
+    long long version = -1;
+    bool made = true; /* here, and not by a layer before */
     Py_INCREF(plan); /* another thread may put a plan in its place */
     if (in.ndim == 2) {
         Py_INCREF(sizes);
@@ -255,22 +329,40 @@ static PyObject *runner_call(PyObject *self, PyObject *const *arguments, size_t 
     } else if (!shaped(&in, family->out_features, &sizes, &strides))
         goto end;
     result = allocated(sizes, strides, plan->dtype, &slots[RESULT]);
-    if (result && plan->scratch) {
-        scratch = allocated(plan->room, plan->room_strides, byte_type, &slots[SCRATCH]);
-        if (!scratch) Py_CLEAR(result);
+    if (!result) goto end;
+    const bool shares = plan->share && lasting(x, stream, &version);
+    if (shares && kept.maker != runner && is_kept(plan, x, slots[INPUT], stream, version)) {
+        codes = take_codes(&slots[CODES]);
+        made = !codes;
+        version = -1; /* the first one's are to stay */
     }
-    if (result) {
-        CUresult said;
-        Py_BEGIN_ALLOW_THREADS;
-        said = played(plan, slots, (CUstream)stream);
-        Py_END_ALLOW_THREADS;
-        if (said != CUDA_SUCCESS) {
-            Py_CLEAR(result);
-            failed(said);
-        }
+    const bool apart = !made || (version >= 0 && runner->takers);
+    if (made && apart) codes = allocated(plan->codes_room, plan->room_strides, byte_type, &slots[CODES]);
+    PyObject *room = apart ? plan->own_room : plan->room;
+    if ((!apart || codes) && room != Py_None) scratch = allocated(room, plan->room_strides, byte_type, &slots[SCRATCH]);
+    if ((apart && !codes) || (room != Py_None && !scratch)) {
+        Py_CLEAR(result);
+        goto end;
+    }
+    if (!apart) slots[CODES] = slots[SCRATCH], slots[SCRATCH] += plan->codes;
+    CUresult said;
+    Py_BEGIN_ALLOW_THREADS;
+    said = played(plan, made ? 0 : plan->apart, slots, (CUstream)stream);
+    Py_END_ALLOW_THREADS;
+    if (said != CUDA_SUCCESS) {
+        Py_CLEAR(result);
+        failed(said);
+    } else if (version >= 0) {
+        PyObject *of = PyWeakref_NewRef(x, NULL);
+        if (of) {
+            if (kept.codes) kept.maker->takers = kept.taken; /* fewer than before */
+            keep(of, apart ? Py_NewRef(codes) : NULL, runner, plan, slots, stream, version);
+        } else
+            PyErr_Clear();
     }
 end:
-    Py_XDECREF(scratch); /* its memory is taken again only by what comes later on this stream */
+    Py_XDECREF(codes); /* memory that is taken again only by what comes later on this stream */
+    Py_XDECREF(scratch);
     Py_XDECREF(sizes);
     Py_XDECREF(strides);
     Py_DECREF(plan);
@@ -307,7 +399,7 @@ static void family_free(Family *family) {
 }
 
 /* Keeps a plan, in place of one with the same key, or of the oldest. */
-static void keep(Family *family, Plan *plan) {
+static void add_plan(Family *family, Plan *plan) {
     Plan *before = NULL;
     int at = 0;
     while (at < family->count && !same(&family->plans[at]->key, &plan->key)) at++;
@@ -333,17 +425,21 @@ static PyObject *family_refuse(Family *family, PyObject *x) {
     Plan *plan = (Plan *)PlanType.tp_alloc(&PlanType, 0);
     if (!plan) return NULL;
     plan->key = key, plan->refused = true;
-    keep(family, plan);
+    add_plan(family, plan);
     Py_DECREF(plan);
     Py_RETURN_NONE;
 }
 
-/* add(x, dtype, scratch, steps, parameters): what was recorded for x, in bytes. */
+/* A tuple of the only size of so many bytes, or None for no bytes. */
+static PyObject *size_of(Py_ssize_t bytes) { return bytes ? Py_BuildValue("(n)", bytes) : Py_NewRef(Py_None); }
+
+/* add(x, dtype, codes, scratch, steps, parameters, apart, share): what was recorded for x, in bytes. */
 static PyObject *family_add(Family *family, PyObject *arguments) {
     PyObject *x, *dtype;
-    Py_ssize_t scratch;
+    Py_ssize_t codes, scratch, apart;
+    unsigned long long share;
     Py_buffer steps, parameters;
-    if (!PyArg_ParseTuple(arguments, "OOny*y*", &x, &dtype, &scratch, &steps, &parameters)) return NULL;
+    if (!PyArg_ParseTuple(arguments, "OOnny*y*nK", &x, &dtype, &codes, &scratch, &steps, &parameters, &apart, &share)) return NULL;
     Plan *plan = NULL;
     struct key key;
     if (!keyed_or_error(family, x, &key)) goto end;
@@ -365,23 +461,30 @@ static PyObject *family_add(Family *family, PyObject *arguments) {
             goto end;
         }
     }
+    if (apart < 0 || apart > many || codes < 0 || scratch < 0 || (share && !codes)) {
+        PyErr_SetString(PyExc_ValueError, "codes are made by some of the steps, and take memory");
+        goto end;
+    }
     plan = (Plan *)PlanType.tp_alloc(&PlanType, 0);
     if (!plan) goto end;
-    plan->key = key, plan->scratch = scratch, plan->steps = many;
+    plan->key = key, plan->codes = codes, plan->scratch = scratch, plan->steps = many, plan->apart = apart, plan->share = share;
     plan->step = PyMem_Malloc(steps.len + 1);
     plan->parameter = PyMem_Malloc(parameters.len + 1);
     plan->dtype = Py_NewRef(dtype);
     plan->sizes = Py_BuildValue("(LL)", (long long)key.tokens, (long long)family->out_features);
     plan->strides = Py_BuildValue("(Li)", (long long)family->out_features, 1);
-    plan->room = Py_BuildValue("(n)", scratch);
+    plan->room = size_of(codes + scratch);
+    plan->codes_room = size_of(codes);
+    plan->own_room = size_of(scratch);
     plan->room_strides = Py_BuildValue("(i)", 1);
-    if (!plan->step || !plan->parameter || !plan->sizes || !plan->strides || !plan->room || !plan->room_strides) {
+    if (!plan->step || !plan->parameter || !plan->sizes || !plan->strides || !plan->room || !plan->codes_room ||
+        !plan->own_room || !plan->room_strides) {
         if (!PyErr_Occurred()) PyErr_NoMemory();
         goto end;
     }
     memcpy(plan->step, steps.buf, steps.len);
     memcpy(plan->parameter, parameters.buf, parameters.len);
-    keep(family, plan);
+    add_plan(family, plan);
 end:
     Py_XDECREF(plan);
     PyBuffer_Release(&steps);
@@ -401,7 +504,8 @@ static int family_contains(PyObject *self, PyObject *x) {
 static PySequenceMethods family_sequence = {.sq_length = family_length, .sq_contains = family_contains};
 
 static PyMethodDef family_methods[] = {
-    {"add", (PyCFunction)family_add, METH_VARARGS, "add(x, dtype, scratch, steps, parameters): a plan for tensors like x."},
+    {"add", (PyCFunction)family_add, METH_VARARGS,
+     "add(x, dtype, codes, scratch, steps, parameters, apart, share): a plan for tensors like x."},
     {"refuse", (PyCFunction)family_refuse, METH_O, "refuse(x): there can be no plan for tensors like x, which counts as one."},
     {"clear", (PyCFunction)family_clear, METH_NOARGS, "Forget all plans."},
     {NULL},
@@ -431,6 +535,7 @@ static PyObject *runner_new(PyTypeObject *type, PyObject *arguments, PyObject *n
 }
 
 static void runner_free(Runner *runner) {
+    if (kept.maker == runner) keep(NULL, NULL, NULL, NULL, NULL, NULL, 0);
     Py_XDECREF(runner->family);
     Py_XDECREF(runner->tensors);
     Py_TYPE(runner)->tp_free((PyObject *)runner);
@@ -462,6 +567,7 @@ static PyObject *load(PyObject *module, PyObject *arguments) {
         {"cuLaunchKernelEx", (void **)&launch_kernel}, {"cuTensorMapReplaceAddress", (void **)&replace_address},
         {"cuTensorMapEncodeTiled", (void **)&encode_map}, {"cuMemsetD8Async", (void **)&write_zeros},
         {"cuCtxGetDevice", (void **)&current_device}, {"cuGetErrorString", (void **)&error_string},
+        {"cuStreamIsCapturing", (void **)&is_capturing},
     };
     for (size_t i = 0; i < sizeof(wanted) / sizeof(*wanted); i++)
         if (!(*wanted[i].where = dlsym(driver, wanted[i].name)))
@@ -476,6 +582,7 @@ static PyObject *load(PyObject *module, PyObject *arguments) {
     Py_XSETREF(tensor_type, Py_NewRef(type));
     Py_XSETREF(empty_strided, Py_NewRef(make));
     Py_XSETREF(byte_type, Py_NewRef(byte));
+    Py_XSETREF(version_name, PyUnicode_InternFromString("_version"));
     Py_RETURN_NONE;
 }
 

