@@ -1,11 +1,11 @@
-"""Tokens per second of SmolLM2 on this CPU: eager, with captured steps, and llama.cpp beside them, turn by turn in one run.
+"""Tokens per second of SmolLM2 on this CPU: eager, captured, llama.cpp and OpenVINO beside them, turn by turn in one run.
 
-    python benchmarks/decode.py [--rounds 5] [--context 64 512] [--llama-cpp PYTHON]
+    python benchmarks/decode.py [--rounds 5] [--context 64 512] [--llama-cpp PYTHON] [--openvino PYTHON] [--only INT8 ...]
 
 Decode is a step after a prompt of so many tokens, head and cache included; generate() also has what transformers does around
 it. Prefill is 1 x 512 tokens. PYTHON is an interpreter of an environment of its own with the package llama-cpp-python, built
-for this processor (CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python). Its Q8_0 file is
-made here from the embedded one, whose 4 bits stand beside it. Run it with nothing else on the machine.
+for this processor (CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python llama-cpp-python), or openvino-genai.
+Their Q8_0 file is made here from the embedded one, whose 4 bits stand beside it. Run it with nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from typing import Any
 NEW, PREFILL, ROOM = 32, 512, 1024
 
 
-# ---- the peer, in a process and an environment of its own
+# ---- peers, in processes and environments of their own: each line ``[what, tokens]`` is answered with seconds
 
 
-def peer(path: str, threads: int) -> None:
-    """Answer each line ``[what, tokens]`` with seconds; runs under another interpreter, without quantkit."""
+def llama_cpp(path: str, threads: int) -> None:
     from llama_cpp import Llama  # type: ignore[import-not-found]
 
     model = Llama(path, n_ctx=ROOM + NEW, n_batch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False)
@@ -45,6 +44,33 @@ def peer(path: str, threads: int) -> None:
         print((time.perf_counter() - start) / (NEW if what == "decode" else 1), flush=True)
 
 
+def openvino(path: str, threads: int) -> None:
+    import numpy as np
+    from openvino import Tensor  # type: ignore[import-not-found]
+    from openvino_genai import (  # type: ignore[import-not-found]
+        GenerationConfig,
+        LLMPipeline,
+        SchedulerConfig,
+        TokenizedInputs,
+    )
+
+    scheduler = SchedulerConfig()
+    scheduler.enable_prefix_caching, scheduler.cache_size = False, 1
+    model = LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads, scheduler_config=scheduler)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        what, tokens = json.loads(line)
+        config = GenerationConfig()
+        config.max_new_tokens = config.min_new_tokens = NEW + 1 if what == "decode" else 1
+        config.ignore_eos, config.do_sample, config.apply_chat_template = True, False, False
+        ids = np.array([tokens])
+        metrics = model.generate(TokenizedInputs(Tensor(ids), Tensor(np.ones_like(ids))), config).perf_metrics
+        print((metrics.get_tpot() if what == "decode" else metrics.get_ttft()).mean / 1e3, flush=True)
+
+
+PEERS = {"llama.cpp": llama_cpp, "OpenVINO": openvino}
+
+
 def to_q8_0(source: Path, target: Path) -> None:
     """The same model with 8 bits: every matrix that has fewer, dequantized and rounded by the package gguf."""
     import numpy as np
@@ -53,6 +79,7 @@ def to_q8_0(source: Path, target: Path) -> None:
 
     reader = GGUFReader(source)
     writer = GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
+    writer.add_file_type(7)  # which OpenVINO looks for: mostly Q8_0
     for name, value in reader.fields.items():
         if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
             continue
@@ -72,16 +99,16 @@ def to_q8_0(source: Path, target: Path) -> None:
 
 
 class Peer:
-    """llama.cpp on one file."""
+    """Another library on one file."""
 
-    def __init__(self, python: str, path: Path, threads: int) -> None:
+    def __init__(self, name: str, python: str, path: Path, threads: int) -> None:
         self._process = subprocess.Popen(
-            [python, __file__, "--peer", str(path), "--threads", str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True,
+            [python, __file__, "--peer", name, "--file", str(path), "--threads", str(threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         assert self._process.stdout is not None
         if self._process.stdout.readline().strip() != "ready":
-            raise SystemExit(f"{python} does not run llama.cpp on {path}")
+            raise SystemExit(f"{python} does not run {name} on {path}")
 
     def seconds(self, what: str, tokens: list[int]) -> float:
         assert self._process.stdin is not None
@@ -157,11 +184,14 @@ def main() -> None:
     parser.add_argument(
         "--llama-cpp", metavar="PYTHON", help="an interpreter that has llama-cpp-python; left out, so is the peer"
     )
-    parser.add_argument("--peer", help=argparse.SUPPRESS)
-    parser.add_argument("--threads", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--openvino", metavar="PYTHON", help="an interpreter that has openvino-genai")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of fp32, INT8 and 'INT8, head too'; default: all")
+    parser.add_argument("--name", default="decode", help="of the file of results; default: decode")
+    for name in ("--peer", "--file", "--threads"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
-        peer(args.peer, args.threads)
+        PEERS[args.peer](args.file, int(args.threads))
         return
 
     import torch
@@ -172,6 +202,8 @@ def main() -> None:
 
     models: dict[str, Any] = {}
     for name, options in {"fp32": None, "INT8": {}, "INT8, head too": {"heads": True}}.items():
+        if args.only and name not in args.only:
+            continue
         model = load_float(SMOLLM2)[0]
         model.generation_config.eos_token_id = None
         models[name] = model if options is None else quantkit.quantize(model, "rtn", progress=False, **options)
@@ -196,16 +228,14 @@ def main() -> None:
                 calls[f"decode {n}/{name}, eager"] = decode_of(model, ids[n], captured=False)
                 calls[f"decode {n}/{name}, captured"] = decode_of(model, ids[n], captured=True)
         for n in args.context:
-            calls[f"generate {n}/INT8, head too, eager"] = generate_of(models["INT8, head too"], ids[n])
-            calls[f"generate {n}/INT8, head too, captured"] = generate_of(captured, ids[n])
-        if args.llama_cpp:
-            to_q8_0(smollm2_file(), Path(folder, "q8_0.gguf"))
-            files = {
-                "llama.cpp, Q8_0": Path(folder, "q8_0.gguf"),
-                f"llama.cpp, {smollm2_file().stem.split('.')[-1]}": smollm2_file(),
-            }
-            for name, file in files.items():
-                other = Peer(args.llama_cpp, file, torch.get_num_threads())
+            if "INT8, head too" in models:
+                calls[f"generate {n}/INT8, head too, eager"] = generate_of(models["INT8, head too"], ids[n])
+                calls[f"generate {n}/INT8, head too, captured"] = generate_of(captured, ids[n])
+        to_q8_0(smollm2_file(), Path(folder, "q8_0.gguf"))
+        files = {"Q8_0": Path(folder, "q8_0.gguf"), smollm2_file().stem.split(".")[-1]: smollm2_file()}
+        for peer, python in {"llama.cpp": args.llama_cpp, "OpenVINO": args.openvino}.items():
+            for kind, file in files.items() if python else ():
+                other, name = Peer(peer, python, file, torch.get_num_threads()), f"{peer}, {kind}"
                 for what, n in (("prefill", PREFILL), *(("decode", n) for n in args.context)):
                     label = "prefill" if what == "prefill" else f"decode {n}"
                     calls[f"{label}/{name}"] = partial(other.seconds, what, ids[n][0].tolist())
@@ -217,7 +247,7 @@ def main() -> None:
         what, name = key.split("/")
         rows.append({"what": what, "name": name, "seconds": spread(seconds)})
         print(f"{what:14} {name:30} {1e3 * rows[-1]['seconds']['median']:9.2f} ms", flush=True)
-    print("written", record("decode", rows, prefill=PREFILL, new=NEW, rounds=args.rounds))
+    print("written", record(args.name, rows, prefill=PREFILL, new=NEW, rounds=args.rounds))
 
 
 if __name__ == "__main__":
