@@ -3,15 +3,17 @@
     python benchmarks/generate.py [--layers 32] [--rounds 3] [--batches 1 16 64] [--contexts 64 1024] [--new 64]
         [--methods rtn hadamard] [--no-compiled] [--name generate]
 
-"eager" is transformers as it is; "compiled" has its static cache, which it compiles; "captured" is quantkit.capture_decoding.
-Prefill is a forward of so many tokens in eager mode. Decode is generate(): tokens a second of all sequences, the first token of
-each left out; "ready" is the time of the first call, compilers and captures included, less that of a later one. Candidates take
-turns in every round. "quantize" says how long it took to quantize the model without data.
+"eager" is transformers as it is, "norms" the same behind quantkit.fuse_norms; "compiled" has its static cache, which it
+compiles; "captured" is quantkit.capture_decoding. Prefill is a forward of so many tokens in eager mode. Decode is generate():
+tokens a second of all sequences, the first token of each left out; "ready" is the time of the first call, compilers and
+captures included, less that of a later one. Candidates take turns in every round. "quantize" says how long it took to quantize
+the model without data.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import time
 from collections.abc import Callable
@@ -46,6 +48,12 @@ def build(layers: int) -> Any:
                 module.inv_freq, module.original_inv_freq = fresh.inv_freq, fresh.original_inv_freq
     model.generation_config.eos_token_id = None
     return model.eval()
+
+
+def with_norms(model: Any) -> Any:
+    """Another model with the same tensors, whose norms are one kernel each."""
+    held = [*model.parameters(), *model.buffers()]
+    return quantkit.fuse_norms(copy.deepcopy(model, {id(tensor): tensor for tensor in held}))
 
 
 class Clock:
@@ -106,10 +114,11 @@ def main() -> None:
         models[f"INT8 {method}"] = model
         gc.collect()
         torch.cuda.empty_cache()
+    eager = {**models, **{f"{name}, norms": with_norms(model) for name, model in models.items()}}
     with torch.no_grad():
         for size in args.prefill:
             ids = torch.randint(5, 1000, tuple(map(int, size.split("x"))), device="cuda")
-            calls = {name: lambda m=model, i=ids: m(i, use_cache=False, logits_to_keep=1) for name, model in models.items()}
+            calls = {name: lambda m=model, i=ids: m(i, use_cache=False, logits_to_keep=1) for name, model in eager.items()}
             for call in calls.values():
                 call(), call()
             times = interleaved({name: lambda c=call: wall(c) for name, call in calls.items()}, 3 * args.rounds)
@@ -121,9 +130,10 @@ def main() -> None:
             steps: dict[str, Callable[[], float]] = {}
             row: dict[str, Any] = {"kind": "decode", "batch": batch, "context": context, "ready_s": {}, "s": {}}
             torch.compiler.reset()
-            for name, model in models.items():
+            for name, model in eager.items():
                 few = min(args.new, 16)
                 steps[f"{name}, eager"] = lambda m=model, i=ids, n=few: min(decode(m, i, n) for _ in range(2))
+            for name, model in models.items():
 
                 def captured(m: Any = model, i: torch.Tensor = ids) -> float:
                     quantkit.capture_decoding(m)

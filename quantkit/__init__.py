@@ -61,6 +61,7 @@ from quantkit.integrations.transformers.register import prepare_for_saving as _p
 from quantkit.integrations.transformers.register import register_with_transformers
 from quantkit.layers.adapted import watch_adapters as _watch_adapters
 from quantkit.layers.linear import W8A8Linear
+from quantkit.layers.norm import fuse_norms, unfuse_norms
 from quantkit.ops.table import Backend, backends, register_backend, use_backend, why_simulated
 from quantkit.pipeline.plans import convert, plan
 from quantkit.pipeline.quantize import quantize
@@ -72,9 +73,9 @@ __all__ = [
     "ModelError", "ModelPlan", "OmniQuant", "PerSite", "Plan", "PluginError", "Producer", "Progress", "QuantkitError", "RPTQ",
     "RTN", "Range", "Recipe", "Report", "Rotate", "Rotation", "Scheme", "SchemeError", "Site", "SiteView", "SmoothQuant",
     "Stage", "Statistic", "TargetError", "TokenSample", "Transform", "Verification", "View", "W8A8Linear", "__version__",
-    "backends", "capture_decoding", "compressed_tensors_as_int8", "convert", "discover", "export", "load", "load_plan",
-    "plan", "quantize", "register_backend", "register_method", "register_with_transformers", "release_decoding", "report",
-    "save", "save_plan", "use_backend", "verify_equivalence", "why_simulated",
+    "backends", "capture_decoding", "compressed_tensors_as_int8", "convert", "discover", "export", "fuse_norms", "load",
+    "load_plan", "plan", "quantize", "register_backend", "register_method", "register_with_transformers", "release_decoding",
+    "report", "save", "save_plan", "unfuse_norms", "use_backend", "verify_equivalence", "why_simulated",
 ]  # fmt: skip
 
 _LISTENERS.extend([_prepare_for_saving, _count_parameters, _watch_adapters])

@@ -30,13 +30,12 @@ from quantkit.capture.notes import Note, Ref, refs_in
 from quantkit.capture.record import CaptureError
 from quantkit.layers.linear import W8A8Linear
 from quantkit.ops.gpu.backend import GPUPrepared
+from quantkit.ops.gpu.layout import NORM
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.expand.default, aten.clone.default,
          aten.slice.Tensor, aten.alias.default)  # fmt: skip
 """What repeats a head of the cache for each query of its group."""
-LONGEST = 2**15
-"""Channels of the longest rows that a norm by itself takes."""
 SDPA = inspect.signature(lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
                          enable_gqa=False: None)  # fmt: skip
 
@@ -249,7 +248,7 @@ class Matcher:
         if found is None or found.fields["source"] != "rms" or not found.x.side_by_side or not y.contiguous:
             return
         gain, eps = found.fields["gain"], found.fields["eps"]
-        if gain.dtype != y.dtype or y.shape[-1] > LONGEST or (found.x2 is not None and not found.x2.side_by_side):
+        if gain.dtype != y.dtype or y.shape[-1] > NORM or (found.x2 is not None and not found.x2.side_by_side):
             return
         sums: list[Any] = [] if found.total is None else [found.total]
         self._new[found.at].append(Part(_normed, (found.x, found.x2, gain, eps), {}, [y, *(sums or [Symbol()])]))

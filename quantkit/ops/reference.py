@@ -163,3 +163,19 @@ def group_sum(
             product = product - zero[..., g : g + 1] * weight_sum[g]
         terms.append(product * multiplier * row_multiplier)
     return sum(terms[1:], terms[0])  # not in place, which tensors of other libraries and transforms do not follow
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float, offset: float = 0.0, late: bool = False) -> Tensor:
+    """``(gain + offset) * x / sqrt(mean(x ** 2) + eps)`` in float32, rounded to the dtype of x where models do it.
+
+    Args:
+        x: ``[..., K]``.
+        gain: ``[K]``.
+        eps: added to the mean of squares.
+        offset: added to the gain.
+        late: whether to round once, behind the gain (as Gemma and ``nn.RMSNorm``); else in front of it, too (as Llama).
+    """
+    wide = x.float()
+    y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    y = y if late else y.to(x.dtype).float()
+    return (y * (gain.float() + offset)).to(x.dtype)

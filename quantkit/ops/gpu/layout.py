@@ -19,6 +19,9 @@ BLOCK = 128
 IN_PAIRS = 2**13
 """Places of the longest rows that :mod:`.codes.order` takes, two at a time: of longer ones, two do not fit the registers."""
 
+NORM = 2**15
+"""Channels of the longest rows of a norm that is a kernel by itself."""
+
 
 def ceil_div(n: int, size: int) -> int:
     """How many pieces of ``size`` hold ``n``. Triton's own function takes microseconds, and each launch needs some."""
