@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from quantkit.core.tracing import FunctionMode
 from quantkit.layers.linear import W8A8Linear
 from quantkit.ops.cpu.native import library
-from quantkit.ops.cpu.program import Program, lowered, lowered_layer
+from quantkit.ops.cpu.program import Program, attends, lowered, lowered_layer
 
 
 class CaptureError(Exception):
@@ -172,7 +172,8 @@ class Recording:
         slow: Counter[str] = Counter()
         self._parts: list[Program | Callable[[], None]] = []
         native = library() is not None
-        for call in _worth_playing(calls):
+        calls = _worth_playing(calls)
+        for call in _unrepeated(calls, {_memory(t) for t in _tensors(outputs)}) if native else calls:
             program = self._parts[-1] if self._parts and isinstance(self._parts[-1], Program) else Program()
             if native and _lowered(program, call):
                 if not self._parts or self._parts[-1] is not program:
@@ -231,6 +232,45 @@ def _worth_playing(calls: list[Call]) -> list[Call]:
         else:
             found.append(call)
     return found
+
+
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def _unrepeated(calls: list[Call], kept: set[int]) -> list[Call]:
+    """The calls, with attention that reads keys and values where they are, and not copies of them for each query of a group.
+
+    Args:
+        calls: without views.
+        kept: memory that has to hold what it held in any case.
+    """
+    copies = {_memory(call.out): i for i, call in enumerate(calls) if call.function is torch.ops.aten.clone.default}
+    calls, spared = list(calls), set[int]()
+    for at, call in enumerate(calls):
+        if call.function is not ATTENTION:
+            continue
+        q, keys, values = call.args[:3]
+        k, v = (_before_copy(calls, copies.get(_memory(heads)), at, heads) for heads in (keys, values))
+        if k is None or v is None or not attends(q, k, v, *call.args[3:], **call.kwargs):
+            continue
+        calls[at] = call._replace(args=(q, k, v, *call.args[3:]))
+        spared |= {_memory(keys), _memory(values)}
+    spared -= kept | {_memory(t) for call in calls for t in call.read}
+    gone = {copies[memory] for memory in spared}
+    return [call for at, call in enumerate(calls) if at not in gone]
+
+
+def _before_copy(calls: list[Call], copied: int | None, reader: int, heads: Tensor) -> Tensor | None:
+    """``[B, KV, S, D]`` of which ``heads [B, KV G, S, D]``, made by one call and read by another, has each head G times."""
+    if copied is None:
+        return None
+    source, copy = calls[copied].args[0], calls[copied].out
+    if source.dim() != 5 or source.stride(2) or heads.shape != copy.flatten(1, 2).shape:
+        return None
+    if not copy.is_contiguous() or not heads.is_contiguous() or heads.data_ptr() != copy.data_ptr():
+        return None
+    changed = {_memory(t) for call in calls[copied + 1 : reader] for t in call.written}
+    return None if changed & {_memory(source), _memory(copy)} else source[:, :, 0]
 
 
 def _lowered(program: Program, call: Call) -> bool:

@@ -160,8 +160,10 @@ def form_of(module: nn.Module) -> Form | str:
     if gain.is_meta or not 0 < len(gain) <= NORM:
         return "its gain is not in memory" if gain.is_meta else f"its rows have {len(gain)} channels"
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(64, len(gain), generator=random) * torch.logspace(-3, 1, 64)[:, None]  # the first with squares below eps
-    own = torch.rand(len(gain), generator=random) + 0.5
+    like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    sizes = torch.logspace(-3, 1, 64, **like)[:, None]  # the first squares are below eps
+    x = torch.randn(64, len(gain), generator=random, **like) * sizes
+    own = torch.rand(len(gain), generator=random, **like) + 0.5
 
     def told(dtype: torch.dtype) -> Any:
         """What it says of ``x``, with ``own`` for its gain, on the CPU and without hooks."""

@@ -220,3 +220,54 @@ def test_arguments() -> None:
         with pytest.raises(ModelError, match="takes tensors"):
             CapturedStep(layer, layer)(*args)
     assert quantkit.CapturedStep is CapturedStep
+
+
+# ---- keys that are copied for each query of a group, as models write it
+
+
+class Grouped(nn.Module):
+    """Attention of four queries over two heads of a cache, which are repeated in front of it.
+
+    Args:
+        case: what else is done with the copies.
+    """
+
+    keys: Tensor
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.case, self.linear = case, nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("keys", torch.randn(1, 2, LENGTH, 8))
+
+    def repeated(self, x: Tensor) -> Tensor:
+        shape = 1, 2, 2, LENGTH, 8
+        if self.case == "interleaved":  # other heads than those that a query reads
+            return x[:, None].expand(1, 2, 2, LENGTH, 8).reshape(1, 4, LENGTH, 8)
+        return x[:, :, None].expand(shape).reshape(1, 4, LENGTH, 8)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        q = self.linear(x).view(1, 1, 4, 8).transpose(1, 2)
+        self.keys.index_copy_(2, position, q[:, :2])
+        k, v = self.repeated(self.keys), self.repeated(self.keys)
+        if self.case == "written later":
+            self.keys.mul_(0.5)
+        if self.case == "copy is written":
+            k.mul_(0.5)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return y + k.sum() if self.case == "read by others" else y
+
+
+@pytest.mark.parametrize("case", ["plain", "interleaved", "written later", "copy is written", "read by others"])
+@torch.no_grad()
+def test_repeated_heads_of_a_cache_are_read_where_they_are(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="quantkit")
+    model, plain = Grouped(case), Grouped(case)
+    step = CapturedStep(model, model)
+    for position in range(6):
+        x = torch.randn(1, 1, WIDTH)
+        torch.testing.assert_close(step(x, torch.tensor([position])), plain(x, torch.tensor([position])), rtol=1e-4, atol=1e-5)
+    # the layer is PyTorch's; written, read, and copied where that has to be
+    copies = {"plain": 0, "read by others": 1}.get(case, 2)
+    count = 2 + copies + {"written later": 1, "copy is written": 1, "read by others": 1}.get(case, 0)
+    assert f"is captured: {count} operations in C" in caplog.text, caplog.text

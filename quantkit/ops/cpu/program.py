@@ -293,15 +293,20 @@ def _embedding(program: Program, out: Tensor, weight: Tensor, ids: Tensor, *_: A
     return [made]
 
 
+def attends(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, **_: Any) -> bool:
+    """Whether C does this attention, whose keys and values may have fewer heads than the queries."""
+    fits = q.dtype in FLOATS and {k.dtype, v.dtype} == {q.dtype} and all(t.stride(-1) == 1 for t in (q, k, v))
+    one = not causal or k.shape[2] <= 1
+    return fits and not dropout and one and v.shape[-1] == q.shape[-1] and k.shape[1] > 0 and not q.shape[1] % k.shape[1]
+
+
 def _attention(
     program: Program, out: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *,
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> list[Instruction] | None:  # fmt: skip
-    y = out[0]
-    fits = q.dtype in FLOATS and {t.dtype for t in (y, k, v)} == {q.dtype} and all(t.stride(-1) == 1 for t in (y, q, k, v))
-    if not fits or dropout or (causal and k.shape[2] > 1) or v.shape[-1] != q.shape[-1] or q.shape[1] % k.shape[1]:
+    y, keys = out[0], k.shape[2]
+    if not attends(q, k, v, dropout, causal) or y.dtype != q.dtype or y.stride(-1) != 1:
         return None
-    keys = k.shape[2]
     made = Instruction(op=CODE["attention"], type=TYPES[q.dtype], count=keys, k=q.shape[1] // k.shape[1])
     made.sizes = (LONG * DIMS)(*q.shape)
     for field, tensor in (("out", y), ("a", q), ("b", k), ("c", v)):
