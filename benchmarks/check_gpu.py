@@ -540,12 +540,76 @@ def check_devices() -> None:
                     assert same(got.cpu(), wanted), f"cuda:{index} {m} {leftover}"
 
 
+def check_shared_codes() -> None:
+    """Layers of one activation in eager mode, called again and again: the bits of each by itself, whatever happens between."""
+    layers = [layer_of(n, 640, bias=n == 320) for n in (320, 64, 1000)]
+    stream = torch.cuda.Stream()
+
+    def called(x: Tensor, *, between: Callable[[Tensor], Any] | None = None) -> None:
+        wanted, got = [layer(x.clone()) for layer in layers], list[Tensor]()  # each of another tensor
+        for layer in layers:
+            got.append(layer(x))
+            if between is not None:
+                between(x)
+                wanted[len(got) :] = [other(x.clone()) for other in layers[len(got) :]]
+        assert all(map(same, got, wanted)), f"{len(x)} tokens"
+
+    with torch.no_grad():
+        for m in (1, 2, 40, 300, 2048):
+            for _ in range(4):
+                called(rand(m, 640).bfloat16())
+            called(rand(m, 640).bfloat16(), between=lambda x: x.mul_(-0.5))
+            called(rand(m, 640).bfloat16(), between=lambda x: setattr(x, "data", rand(*x.shape).bfloat16()))
+            with torch.inference_mode():
+                called(rand(m, 640).bfloat16(), between=lambda x: x.mul_(-0.5))
+            stream.wait_stream(torch.cuda.current_stream())
+            x = rand(m, 640).bfloat16()
+            first = [layers[0](x)]
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                rest = [layer(x) for layer in layers[1:]]
+            stream.synchronize()
+            assert all(same(y, layer(x.clone())) for y, layer in zip(first + rest, layers, strict=True))
+
+
+def check_eager_norms() -> None:
+    """RMSNorms that fuse_norms has found, against themselves: at most two bits of the last place apart."""
+
+    class Late(torch.nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            wide = x.float()
+            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+            return (wide * (1 + self.weight.float())).to(x.dtype)
+
+    class Early(torch.nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            wide = x.float()
+            return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+    for kind, k, dtype in itertools.product(
+        (Late, Early, torch.nn.RMSNorm), (1, 96, 4096, 5120, 2**15), (torch.bfloat16, torch.float16, torch.float32)
+    ):
+        norm = kind(k, eps=1e-5, device=DEVICE, dtype=dtype).requires_grad_(False)
+        norm.weight.copy_(rand(k))
+        fused = copy.deepcopy(norm)
+        quantkit.fuse_norms(fused)
+        for m in (1, 7, 300):
+            x = rand(m, 2 * k).to(dtype)[:, k:]
+            x[0] = 0
+            wanted = norm(x)
+            for _ in range(3):
+                torch.testing.assert_close(fused(x), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+            x[-1, 0] = float("nan")
+            assert bool(fused(x)[-1].isnan().all())
+        assert vars(fused)["forward"]._runner is not None, f"{kind.__name__} {k} {dtype} goes through Triton every time"
+
+
 CHECKS = {
     f.__name__.removeprefix("check_"): f
     for f in (
         check_quantize, check_norms_and_gates, check_rows, check_clusters, check_order, check_matmul, check_gemms,
         check_decodes, check_tiles, check_segments, check_sides, check_layers, check_threshold, check_batches, check_chains,
-        check_devices,
+        check_devices, check_shared_codes, check_eager_norms,
     )
 }  # fmt: skip
 
