@@ -36,11 +36,12 @@ def origin(result: Result) -> str:
 
 
 def demo(result: Result) -> str:
-    head = ("", "", "perplexity", "KL to fp32", "top-1", "MiB", "prefill tok/s", "decode tok/s", "captured tok/s")
+    speeds = [name for name in ("prefill tok/s", "decode tok/s", "captured tok/s") if name in result["rows"][0]]
+    head = ("", "", "perplexity", "KL to fp32", "top-1", "MiB", *speeds)
     rows = [
         (
             r["model"], r["method"], f"{r['perplexity']:.2f}", f"{r['kl']:.4f}", f"{r['top1']:.1%}", f"{r['MiB']:.0f}",
-            f"{r['prefill tok/s']:.0f}", f"{r['decode tok/s']:.1f}", f"{r['captured tok/s']:.1f}",
+            *(f"{r[name]:.0f}" if name.startswith("prefill") else f"{r[name]:.1f}" for name in speeds),
         )
         for r in result["rows"]
     ]  # fmt: skip
@@ -551,6 +552,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "accuracy-heads": ("accuracy-heads", heads),
     "fp8": ("accuracy-heads", fp8),
     "decode": ("decode", decode),
+    "decode-vnni": ("decode-vnni", decode),
     "generate": ("generate", generate),
     "host": ("host", host),
     "architectures": ("architectures-*", architectures),

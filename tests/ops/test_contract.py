@@ -500,3 +500,20 @@ def test_rotations_compiled(steps: tuple[str, ...], dtype: torch.dtype) -> None:
         for m in (1, 17, 5, 0):
             x = hostile(m, 96, dtype)
             assert_same(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("integer", [True, False])
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler here")
+def test_one_token_compiled(integer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PyTorch has no product of integers, its stand-in would turn the whole weight into floats for one token."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(cpu, "has_integer_product", lambda: integer)
+    module, x = layer(64, 48), torch.randn(1, 64)
+    compiled = torch.compile(module, fullgraph=True)
+    with torch.inference_mode():
+        compiled(x)
+        with torch.profiler.profile() as profile:
+            y = compiled(x)
+        torch.testing.assert_close(y, module(x), rtol=2.0**-20, atol=2.0**-20)
+    ran = {event.key for event in profile.key_averages()} & {"quantkit::int_matmul", "quantkit::cpu_linear"}
+    assert ran == {"quantkit::int_matmul" if integer else "quantkit::cpu_linear"}

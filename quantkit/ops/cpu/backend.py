@@ -45,6 +45,11 @@ def _has_library() -> bool:
     return library() is not None
 
 
+@constant_while_tracing
+def _has_integer_product() -> bool:
+    return has_integer_product()
+
+
 @functools.cache
 def has_integer_product() -> bool:
     """Whether ``torch._int_mm`` is a product for integers here: exact, and no slower than two float32 products.
@@ -158,7 +163,9 @@ class CPUPrepared(PlainPrepared):
             return _fused(passes, x, address) if (address := x.data_ptr()) else super().run(x)
         if x.device.type not in ("cpu", "meta"):
             raise BackendError(f"an INT8 layer on the CPU is called with a tensor on {x.device}: move one of them to the other")
-        if passes.groups or (torch.compiler.is_compiling() and x.shape[0] <= (0 if passes.block else 1)):
+        # one token's codes are a part of what Inductor makes, if its product by itself is quick as well
+        alone = torch.compiler.is_compiling() and not passes.block and _has_integer_product()
+        if passes.groups or (alone and x.shape[0] <= 1):
             return super().run(x)
         parts = (passes.weight, passes.sums, passes.scale, passes.bias)
         rewrite = (passes.order, passes.shift, passes.pre_scale, passes.factors, passes.block)
