@@ -112,6 +112,8 @@ class FusedNorm:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or gain.requires_grad):
             return False
+        if torch.is_autocast_enabled(x.device.type):  # which may give another dtype
+            return False
         known = self._gain
         if known is None or known.data_ptr() != gain.data_ptr() or known.dtype != gain.dtype:
             self._runner, self._gain = None, gain.detach()
@@ -124,7 +126,7 @@ class FusedNorm:
         k = len(gain)
         if devices.why_not(x.device) or not 0 < k <= NORM or not x.dim() or x.shape[-1] != k or not x.numel():
             return None
-        if torch.is_autocast_enabled(x.device.type) or not gain.is_contiguous():
+        if not gain.is_contiguous():
             return None
         from quantkit.ops.gpu.launch import family_of, library, recorded
         from quantkit.ops.gpu.operators import on_its_device

@@ -134,6 +134,11 @@ def test_some_calls_run_as_written(launches: list[int]) -> None:
             assert torch.equal(call(norm), call(plain))
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(norm(x), plain(x))
+        assert not launches
+        norm(x)
+        with torch.autocast("cpu", torch.bfloat16):  # also once it has run as a kernel
+            assert torch.equal(norm(x), plain(x))
+        assert launches.pop() == 3
         with pytest.raises(RuntimeError, match="size"):
             norm(random(3, 31))
     assert not launches

@@ -168,7 +168,7 @@ class Recording(TorchDispatchMode):
             )
         slots = [[PARAMETER.unpack(p)[1] for p in part if PARAMETER.unpack(p)[0] != VALUE]
                  for part in (making[1:], parameters[len(making) - 1 :])]  # fmt: skip
-        shares = where.codes and set(slots[0]) <= {INPUT, CODES} and INPUT not in slots[1]
+        shares = making and where.codes and set(slots[0]) <= {INPUT, CODES} and INPUT not in slots[1]
         digest = hashlib.blake2b(b"".join([*making, where.codes.to_bytes(8, "little")]), digest_size=8).digest()
         share = int.from_bytes(digest, "little") | 1 if shares else 0
         return where.codes, where.scratch, steps, b"".join(parameters), apart, share

@@ -221,6 +221,15 @@ def test_nothing_is_leaked(module: Any, scaled: Kernel) -> None:
     assert max(grown) < 500, grown  # others hold and drop dtypes meanwhile
 
 
+def in_threads(work: Callable[[int], None]) -> None:
+    """Four of them, each with a seed of its own."""
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_many_threads(module: Any, scaled: Kernel) -> None:
     """Plans come and go while others use them."""
     layer, wrong = Layer(module, scaled, 2.0), list[str]()
@@ -235,11 +244,7 @@ def test_many_threads(module: Any, scaled: Kernel) -> None:
             if not torch.equal(got, wanted(x, 2.0)):
                 wrong.append(f"{len(x)} rows")
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not wrong
 
 
@@ -520,11 +525,7 @@ def test_many_threads_share(module: Any, driver: ctypes.CDLL) -> None:
                 if not torch.equal(member.runner(x), 2 * x[:, :N] * member.scale):
                     wrong.append(f"{len(x)} rows")
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not wrong
 
 
