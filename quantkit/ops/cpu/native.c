@@ -227,14 +227,23 @@ void quantkit_finish(void *y, const int32_t *acc, const float *scale, const floa
         finish_row((char *)y + i * n * (type == F32 ? 4 : 2), acc + i * n, scale[i], sw, bias, n, type);
 }
 
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
 #define ROWS 4
+#define AHEAD 4096 /* bytes */
+/* Four rows are read at once, which the processor does not see to be one stretch of memory: the same stretch is fetched ahead. */
+static inline void fetch_ahead(const int8_t *w, int64_t i) {
+    for (int r = 0; r < 4; r++) _mm_prefetch((const char *)(w + 4 * i + 64 * r + AHEAD), _MM_HINT_T0);
+}
+#endif
+
+#ifdef __AVX512VNNI__
 /* acc[r] = sum of q[i] * w[r * stride + i] for 4 rows, exact: dpbusd multiplies u8 by s8, so q + 128 goes in and 128 * sum(w) out. */
 static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t *restrict w, int64_t stride, int64_t k,
                             const int32_t *sums) {
     const __m512i flip = _mm512_set1_epi8((char)0x80);
     __m512i a0 = _mm512_setzero_si512(), a1 = a0, a2 = a0, a3 = a0;
     for (int64_t i = 0; i < k; i += 64) {
+        fetch_ahead(w, i);
         __mmask64 in = k - i >= 64 ? ~0ull : (1ull << (k - i)) - 1;
         __m512i u = _mm512_xor_si512(_mm512_maskz_loadu_epi8(in, q + i), flip);
         a0 = _mm512_dpbusd_epi32(a0, u, _mm512_maskz_loadu_epi8(in, w + i));
@@ -248,10 +257,8 @@ static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t
     acc[3] = _mm512_reduce_add_epi32(a3) - 128 * sums[3];
 }
 #elif defined(__AVX2__)
-#define ROWS 4
-#define AHEAD 8
 /* acc[r] = sum of q[i] * w[r * stride + i] for 4 rows, exact: |w| as u8 times q with the sign of w, two of which fit into int16, since
- * no code of an activation is -128. Rows are short, and read once: what comes two blocks later is fetched ahead. */
+ * no code of an activation is -128. */
 static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t *restrict w, int64_t stride, int64_t k,
                             const int32_t *sums) {
     (void)sums;
@@ -260,7 +267,7 @@ static inline void dot_rows(int32_t *acc, const int8_t *restrict q, const int8_t
     int64_t i = 0;
     for (; i + 32 <= k; i += 32) {
         __m256i x = _mm256_loadu_si256((const __m256i *)(q + i));
-        if (i % 64 == 0) for (int r = 0; r < 4; r++) _mm_prefetch((const char *)(w + (r + AHEAD) * stride + i), _MM_HINT_T0);
+        if (i % 64 == 0) fetch_ahead(w, i);
         for (int r = 0; r < 4; r++) {
             __m256i y = _mm256_loadu_si256((const __m256i *)(w + r * stride + i));
             __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(y), _mm256_sign_epi8(x, y));
