@@ -31,8 +31,6 @@ from quantkit.ops.reference import row_sums
 log = logging.getLogger("quantkit")
 NO_VNNI = "the INT8 product of this processor %s, as without VNNI: float32 multiplies the codes, exactly, at its own pace"
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
-TOKEN_ELEMENTS = 2**21
-"""Weights up to this size run a single token in the fused call; beyond, oneDNN's wider blocking wins, where it has VNNI."""
 EXACT_CHANNELS = 1024
 """Sums of so many products of two codes, 128 * 128 at most, are at most 2**24: float32 holds each of them, in any order."""
 ELEMENTS_PER_THREAD = 2**15
@@ -321,7 +319,7 @@ def _fused(passes: Passes, x: Tensor, address: int) -> Tensor:
     if not codes or passes.weight.data_ptr() != codes:
         raise ModelError("the memory of an INT8 weight was given back, or moved, or is none: load the model again")
     kind, pool = TYPES[x.dtype], torch.get_num_threads()
-    if m == 1 and (n * k <= TOKEN_ELEMENTS or not has_integer_product()):
+    if m == 1:
         y = x.new_empty(1, n)  # twice as fast as torch.empty
         threads = min(pool, 1 + n * k // (8 * ELEMENTS_PER_THREAD))
         failed = lib.quantkit_token(y.data_ptr(), address, how, codes, *weight, groups, n, k, passes.top, kind, threads)
