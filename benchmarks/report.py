@@ -553,6 +553,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "fp8": ("accuracy-heads*", fp8),
     "decode": ("decode", decode),
     "decode-vnni": ("decode-vnni", decode),
+    "decode-avx2": ("decode-avx2", decode),
     "generate": ("generate", generate),
     "host": ("host", host),
     "architectures": ("architectures-*", architectures),
